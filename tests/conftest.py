@@ -1,0 +1,94 @@
+"""What every test run shares: the environment, and which markers this machine can run."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before torch, transformers and Ray are imported, and inherited by the processes that tests start.
+for name, value in {
+    # The models of the tests are tiny: more threads only compete with the actors beside them.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # A test that reaches for the network fails at once and the same everywhere.
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}.items():
+    os.environ.setdefault(name, value)
+
+SHARED = Path(os.environ.get("DSPARK_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip, with the reason, the tests whose markers ask for what this machine does not have."""
+    for item in items:
+        for marker, missing in _REQUIREMENTS.items():
+            if item.get_closest_marker(marker) and (reason := missing(config)):
+                item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
+                break
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of prompts, traces and tools beside the checkout; for tests marked `shared`."""
+    return SHARED
+
+
+# Each returns why tests with its marker cannot run here, or None. Asked once, and only when a test
+# carries the marker, since looking for a GPU imports torch.
+
+
+def _slow_missing(config: pytest.Config) -> str | None:
+    return None if config.getoption("--run-slow") else "left out without --run-slow"
+
+
+@functools.cache
+def _gpu_missing(_config: pytest.Config) -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def _root_missing(_config: pytest.Config) -> str | None:
+    return None if os.geteuid() == 0 else "not running as root"
+
+
+@functools.cache
+def _netlab_missing(config: pytest.Config) -> str | None:
+    if sys.platform != "linux":
+        return "network namespaces need Linux"
+    if reason := _root_missing(config):
+        return reason
+    if shutil.which("ip") is None:
+        return "no `ip` command (iproute2)"
+    # Seeing the command is not enough: containers often forbid what it does.
+    name = f"dspark-probe-{os.getpid()}"
+    added = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    if added.returncode != 0:
+        return f"cannot create a network namespace: {added.stderr.strip()}"
+    subprocess.run(["ip", "netns", "delete", name], check=True)
+    return None if Path("/dev/net/tun").exists() else "no /dev/net/tun for the hosts' interfaces"
+
+
+def _shared_missing(_config: pytest.Config) -> str | None:
+    return None if SHARED.is_dir() else f"{SHARED} is not there; $DSPARK_SHARED names another place"
+
+
+_REQUIREMENTS: dict[str, Callable[[pytest.Config], str | None]] = {
+    "slow": _slow_missing,
+    "gpu": _gpu_missing,
+    "root": _root_missing,
+    "netlab": _netlab_missing,
+    "shared": _shared_missing,
+}
