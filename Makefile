@@ -1,0 +1,80 @@
+# `make demo` and `make test` need Python 3.11 or newer, pip and make; they install the rest into
+# .venv. Once installed, nothing here uses the network until pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+# Which torch: any way of writing 2.13 that pip accepts, for example a wheel's file name.
+TORCH ?= torch==2.13.0
+# More arguments for pytest: make test PYTEST_ARGS="-n 2 tests/engine"
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# CI runs every test that the machine can run, and stops in time to report what it has seen.
+ifneq ($(filter-out 0 false,$(CI)),)
+PYTEST_ARGS += --run-slow --session-timeout=2700
+endif
+
+.PHONY: help install demo test test-all lint format protos protos-check lock clean
+
+help:
+	@echo 'make demo          start a small cluster here, use it, compare outputs, stop it'
+	@echo 'make test          the default tests; in CI every test that this machine can run'
+	@echo 'make test-all      every test that this machine can run'
+	@echo 'make lint          style, types, layers, generated code'
+	@echo 'make format        put the code into the style that lint asks for'
+	@echo 'make protos        regenerate cluster/v1 from protos/'
+	@echo 'make install       the virtual environment; the other targets do this when needed'
+	@echo 'make lock          write the versions in .venv to constraints.txt'
+	@echo 'make clean         remove caches and builds; .venv stays'
+
+install: $(STAMP)
+
+# torch comes first and by itself, so that whoever wants another build of it names it in one place.
+# No build isolation: building the editable package then needs no download of its own.
+$(STAMP): pyproject.toml constraints.txt
+	@for python in $(PYTHON) python3.14 python3.13 python3.12 python3.11; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    test -x $(BIN)/python || $$python -m venv .venv; exit; \
+	  fi; \
+	done; echo 'No Python 3.11 or newer found: name one with PYTHON=/path/to/python.' >&2; exit 1
+	$(PIP) install --constraint constraints.txt '$(TORCH)' setuptools
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/dspark demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest --run-slow $(PYTEST_ARGS)
+
+lint: $(STAMP) protos-check
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+protos: $(STAMP)
+	$(BIN)/python protos/generate.py
+
+protos-check: $(STAMP)
+	$(BIN)/python protos/generate.py --check
+
+# The suffix of a local build (torch 2.13.0+cpu) is dropped: any build of that version will do.
+lock: $(STAMP)
+	@{ grep '^#' constraints.txt; \
+	   $(PIP) freeze --all --exclude-editable | sed -e '/^pip==/d' -e 's/+[a-z0-9.]*$$//'; \
+	} > .venv/constraints.new
+	@cp .venv/constraints.new constraints.txt && touch $(STAMP)
+
+clean:
+	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find cluster protos tests -type d -name __pycache__ -prune -exec rm -rf '{}' +
