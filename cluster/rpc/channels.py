@@ -1,0 +1,83 @@
+"""Options of every gRPC channel and server of the cluster, in one place.
+
+Every connection is kept alive by pings, so that a peer that vanished without closing its socket
+is noticed within ``KEEPALIVE_TIME_S + KEEPALIVE_TIMEOUT_S``, and no channel shares its TCP
+connection with another one: what is sent in bulk never stands in front of what is urgent.
+"""
+
+from __future__ import annotations
+
+from grpc import aio
+
+# Raised when a message of an internal stream changes its meaning; both sides must be equal.
+PROTOCOL_VERSION = 1
+
+KEEPALIVE_TIME_S = 10.0
+KEEPALIVE_TIMEOUT_S = 5.0
+MIN_RECONNECT_S = 0.1
+MAX_RECONNECT_S = 2.0
+
+MIB = 1 << 20
+DEFAULT_MAX_MESSAGE_BYTES = 64 * MIB
+
+Options = list[tuple[str, int | str]]
+
+
+def channel_options(max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> Options:
+    """Options of a client's channel, for ``grpc.aio`` and for ``grpc``.
+
+    Args:
+        max_message_bytes: the largest message sent or received.
+    """
+    return [
+        *_common_options(max_message_bytes),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A TCP connection of its own for each channel object.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.initial_reconnect_backoff_ms", int(MIN_RECONNECT_S * 1000)),
+        ("grpc.min_reconnect_backoff_ms", int(MIN_RECONNECT_S * 1000)),
+        ("grpc.max_reconnect_backoff_ms", int(MAX_RECONNECT_S * 1000)),
+        # Retries are ours to decide: gRPC's own would send a message twice.
+        ("grpc.enable_retries", 0),
+        # Inside the cluster addresses are direct; a proxy of the environment is not meant.
+        ("grpc.enable_http_proxy", 0),
+    ]
+
+
+def server_options(
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, *, reuse_port: bool = False
+) -> Options:
+    """Options of a server.
+
+    Args:
+        max_message_bytes: the largest message sent or received.
+        reuse_port: let several servers of one machine bind the same port (SO_REUSEPORT).
+    """
+    return [
+        *_common_options(max_message_bytes),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Clients ping as often as above; without this they are cut off for too many pings.
+        ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_TIME_S * 500)),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.so_reuseport", int(reuse_port)),
+    ]
+
+
+def open_channel(
+    address: str, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+) -> aio.Channel:
+    """A channel to ``address`` (``host:port``) with a TCP connection of its own.
+
+    Must be called in the running event loop that will use it.
+    """
+    return aio.insecure_channel(address, options=channel_options(max_message_bytes))
+
+
+def _common_options(max_message_bytes: int) -> Options:
+    return [
+        ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME_S * 1000)),
+        ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+    ]
