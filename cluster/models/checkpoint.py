@@ -1,0 +1,231 @@
+"""Reads and writes drafter checkpoints, and names checkpoints by digest.
+
+A drafter is a folder with ``config.json`` and ``model.safetensors`` in DeepSpec's format. Only
+safetensors are read. Whatever is wrong with a folder is a ``CheckpointError`` that names the file
+and the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cluster.errors import CheckpointError
+from cluster.models.dspark import DSparkDrafter
+from cluster.models.dspark_config import DSparkConfig
+
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PROJECTION_KEY = "fc.weight"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The part of a drafter that runs beside the target: ``fc`` and the layers it reads.
+
+    ``weight`` is ``[d, len(target_layer_ids) * d]``; columns ``[i * d, (i + 1) * d)`` belong to
+    ``target_layer_ids[i]``.
+    """
+
+    weight: torch.Tensor
+    target_layer_ids: tuple[int, ...]
+
+
+def load_drafter_config(path: str | Path) -> DSparkConfig:
+    """Reads and checks ``config.json`` of the drafter in folder ``path``.
+
+    Raises:
+        CheckpointError: the file is missing, is not JSON, or describes no DSpark drafter.
+    """
+    return DSparkConfig.from_dict(_read_json(Path(path) / _CONFIG), str(Path(path) / _CONFIG))
+
+
+def load_drafter(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> DSparkDrafter:
+    """Loads a drafter for use: eval mode, no gradients, weights of ``dtype`` on ``device``.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or a tensor is missing, unexpected or of
+            the wrong shape.
+    """
+    config = load_drafter_config(path)
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in DSparkDrafter(config).state_dict().items()}
+    tensors = _read_tensors(Path(path), expected)
+    drafter = DSparkDrafter(config)
+    drafter.load_state_dict(tensors)
+    drafter.requires_grad_(False)
+    return drafter.to(device=device, dtype=dtype).eval()
+
+
+def load_projection(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Projection:
+    """Loads only what the target's side of a drafter needs.
+
+    Raises:
+        CheckpointError: as ``load_drafter``, for ``config.json`` and ``fc.weight``.
+    """
+    config = load_drafter_config(path)
+    width = config.hidden_size
+    expected = {
+        _PROJECTION_KEY: torch.Size((width, len(config.target_layer_ids) * width)),
+    }
+    tensors = _read_tensors(Path(path), expected, others_allowed=True)
+    weight = tensors[_PROJECTION_KEY].to(device=device, dtype=dtype)
+    return Projection(weight, config.target_layer_ids)
+
+
+def save_drafter(
+    drafter: DSparkDrafter, path: str | Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Writes ``drafter`` to folder ``path``; each file is replaced atomically."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {**drafter.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+    partial = folder / (_CONFIG + ".partial")
+    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, folder / _CONFIG)
+    tensors = {
+        name: value.detach().to("cpu", dtype).contiguous()
+        for name, value in drafter.state_dict().items()
+    }
+    partial = folder / (_WEIGHTS + ".partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / _WEIGHTS)
+
+
+def check_drafter_matches_target(
+    drafter: DSparkConfig, target: Mapping[str, Any], file: str = _CONFIG
+) -> None:
+    """Checks that a drafter was made for a target of this shape.
+
+    Args:
+        drafter: the drafter's configuration.
+        target: the target's ``config.json`` as a dictionary (``config.to_dict()``).
+        file: the drafter's file, for the message.
+
+    Raises:
+        CheckpointError: names the drafter's key that does not fit.
+    """
+    for key in ("hidden_size", "vocab_size"):
+        ours, theirs = getattr(drafter, key), target[key]
+        if ours != theirs:
+            raise CheckpointError(file, key, f"is {ours}, but the target's is {theirs}")
+    layers = int(target["num_hidden_layers"])
+    if drafter.num_target_layers != layers:
+        raise CheckpointError(
+            file,
+            "num_target_layers",
+            f"is {drafter.num_target_layers}, but the target has {layers} layers",
+        )
+
+
+def target_digest(path: str | Path) -> str:
+    """Identity of a target: SHA-256 (hex) over its configuration and weights."""
+    return _digest(Path(path), [_CONFIG, *_weight_files(Path(path))])
+
+
+def tokenizer_digest(path: str | Path) -> str:
+    """Identity of a tokenizer: SHA-256 (hex) over ``tokenizer.json``."""
+    return _digest(Path(path), ["tokenizer.json"])
+
+
+def drafter_digest(path: str | Path) -> str:
+    """Identity of a drafter: SHA-256 (hex) over its configuration and weights."""
+    return _digest(Path(path), [_CONFIG, *_weight_files(Path(path))])
+
+
+def projection_digest(path: str | Path) -> str:
+    """Identity of stored features: SHA-256 (hex) over layer ids and the bytes of ``fc``.
+
+    Drafters that share a projection share features.
+
+    Raises:
+        CheckpointError: as ``load_projection``.
+    """
+    projection = load_projection(path)
+    digest = hashlib.sha256(json.dumps(projection.target_layer_ids).encode())
+    digest.update(projection.weight.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(folder: Path, names: Iterable[str]) -> str:
+    """SHA-256 over names and contents of files, in the order given."""
+    digest = hashlib.sha256()
+    for name in names:
+        path = folder / name
+        try:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256")
+        except OSError as error:
+            raise CheckpointError(str(path), None, f"cannot be read: {error.strerror}") from error
+        digest.update(name.encode() + b"\0" + content.digest())
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files of a folder: one, or those of its index."""
+    if (folder / _WEIGHTS).exists() or not (folder / _INDEX).exists():
+        return [_WEIGHTS]
+    weight_map = _read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(str(folder / _INDEX), "weight_map", "is missing or empty")
+    return sorted(set(weight_map.values()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(str(path), None, "no such file") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(path), None, f"cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(str(path), None, "must hold one JSON object")
+    return data
+
+
+def _read_tensors(
+    folder: Path, expected: Mapping[str, torch.Size], others_allowed: bool = False
+) -> dict[str, torch.Tensor]:
+    """Reads the tensors named in ``expected`` from a folder's safetensors, shapes checked."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name in _weight_files(folder):
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(str(path), None, "no such file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    if key in expected:
+                        _check_shape(path, key, expected[key], file.get_slice(key).get_shape())
+                        tensors[key] = file.get_tensor(key)
+                    elif not others_allowed:
+                        raise CheckpointError(str(path), key, "is no weight of a DSpark drafter")
+        except SafetensorError as error:
+            raise CheckpointError(str(path), None, f"broken safetensors: {error}") from error
+    missing = sorted(set(expected) - set(tensors))
+    if missing:
+        raise CheckpointError(str(folder / _WEIGHTS), missing[0], "is missing")
+    return tensors
+
+
+def _check_shape(path: Path, key: str, expected: torch.Size, found: list[int]) -> None:
+    if list(expected) != list(found):
+        raise CheckpointError(str(path), key, f"has shape {list(found)}, not {list(expected)}")

@@ -1,0 +1,232 @@
+"""Configuration of a DSpark drafter, read strictly from DeepSpec's ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from cluster.errors import CheckpointError
+
+ARCHITECTURE = "Qwen3DSparkModel"
+MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
+
+_DEFAULT_ROPE_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class DSparkConfig:
+    """A DSpark drafter's shape; the names are those of DeepSpec's and Qwen3's ``config.json``.
+
+    ``markov_rank`` 0 is DFlash: no Markov head, and every slot is predicted independently.
+    ``target_layer_ids`` i is the target's residual stream after layer i, -1 its embedding.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    block_size: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    mask_token_id: int
+    num_anchors: int
+    markov_rank: int
+    markov_head_type: str = "vanilla"
+    enable_confidence_head: bool = False
+    confidence_head_with_markov: bool = False
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    hidden_act: str = "silu"
+    rope_parameters: Mapping[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": _DEFAULT_ROPE_THETA}
+    )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], file: str = "config.json") -> DSparkConfig:
+        """Reads a ``config.json``; ``file`` is the name that errors carry.
+
+        Keys that describe nothing of the network (``dtype``, ``transformers_version``, token ids
+        of the target, …) are ignored.
+
+        Raises:
+            CheckpointError: names the key that is missing, of the wrong type, out of range, or
+                that asks for something this code does not do.
+        """
+        reader = _Reader(data, file)
+        reader.refuse_foreign_formats()
+        hidden_size = reader.integer("hidden_size", 1)
+        heads = reader.integer("num_attention_heads", 1)
+        markov_rank = reader.integer("markov_rank", 0)
+        confidence = reader.boolean("enable_confidence_head")
+        config = cls(
+            vocab_size=reader.integer("vocab_size", 1),
+            hidden_size=hidden_size,
+            intermediate_size=reader.integer("intermediate_size", 1),
+            num_hidden_layers=reader.integer("num_hidden_layers", 1),
+            num_attention_heads=heads,
+            num_key_value_heads=reader.integer("num_key_value_heads", 1),
+            head_dim=reader.integer("head_dim", 2, default=hidden_size // heads),
+            max_position_embeddings=reader.integer("max_position_embeddings", 1),
+            block_size=reader.integer("block_size", 1),
+            target_layer_ids=reader.layer_ids(),
+            num_target_layers=reader.integer("num_target_layers", 1),
+            mask_token_id=reader.integer("mask_token_id", 0),
+            num_anchors=reader.integer("num_anchors", 1),
+            markov_rank=markov_rank,
+            markov_head_type=reader.markov_head_type(required=markov_rank > 0),
+            enable_confidence_head=confidence,
+            confidence_head_with_markov=(
+                reader.boolean("confidence_head_with_markov") if confidence else False
+            ),
+            rms_norm_eps=reader.number("rms_norm_eps", default=1e-6),
+            attention_bias=reader.boolean("attention_bias", default=False),
+            hidden_act=reader.hidden_act(),
+            rope_parameters=reader.rope_parameters(),
+        )
+        config._check_together(reader)
+        return config
+
+    def _check_together(self, reader: _Reader) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise reader.error(
+                "num_key_value_heads",
+                f"{self.num_key_value_heads} does not divide num_attention_heads "
+                f"{self.num_attention_heads}",
+            )
+        if self.head_dim % 2:
+            raise reader.error("head_dim", f"must be even, not {self.head_dim}")
+        if self.mask_token_id >= self.vocab_size:
+            raise reader.error(
+                "mask_token_id", f"{self.mask_token_id} is outside vocab_size {self.vocab_size}"
+            )
+        for layer_id in self.target_layer_ids:
+            if layer_id >= self.num_target_layers:
+                raise reader.error(
+                    "target_layer_ids",
+                    f"{layer_id} is out of range for num_target_layers {self.num_target_layers}",
+                )
+        if self.confidence_head_with_markov and self.markov_rank == 0:
+            raise reader.error("confidence_head_with_markov", "true needs markov_rank above 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``config.json`` of this drafter, as ``from_dict`` reads it."""
+        return {
+            "architectures": [ARCHITECTURE],
+            "model_type": "qwen3",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "attention_bias": self.attention_bias,
+            "hidden_act": self.hidden_act,
+            "rope_parameters": dict(self.rope_parameters),
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+            "block_size": self.block_size,
+            "target_layer_ids": list(self.target_layer_ids),
+            "num_target_layers": self.num_target_layers,
+            "mask_token_id": self.mask_token_id,
+            "num_anchors": self.num_anchors,
+            "markov_rank": self.markov_rank,
+            "markov_head_type": self.markov_head_type,
+            "enable_confidence_head": self.enable_confidence_head,
+            "confidence_head_with_markov": self.confidence_head_with_markov,
+        }
+
+
+_MISSING = object()
+
+
+class _Reader:
+    """Typed access to a ``config.json`` whose errors name the file and the key."""
+
+    def __init__(self, data: Mapping[str, Any], file: str) -> None:
+        self._data = data
+        self._file = file
+
+    def error(self, key: str, message: str) -> CheckpointError:
+        return CheckpointError(self._file, key, message)
+
+    def refuse_foreign_formats(self) -> None:
+        if "speculators_model_type" in self._data:
+            raise self.error(
+                "speculators_model_type",
+                "checkpoints of the speculators library use another slot convention; "
+                "only DeepSpec's format is loaded",
+            )
+        architectures = self._get("architectures")
+        if architectures != [ARCHITECTURE]:
+            raise self.error("architectures", f"must be ['{ARCHITECTURE}'], not {architectures!r}")
+        layer_types = self._data.get("layer_types") or []
+        if any(kind != "full_attention" for kind in layer_types):
+            raise self.error("layer_types", "only 'full_attention' layers are supported")
+
+    def integer(self, key: str, minimum: int, default: int | None = None) -> int:
+        value = self._get(key, _MISSING if default is None else default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.error(key, f"must be an integer of at least {minimum}, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise self.error(key, f"must be a number above 0, not {value!r}")
+        return float(value)
+
+    def boolean(self, key: str, default: bool | None = None) -> bool:
+        value = self._get(key, _MISSING if default is None else default)
+        if not isinstance(value, bool):
+            raise self.error(key, f"must be true or false, not {value!r}")
+        return value
+
+    def layer_ids(self) -> tuple[int, ...]:
+        value = self._get("target_layer_ids")
+        valid = isinstance(value, list) and len(value) > 0
+        if not valid or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
+            raise self.error("target_layer_ids", f"must be a list of integers, not {value!r}")
+        if value[0] < -1 or any(low >= high for low, high in pairwise(value)):
+            raise self.error("target_layer_ids", f"must increase from -1 or more, not {value!r}")
+        return tuple(value)
+
+    def markov_head_type(self, required: bool) -> str:
+        value = self._get("markov_head_type", _MISSING if required else MARKOV_HEAD_TYPES[0])
+        if value not in MARKOV_HEAD_TYPES:
+            raise self.error(
+                "markov_head_type", f"must be one of {list(MARKOV_HEAD_TYPES)}, not {value!r}"
+            )
+        return str(value)
+
+    def hidden_act(self) -> str:
+        value = self._get("hidden_act", "silu")
+        if value != "silu":
+            raise self.error("hidden_act", f"must be 'silu', not {value!r}")
+        return str(value)
+
+    def rope_parameters(self) -> dict[str, Any]:
+        """Rotary settings as transformers 5 names them; 4's two keys are read as well."""
+        value = self._data.get("rope_parameters")
+        if value is None:
+            value = dict(self._data.get("rope_scaling") or {})
+            value.setdefault("rope_type", value.pop("type", "default"))
+            value["rope_theta"] = self.number("rope_theta", default=_DEFAULT_ROPE_THETA)
+        theta = value.get("rope_theta") if isinstance(value, dict) else None
+        if not isinstance(theta, int | float):
+            raise self.error("rope_parameters", f"needs a number rope_theta, not {value!r}")
+        return {"rope_type": "default", **value}
+
+    def _get(self, key: str, default: Any = _MISSING) -> Any:
+        value = self._data.get(key, default)
+        if value is _MISSING:
+            raise self.error(key, "is missing")
+        return value
