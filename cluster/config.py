@@ -1,0 +1,223 @@
+"""The whole configuration: frozen, validated once, unknown keys fail with the nearest right name.
+
+``ClusterConfig`` is what ``deployments/*.yaml`` hold under ``applications[].args`` (Ray Serve's own
+configuration format), and what every part receives.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.errors import ConfigError
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class TargetConfig(_Section):
+    """The target model and the engine of each of its replicas."""
+
+    model: str = Field(description="Hugging Face checkpoint folder or hub id")
+    num_replicas: int = Field(default=1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    dtype: DType = "bfloat16"
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of each shard; unset: cores / shards"
+    )
+    num_cpus: float = Field(default=0.5, ge=0, description="Ray CPUs reserved for each shard")
+    num_gpus: float = Field(default=0, ge=0, description="Ray GPUs reserved for each shard")
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    max_model_len: int | None = Field(
+        default=None, ge=2, description="context in tokens; unset: the checkpoint's"
+    )
+    max_num_seqs: int = Field(default=64, ge=1, description="requests in one batch")
+    max_num_batched_tokens: int = Field(default=512, ge=1, description="tokens in one pass")
+    max_num_waiting: int = Field(default=1024, ge=0, description="requests queued on a replica")
+    page_size: int = Field(default=16, ge=1, description="tokens of one KV page")
+    num_pages: int | None = Field(
+        default=None, ge=2, description="KV pages; unset: from kv_cache_memory_mb"
+    )
+    kv_cache_memory_mb: int = Field(default=256, ge=1, description="KV memory of each shard")
+    deterministic: bool = Field(
+        default=False, description="bit-identical outputs whatever the batch (slow)"
+    )
+    trust_remote_code: bool = False
+    collective_timeout_s: float = Field(default=60.0, gt=0)
+
+    @property
+    def num_shards(self) -> int:
+        """Shard actors of one replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+class SpeculativeConfig(_Section):
+    """How drafts are made and verified; shaped as vLLM's speculative configuration."""
+
+    method: Literal["dspark"] = "dspark"
+    model: str = Field(description="drafter checkpoint folder or hub id")
+    num_speculative_tokens: int | None = Field(
+        default=None, ge=0, description="most draft tokens a round; unset: the drafter's block"
+    )
+    scheduler: Literal["full", "prefix"] = Field(
+        default="full",
+        description="full: verify the whole block; prefix: DSpark's algorithm 1 on the cost model",
+    )
+    trust_drafter: bool = Field(
+        default=True, description="false: verify as if the drafter lied about its distribution"
+    )
+    draft_top_k: int = Field(
+        default=64, ge=1, le=1024, description="entries of the draft distribution on the wire"
+    )
+    draft_timeout_ms: float = Field(
+        default=200.0, gt=0, description="a round later than this decodes plainly"
+    )
+
+
+class DrafterConfig(_Section):
+    """The pool of drafters."""
+
+    num_replicas: int = Field(default=1, ge=0)
+    dtype: DType = "bfloat16"
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_threads: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.5, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    host: str = Field(default="", description="address to bind and publish; empty: the node's own")
+    port: int = Field(default=0, ge=0, le=65535, description="first port to try; 0: any free one")
+    num_ports: int = Field(default=64, ge=1, description="length of the port range")
+    max_sessions: int = Field(default=1024, ge=1)
+    session_ttl_s: float = Field(default=60.0, gt=0)
+    page_size: int = Field(default=16, ge=1)
+    kv_cache_memory_mb: int = Field(default=256, ge=1)
+
+
+class RouterConfig(_Section):
+    """The clients' door."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.1, ge=0)
+    host: str = Field(default="127.0.0.1", description="address that the gRPC server binds")
+    port: int = Field(default=50051, ge=0, le=65535, description="0: any free one")
+    max_queued_tokens: int = Field(default=1_000_000, ge=1)
+    max_message_mb: int = Field(default=16, ge=1)
+
+
+class ClusterConfig(_Section):
+    """One cluster: a target, its drafters and its routers."""
+
+    served_model_name: str | None = Field(default=None, description="unset: target.model's name")
+    target: TargetConfig
+    speculative: SpeculativeConfig | None = Field(
+        default=None, description="unset: no drafters, plain decoding"
+    )
+    drafter: DrafterConfig = Field(default_factory=DrafterConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0, description="longest wait for running streams when a part stops"
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> ClusterConfig:
+        if self.target.max_num_batched_tokens < self.target.max_num_seqs:
+            raise ValueError(
+                "target.max_num_batched_tokens must be at least target.max_num_seqs, "
+                f"got {self.target.max_num_batched_tokens} < {self.target.max_num_seqs}"
+            )
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The name clients see."""
+        return self.served_model_name or Path(self.target.model).name
+
+    @classmethod
+    def parse(cls, values: Any, *, base_dir: Path | None = None) -> ClusterConfig:
+        """Validates ``values`` (a mapping as read from YAML).
+
+        Args:
+            values: the mapping.
+            base_dir: folder that relative model paths are looked up in first.
+
+        Raises:
+            ConfigError: naming the key's dotted path.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError("args", f"must be a mapping, got {type(values).__name__}")
+        try:
+            config = cls.model_validate(values)
+        except ValidationError as error:
+            raise _as_config_error(cls, error) from None
+        if base_dir is None:
+            return config
+        target = config.target.model_copy(
+            update={"model": _resolve_path(config.target.model, base_dir)}
+        )
+        speculative = config.speculative
+        if speculative is not None:
+            speculative = speculative.model_copy(
+                update={"model": _resolve_path(speculative.model, base_dir)}
+            )
+        return config.model_copy(update={"target": target, "speculative": speculative})
+
+
+def load_serve_config(path: Path) -> tuple[dict[str, Any], ClusterConfig]:
+    """Reads a Ray Serve configuration file with one dspark application in it.
+
+    Returns:
+        The Serve configuration as a mapping whose application ``args`` are validated and hold
+        absolute model paths, and the parsed ``ClusterConfig``.
+
+    Raises:
+        ConfigError: unreadable file, no application, or a bad value in it.
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), f"is not YAML: {error}") from None
+    applications = document.get("applications") if isinstance(document, dict) else None
+    if not isinstance(applications, list) or len(applications) != 1:
+        raise ConfigError("applications", "must be a list with one application")
+    application = applications[0]
+    if not isinstance(application, dict):
+        raise ConfigError("applications.0", "must be a mapping")
+    config = ClusterConfig.parse(application.get("args"), base_dir=path.resolve().parent)
+    application["args"] = config.model_dump(mode="json", exclude_unset=True)
+    return document, config
+
+
+def _resolve_path(model: str, base_dir: Path) -> str:
+    candidate = base_dir / model
+    return str(candidate.resolve()) if candidate.exists() else model
+
+
+def _as_config_error(root: type[BaseModel], error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location) or "args"
+    if first["type"] == "extra_forbidden":
+        return ConfigError(key, "unknown key", _known_keys(root, location[:-1]))
+    if first["type"] == "missing":
+        return ConfigError(key, "is required")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["loc"]:
+        message = f"{message}, got {first['input']!r}"
+    return ConfigError(key, message)
+
+
+def _known_keys(model: Any, path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)

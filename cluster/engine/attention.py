@@ -1,0 +1,197 @@
+"""Attention over the paged KV cache, plugged into transformers' ``AttentionInterface``.
+
+The model's own forward calls ``paged_attention`` once per layer with the flattened tokens of all
+requests. Sequences with few query tokens (decoding, verification) are attended in one padded batch;
+longer ones (prompt chunks) each on their own, so that padding never multiplies prompt work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from cluster.engine.step_input import StepInput
+
+ATTENTION_NAME = "dspark_paged"
+MAX_SHORT_QUERY = 16
+
+
+class KVCache:
+    """Keys and values of some layers, ``[num_pages, page_size, kv_heads, head_dim]`` each."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def allocate(
+        self, layer: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Makes the room of one layer."""
+        shape = (self.num_pages, self.page_size, kv_heads, head_dim)
+        self._layers[layer] = (
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device),
+        )
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer."""
+        return self._layers[layer]
+
+
+@dataclass
+class _Group:
+    """Sequences that are attended together.
+
+    Attributes:
+        token_index: ``[T]`` flat tokens of the group.
+        padded_index: ``[T]`` where each lies in the padded ``[B * Q]`` layout.
+        gather_index: ``[B * Q]`` flat token of each padded place (padding repeats token 0).
+        block_table: ``[B, P]``.
+        query_positions: ``[B, Q]`` place of each query in its sequence.
+        key_length: keys used of each row, or ``None`` for all P * page_size with a mask.
+    """
+
+    batch_size: int
+    query_length: int
+    token_index: torch.Tensor
+    padded_index: torch.Tensor
+    gather_index: torch.Tensor
+    block_table: torch.Tensor
+    query_positions: torch.Tensor
+    key_length: int | None
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+
+@dataclass
+class PagedBatch:
+    """What ``paged_attention`` needs of one pass; built once, used by every layer."""
+
+    cache: KVCache
+    slots: torch.Tensor
+    groups: list[_Group]
+
+    @classmethod
+    def build(cls, step: StepInput, cache: KVCache, device: torch.device) -> PagedBatch:
+        """Groups the sequences of ``step``; index tensors are ``int64`` on ``device``."""
+        starts = np.cumsum(step.query_lens) - step.query_lens
+        short = np.flatnonzero(step.query_lens <= MAX_SHORT_QUERY)
+        long = np.flatnonzero(step.query_lens > MAX_SHORT_QUERY)
+        groups = []
+        if len(short):
+            groups.append(_make_group(step, starts, short, cache.page_size, device))
+        for sequence in long:
+            groups.append(
+                _make_group(step, starts, np.asarray([sequence]), cache.page_size, device)
+            )
+        slots = torch.as_tensor(step.slots, device=device)
+        return cls(cache=cache, slots=slots, groups=groups)
+
+
+def paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    paged: PagedBatch,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Stores this pass's keys and values, then attends every query to its own sequence's cache.
+
+    Args:
+        query: ``[1, heads, N, head_dim]``; ``key`` and ``value``: ``[1, kv_heads, N, head_dim]``.
+        attention_mask: unused; causality follows from positions.
+        scaling: of the scores; ``sliding_window``: keys further back are not seen.
+        paged: this pass's layout.
+
+    Returns:
+        ``[1, N, heads, head_dim]`` and ``None`` (no weights).
+    """
+    keys, values = paged.cache.layer(module.layer_idx)
+    page_size = paged.cache.page_size
+    keys.view(-1, *keys.shape[2:]).index_copy_(0, paged.slots, key[0].transpose(0, 1))
+    values.view(-1, *values.shape[2:]).index_copy_(0, paged.slots, value[0].transpose(0, 1))
+    flat_query = query[0].transpose(0, 1)
+    output = torch.empty_like(flat_query, memory_format=torch.contiguous_format)
+    for group in paged.groups:
+        pages = group.block_table.reshape(-1)
+        length = group.key_length or group.block_table.shape[1] * page_size
+        shape = (group.batch_size, -1, *keys.shape[2:])
+        group_keys = keys.index_select(0, pages).view(shape)[:, :length]
+        group_values = values.index_select(0, pages).view(shape)[:, :length]
+        queries = flat_query.index_select(0, group.gather_index)
+        queries = queries.view(group.batch_size, group.query_length, *flat_query.shape[1:])
+        attended = scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            group_keys.transpose(1, 2),
+            group_values.transpose(1, 2),
+            attn_mask=_mask(group, length, sliding_window),
+            scale=scaling,
+            enable_gqa=flat_query.shape[1] != keys.shape[2],
+        )
+        flat = attended.transpose(1, 2).reshape(-1, *flat_query.shape[1:])
+        output.index_copy_(0, group.token_index, flat.index_select(0, group.padded_index))
+    return output.unsqueeze(0), None
+
+
+def _make_group(
+    step: StepInput,
+    starts: np.ndarray,
+    sequences: np.ndarray,
+    page_size: int,
+    device: torch.device,
+) -> _Group:
+    query_lens = step.query_lens[sequences]
+    context_lens = step.context_lens[sequences]
+    batch_size, query_length = len(sequences), int(query_lens.max())
+    offsets = np.arange(query_length)
+    real = offsets[None, :] < query_lens[:, None]
+    tokens = np.where(real, starts[sequences][:, None] + offsets[None, :], 0)
+    positions = (context_lens - query_lens)[:, None] + offsets[None, :]
+    # A single query of a single sequence sees exactly its context: no mask, and so the same
+    # arithmetic as the model's own incremental decoding (deterministic mode rests on it).
+    exact = int(context_lens[0]) if batch_size == 1 else None
+    num_pages = -(-int(context_lens.max()) // page_size)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(np.ascontiguousarray(array), device=device)
+
+    return _Group(
+        batch_size=batch_size,
+        query_length=query_length,
+        token_index=tensor(tokens[real]),
+        padded_index=tensor(np.flatnonzero(real.reshape(-1))),
+        gather_index=tensor(tokens.reshape(-1)),
+        block_table=tensor(step.block_tables[sequences][:, :num_pages]),
+        query_positions=tensor(positions),
+        key_length=exact,
+    )
+
+
+def _mask(group: _Group, length: int, window: int | None) -> torch.Tensor | None:
+    """``[B, 1, Q, length]`` bool, True where a query may look; ``None`` when it sees everything."""
+    if window not in group.masks:
+        one_query = group.batch_size == 1 and group.query_length == 1
+        if one_query and (window is None or length <= window):
+            group.masks[window] = None
+        else:
+            keys = torch.arange(length, device=group.query_positions.device)
+            positions = group.query_positions.unsqueeze(-1)
+            visible = keys <= positions
+            if window is not None:
+                visible &= keys > positions - window
+            group.masks[window] = visible.unsqueeze(1)
+    return group.masks[window]
+
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -1,0 +1,214 @@
+"""Keeps drafters supplied and takes their proposals: the engine's side of every draft session.
+
+After each step, sequences that go on are announced: what the drafter lacks of their features is sent,
+in bulk (``feed``) for prompts and catch-up, or inline with the round for the few tokens that a round
+commits. A sequence drafts once its bulk features are acknowledged. Anything that goes wrong on the
+way leaves a sequence without a proposal, and it decodes plainly (DESIGN.md, rule 8).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.config import SpeculativeConfig
+from cluster.engine.draft_client import (
+    DraftClient,
+    DraftOutcome,
+    DraftResult,
+    DraftRound,
+    DraftSampling,
+    DraftSequence,
+    SessionKey,
+)
+from cluster.engine.sequence import Sequence
+
+_MAX_INLINE_FEATURES = 16
+
+FeatureReader = Callable[[list[tuple[Sequence, int, int]]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A round that has been sent and not yet collected."""
+
+    handle: Any
+    deadline: float
+    sequences: dict[SessionKey, Sequence]
+
+
+class Drafting:
+    """Draft sessions and rounds of one engine; only the engine's thread calls it.
+
+    There is at most one round under way for each group, and one proposal for each (session,
+    committed length).
+
+    Args:
+        client: the drafters.
+        config: caps and deadlines.
+        read_features: reads cached features of ``(sequence, first position, end)`` ranges, stacked.
+        max_model_len: no guess goes beyond it.
+    """
+
+    def __init__(
+        self,
+        client: DraftClient,
+        config: SpeculativeConfig,
+        read_features: FeatureReader,
+        max_model_len: int,
+    ) -> None:
+        self._client = client
+        self._config = config
+        self._read_features = read_features
+        self._max_model_len = max_model_len
+        self._pending: dict[int, _Pending] = {}
+        self.num_late = 0
+        self.num_stale = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether some drafter can be asked."""
+        return self._client.is_ready()
+
+    def announce(self, group: int, sequences: list[Sequence]) -> None:
+        """Sends features of sequences that have just been computed, and starts the group's round.
+
+        Args:
+            group: has no round under way.
+            sequences: those of the finished pass that go on.
+        """
+        if not self._client.is_ready():
+            return
+        chosen = [s for s in sequences if self._prepare(s)]
+        if not chosen:
+            return
+        ranges = [(s, s.num_fed_features, s.num_computed_tokens) for s in chosen]
+        entries = tuple(self._entry(s) for s in chosen)
+        members: dict[SessionKey, Sequence] = {}
+        for sequence, entry in zip(chosen, entries, strict=True):
+            sequence.num_fed_features = sequence.num_computed_tokens
+            sequence.num_announced_tokens = len(sequence.token_ids)
+            members[entry.session] = sequence
+        handle = self._client.start_round(DraftRound(entries, self._read_features(ranges)))
+        deadline = time.monotonic() + self._config.draft_timeout_ms / 1e3
+        self._pending[group] = _Pending(handle, deadline, members)
+
+    def collect(self, group: int) -> None:
+        """Waits for the group's round, within its deadline, and hands out its proposals."""
+        pending = self._pending.pop(group, None)
+        if pending is None:
+            return
+        timeout = max(0.0, pending.deadline - time.monotonic())
+        results = self._client.collect(pending.handle, timeout)
+        answered = set()
+        for result in results:
+            sequence = pending.sequences.get(result.session)
+            if sequence is not None and sequence.session == result.session:
+                answered.add(result.session)
+                self._take(sequence, result)
+        for session, sequence in pending.sequences.items():
+            if session not in answered:
+                self.num_late += 1
+                sequence.stats.num_late_proposals += 1
+
+    def forget(self, sequence: Sequence) -> None:
+        """Ends the sequence's draft session, wherever it is."""
+        if sequence.session is not None:
+            self._client.close_session(sequence.session)
+            sequence.session = None
+
+    def close(self) -> None:
+        """Ends every connection to drafters."""
+        self._client.close()
+
+    def _take(self, sequence: Sequence, result: DraftResult) -> None:
+        if result.outcome is DraftOutcome.UNKNOWN_SESSION:
+            self.forget(sequence)
+        elif result.outcome is DraftOutcome.MISSING:
+            sequence.num_fed_features = min(result.missing_from, sequence.num_fed_features)
+            sequence.num_bulk_features = sequence.num_fed_features
+        elif result.committed_length != len(sequence.token_ids):
+            self.num_stale += 1
+            sequence.stats.num_stale_proposals += 1
+        else:
+            sequence.proposal = result.proposal
+
+    def _prepare(self, sequence: Sequence) -> bool:
+        """Feeds what must go in bulk. Returns whether the sequence joins the next round."""
+        if sequence.request.speculation.is_off or not self._open(sequence):
+            return False
+        session = sequence.session
+        if session is None:
+            return False
+        lacking = sequence.num_computed_tokens - sequence.num_fed_features
+        if lacking <= 0:
+            return False
+        is_decoding = sequence.num_missing_tokens == 1
+        acknowledged = self._client.acknowledged_length(session) >= sequence.num_bulk_features
+        is_first = sequence.num_fed_features == 0
+        if is_first or lacking > _MAX_INLINE_FEATURES or not is_decoding:
+            start = sequence.num_fed_features
+            rows = self._read_features([(sequence, start, sequence.num_computed_tokens)])
+            sequence.num_fed_features += self._client.feed(session, start, rows)
+            sequence.num_bulk_features = sequence.num_fed_features
+            return False
+        return acknowledged and self._num_drafts(sequence) > 0
+
+    def _open(self, sequence: Sequence) -> bool:
+        if sequence.session is not None and self._client.has_session(sequence.session):
+            return True
+        self.forget(sequence)
+        params = sequence.request.sampling
+        is_seeded = params.seed is not None and not params.is_greedy
+        sampling = DraftSampling(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seed=params.seed if is_seeded else None,
+            choice_index=sequence.request.choice_index,
+            send_probs=not params.is_greedy and not is_seeded and self._config.trust_drafter,
+        )
+        sequence.session_epoch += 1
+        session = SessionKey(sequence.request.request_id, sequence.session_epoch)
+        if not self._client.open_session(session, sampling):
+            return False
+        sequence.session = session
+        sequence.num_fed_features = sequence.num_bulk_features = 0
+        sequence.num_announced_tokens = 0
+        return True
+
+    def _num_drafts(self, sequence: Sequence) -> int:
+        """Guesses worth asking for: the bonus token takes the last place that is left."""
+        room = min(sequence.room, self._max_model_len - len(sequence.token_ids)) - 1
+        caps = (
+            self._config.num_speculative_tokens,
+            sequence.request.speculation.num_speculative_tokens,
+        )
+        return min(self._client.block_size, room, *(cap for cap in caps if cap is not None))
+
+    def _entry(self, sequence: Sequence) -> DraftSequence:
+        if sequence.session is None:
+            raise RuntimeError("a sequence without a session cannot join a round")
+        return DraftSequence(
+            session=sequence.session,
+            committed_length=len(sequence.token_ids),
+            num_features=sequence.num_computed_tokens - sequence.num_fed_features,
+            new_token_ids=tuple(sequence.token_ids[sequence.num_announced_tokens :]),
+            num_speculative_tokens=self._num_drafts(sequence),
+        )
+
+
+def feature_slots(ranges: list[tuple[Sequence, int, int]], page_size: int) -> np.ndarray:
+    """Cache slots of ``(sequence, first position, end)`` ranges, one behind the other; int64."""
+    parts = []
+    for sequence, start, end in ranges:
+        positions = np.arange(start, end)
+        pages = np.asarray(sequence.pages, dtype=np.int64)[positions // page_size]
+        parts.append(pages * page_size + positions % page_size)
+    return np.concatenate(parts)

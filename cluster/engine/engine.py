@@ -1,0 +1,405 @@
+"""The engine: one target replica's loop, one step at a time.
+
+A step schedules a group of sequences, verifies their guesses and computes their prompts in one pass,
+samples once, and hands out what every request gained. With several pipeline stages, as many groups
+are in flight, and a step launches what it can before it finishes the oldest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.config import ClusterConfig
+from cluster.engine.draft_client import DraftClient
+from cluster.engine.drafting import Drafting, feature_slots
+from cluster.engine.pages import PagePool
+from cluster.engine.profile import profile_verify_curve
+from cluster.engine.runner import Runner
+from cluster.engine.sampler import SampleInput, SampleOutput, Sampler
+from cluster.engine.scheduler import ScheduledSequence, Scheduler
+from cluster.engine.sequence import Sequence
+from cluster.engine.step_input import StepInput
+from cluster.engine.text import TextStream
+from cluster.errors import ConfigError, DeadlineExceededError, InvalidRequestError
+from cluster.request import FinishReason, Request, RequestOutput, SpeculationStats, Usage
+from cluster.speculation.budget import BudgetPlanner, FixedBudget, GreedyBudget
+from cluster.speculation.cost_model import CostModel
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """What a replica reports of itself; times and shares are of the moment of the report."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    speculation_state: str = "off"
+    speculation_reason: str = ""
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A scheduled pass that is under way."""
+
+    group: int
+    entries: list[ScheduledSequence]
+    num_tokens: int
+    launched_at: float
+
+
+class Engine:
+    """Serves requests on one target. Not thread-safe: see ``cluster.engine.loop``.
+
+    Every added request ends in exactly one last ``RequestOutput``: finished or with an error.
+
+    Args:
+        config: the cluster's configuration.
+        runner: the target's shards.
+        tokenizer: needed for stop strings only.
+        eos_token_ids: tokens that end an output.
+        draft_client: the drafters, or ``None`` to decode plainly.
+        seed: of the random streams (tests); unset: from the operating system.
+
+    Raises:
+        ConfigError: the cache cannot hold one full context.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        runner: Runner,
+        *,
+        eos_token_ids: tuple[int, ...],
+        tokenizer: Any = None,
+        draft_client: DraftClient | None = None,
+        seed: int | None = None,
+    ) -> None:
+        shard = runner.shard
+        self.vocab_size = shard.vocab_size
+        self.max_model_len = min(
+            config.target.max_model_len or shard.max_model_len, shard.max_model_len
+        )
+        self.max_batch_tokens = config.target.max_num_batched_tokens
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._pages = PagePool(shard.num_pages, shard.page_size)
+        if self._pages.num_pages * shard.page_size < self.max_model_len:
+            raise ConfigError(
+                "target.num_pages",
+                f"{self._pages.num_pages} usable pages of {shard.page_size} tokens cannot hold one "
+                f"context of {self.max_model_len}; raise kv_cache_memory_mb or lower max_model_len",
+            )
+        self._num_groups = runner.num_stages
+        self._scheduler = Scheduler(config.target, self._pages, self._num_groups)
+        speculative = config.speculative
+        self._sampler = Sampler(
+            eos_token_ids=eos_token_ids,
+            trust_drafter=speculative is None or speculative.trust_drafter,
+            device=shard.device,
+            seed=seed,
+        )
+        self._drafting: Drafting | None = None
+        self._budget: BudgetPlanner | None = None
+        if draft_client is not None and speculative is not None:
+            self._drafting = Drafting(
+                draft_client, speculative, self._read_features, self.max_model_len
+            )
+            if speculative.scheduler == "prefix":
+                self._budget = GreedyBudget()
+        self.cost_model = CostModel(profile_verify_curve(runner, config.target))
+        self._sequences: dict[str, Sequence] = {}
+        self._in_flight: deque[_Pass] = deque()
+        self._next_group = 0
+        self._num_output_tokens = 0
+        self._stats = SpeculationStats()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` would do anything."""
+        return bool(self._sequences)
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            InvalidRequestError: a field cannot be served, or the id is in use.
+            QueueFullError: too many requests wait.
+        """
+        request.validate(vocab_size=self.vocab_size, max_model_len=self.max_model_len)
+        if request.request_id in self._sequences:
+            raise InvalidRequestError("request_id", f"'{request.request_id}' is being served")
+        prompt = list(request.prompt_token_ids)
+        text = None
+        if request.sampling.stop:
+            if self._tokenizer is None:
+                raise InvalidRequestError("sampling.stop", "this engine has no tokenizer")
+            text = TextStream(self._tokenizer, request.sampling.stop)
+            for token_id in request.resume_token_ids:
+                text.push(token_id)
+        sequence = Sequence(
+            request=request,
+            token_ids=prompt + list(request.resume_token_ids),
+            num_prompt_tokens=len(prompt),
+            max_output_tokens=min(request.sampling.max_tokens, self.max_model_len - len(prompt)),
+            text=text,
+        )
+        self._scheduler.add(sequence)
+        self._sequences[request.request_id] = sequence
+
+    def cancel(self, request_id: str, error: Exception) -> None:
+        """Ends a request with ``error`` before the next pass; unknown ids are ignored."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and sequence.end_error is None:
+            sequence.end_error = error
+
+    def step(self) -> list[RequestOutput]:
+        """Launches what fits, finishes the oldest pass, and tells what every request gained."""
+        outputs = self._end_marked()
+        while len(self._in_flight) < self._num_groups and self._launch_next():
+            pass
+        if self._in_flight:
+            outputs += self._finish(self._in_flight.popleft())
+        return outputs
+
+    def load(self) -> EngineLoad:
+        """The moment's load and the totals since the start."""
+        if self._drafting is None:
+            state, reason = "off", "no drafter is configured"
+        elif not self._drafting.is_ready:
+            state, reason = "off", "no drafter is ready"
+        else:
+            state, reason = "on", "a drafter is ready"
+        return EngineLoad(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            kv_cache_usage=self._pages.usage,
+            num_output_tokens=self._num_output_tokens,
+            num_preemptions=self._scheduler.num_preemptions,
+            speculation_state=state,
+            speculation_reason=reason,
+            stats=self._stats,
+        )
+
+    def check(self) -> None:
+        """Verifies that no page is leaked or held twice. Raises: RuntimeError."""
+        self._pages.check([s.pages for s in self._sequences.values()])
+
+    def keep_alive(self) -> None:
+        """Tells idle shards that the engine is there."""
+        self._runner.keep_alive()
+
+    def close(self) -> None:
+        """Ends the drafters' connections and lets the other shards stop."""
+        if self._drafting is not None:
+            self._drafting.close()
+        self._runner.stop()
+
+    def _end_marked(self) -> list[RequestOutput]:
+        """Ends cancelled and overdue requests that are not in flight."""
+        now = time.monotonic()
+        outputs = []
+        for sequence in list(self._sequences.values()):
+            deadline = sequence.request.deadline
+            if sequence.end_error is None and deadline is not None and now >= deadline:
+                sequence.end_error = DeadlineExceededError("the request's deadline passed")
+            if sequence.end_error is not None and not sequence.is_in_flight:
+                outputs.append(self._end(sequence, error=sequence.end_error))
+        return outputs
+
+    def _launch_next(self) -> bool:
+        """Starts the next group that has something to do. Returns whether there was one."""
+        busy = {entry.group for entry in self._in_flight}
+        for offset in range(self._num_groups):
+            group = (self._next_group + offset) % self._num_groups
+            if group in busy:
+                continue
+            if self._drafting is not None:
+                self._drafting.collect(group)
+            entries = self._scheduler.schedule(group, self._choose_drafts(group))
+            if entries:
+                self._launch(group, entries)
+                self._next_group = (group + 1) % self._num_groups
+                return True
+        return False
+
+    def _choose_drafts(self, group: int) -> dict[Sequence, tuple[int, ...]]:
+        """How much of each proposal to verify in the group's next pass."""
+        members = self._scheduler.group_members(group)
+        drafted = [s for s in members if s.proposal is not None]
+        if not drafted:
+            return {}
+        proposals = [s.proposal for s in drafted if s.proposal is not None]
+        widths = np.asarray([p.num_draft_tokens for p in proposals])
+        planner = self._budget or FixedBudget(int(widths.max()))
+        confidences = np.zeros((len(drafted), int(widths.max())))
+        for row, proposal in enumerate(proposals):
+            confidences[row, : widths[row]] = proposal.confidences
+        admitted = planner.plan(
+            confidences,
+            widths,
+            cost_model=self.cost_model,
+            num_requests=len(members),
+            num_base_tokens=sum(s.num_missing_tokens for s in members),
+        )
+        return {
+            sequence: proposal.draft_token_ids[:count]
+            for sequence, proposal, count in zip(drafted, proposals, admitted, strict=True)
+        }
+
+    def _launch(self, group: int, entries: list[ScheduledSequence]) -> None:
+        step = _step_input(entries, self._pages.page_size)
+        for entry in entries:
+            entry.sequence.is_in_flight = True
+        now = time.monotonic()
+        self._runner.launch(step)
+        self._in_flight.append(_Pass(group, entries, step.num_tokens, now))
+
+    def _finish(self, done: _Pass) -> list[RequestOutput]:
+        """Samples a pass's tokens, commits them, ends what is done and announces what goes on."""
+        logits = self._runner.collect()
+        self.cost_model.observe_verify(done.num_tokens, time.monotonic() - done.launched_at)
+        sampling = [entry for entry in done.entries if entry.samples]
+        samples = iter(self._sampler.sample(logits, [_sample_input(e) for e in sampling]))
+        outputs: list[RequestOutput] = []
+        going_on: list[Sequence] = []
+        for entry in done.entries:
+            sequence = entry.sequence
+            sequence.is_in_flight = False
+            reason = None
+            if entry.samples:
+                output, reason = self._commit(entry, next(samples))
+                outputs.append(output)
+            else:
+                sequence.num_computed_tokens += entry.num_tokens
+            if reason is not None:
+                self._remove(sequence)
+            elif sequence.end_error is None:
+                going_on.append(sequence)
+        if self._drafting is not None:
+            self._drafting.announce(done.group, going_on)
+        return outputs
+
+    def _commit(
+        self, entry: ScheduledSequence, sample: SampleOutput
+    ) -> tuple[RequestOutput, FinishReason | None]:
+        """Appends a sequence's new tokens, cut where it ends."""
+        sequence = entry.sequence
+        offset = sequence.num_output_tokens
+        reason = None
+        for token_id in sample.token_ids:
+            sequence.token_ids.append(token_id)
+            reason = self._finish_reason(sequence, token_id)
+            if reason is not None:
+                break
+        kept = sequence.num_output_tokens - offset
+        accepted = min(sample.num_accepted_tokens, kept)
+        sequence.num_computed_tokens += entry.num_tokens + accepted
+        sequence.proposal = None
+        self._pages.shrink(sequence.pages, len(sequence.token_ids))
+        sequence.stats.observe(len(entry.draft_token_ids), accepted)
+        self._stats.observe(len(entry.draft_token_ids), accepted)
+        self._num_output_tokens += kept
+        output = RequestOutput(
+            request_id=sequence.request.request_id,
+            token_offset=offset,
+            token_ids=sample.token_ids[:kept],
+            token_sources=sample.token_sources[:kept],
+            logprobs=sample.logprobs[:kept],
+            finish_reason=reason,
+            usage=_usage(sequence) if reason is not None else None,
+        )
+        return output, reason
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        params = sequence.request.sampling
+        if sequence.text is not None and sequence.text.push(token_id).stopped:
+            return FinishReason.STOP
+        is_eos = token_id in self._eos_token_ids and not params.ignore_eos
+        if is_eos or token_id in params.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if sequence.room <= 0 else None
+
+    def _end(self, sequence: Sequence, *, error: Exception) -> RequestOutput:
+        self._remove(sequence)
+        return RequestOutput(
+            request_id=sequence.request.request_id,
+            token_offset=sequence.num_output_tokens,
+            usage=_usage(sequence),
+            error=error,
+        )
+
+    def _remove(self, sequence: Sequence) -> None:
+        if self._drafting is not None:
+            self._drafting.forget(sequence)
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.request.request_id]
+
+    def _read_features(self, ranges: list[tuple[Sequence, int, int]]) -> torch.Tensor:
+        slots = feature_slots(ranges, self._pages.page_size)
+        return self._runner.shard.gather_features(torch.from_numpy(slots))
+
+
+def _usage(sequence: Sequence) -> Usage:
+    return Usage(
+        prompt_tokens=sequence.num_prompt_tokens,
+        completion_tokens=sequence.num_output_tokens,
+        speculation=sequence.stats,
+    )
+
+
+def _sample_input(entry: ScheduledSequence) -> SampleInput:
+    sequence = entry.sequence
+    return SampleInput(
+        params=sequence.request.sampling,
+        token_ids=sequence.token_ids,
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        choice_index=sequence.request.choice_index,
+        draft_token_ids=entry.draft_token_ids,
+        proposal=sequence.proposal,
+    )
+
+
+def _step_input(entries: list[ScheduledSequence], page_size: int) -> StepInput:
+    """Flattens the scheduled tokens of all sequences into one pass."""
+    token_ids: list[int] = []
+    logit_rows: list[int] = []
+    query_lens, starts = [], []
+    for entry in entries:
+        sequence = entry.sequence
+        start = sequence.num_computed_tokens
+        end = start + entry.num_tokens
+        token_ids += sequence.token_ids[start:end]
+        if entry.samples:
+            first = len(token_ids) - 1
+            logit_rows += range(first, first + len(entry.draft_token_ids) + 1)
+        token_ids += entry.draft_token_ids
+        starts.append(start)
+        query_lens.append(entry.num_tokens + len(entry.draft_token_ids))
+    lengths = np.asarray(query_lens, dtype=np.int64)
+    first_positions = np.asarray(starts, dtype=np.int64)
+    firsts = np.cumsum(lengths) - lengths
+    owner = np.repeat(np.arange(len(entries)), lengths)
+    positions = np.arange(len(token_ids)) - firsts[owner] + first_positions[owner]
+    width = max(len(entry.sequence.pages) for entry in entries)
+    tables = np.zeros((len(entries), width), dtype=np.int64)
+    for row, entry in enumerate(entries):
+        tables[row, : len(entry.sequence.pages)] = entry.sequence.pages
+    return StepInput(
+        token_ids=np.asarray(token_ids, dtype=np.int64),
+        positions=positions,
+        slots=tables[owner, positions // page_size] * page_size + positions % page_size,
+        query_lens=lengths,
+        context_lens=first_positions + lengths,
+        block_tables=tables,
+        logit_rows=np.asarray(logit_rows, dtype=np.int64),
+    )

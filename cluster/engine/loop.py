@@ -1,0 +1,154 @@
+"""Runs an engine in a thread of its own, so that its steps wait for nobody."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from cluster.engine.engine import Engine, EngineLoad
+from cluster.errors import DsparkError, ReplicaLostError
+from cluster.request import Request, RequestOutput
+
+logger = logging.getLogger(__name__)
+
+_KEEP_ALIVE_S = 5.0
+_IDLE_WAIT_S = 0.5
+
+OnOutputs = Callable[[list[RequestOutput]], None]
+
+
+class EngineLoop:
+    """The engine's thread and its thread-safe door.
+
+    Every submitted request ends in exactly one last output, also when it is refused (then that is
+    its only one) and when the engine fails (then ``ReplicaLostError``). ``failure`` tells what broke
+    the engine; nothing is served behind that.
+
+    Args:
+        engine: not to be touched by anyone else from now on.
+        on_outputs: called in the engine's thread once a step; must return quickly and not raise.
+    """
+
+    def __init__(self, engine: Engine, on_outputs: OnOutputs) -> None:
+        self.engine = engine
+        self.failure: BaseException | None = None
+        self.last_progress = time.monotonic()
+        self._on_outputs = on_outputs
+        self._inbox: deque[Callable[[], list[RequestOutput]]] = deque()
+        self._active: set[str] = set()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._load = engine.load()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """Ends the thread after the step under way; what is unfinished gets ``ReplicaLostError``."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def submit(self, request: Request) -> None:
+        """Hands over a request; every answer, refusals included, comes through ``on_outputs``."""
+        self._post(lambda: self._add(request))
+
+    def cancel(self, request_id: str, error: Exception) -> None:
+        """Ends a request with ``error`` before the next pass; unknown ids are ignored."""
+        self._post(lambda: self._cancel(request_id, error))
+
+    def load(self) -> EngineLoad:
+        """The load after the last step."""
+        return self._load
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being served or waits to be taken in."""
+        return not self._active and not self._inbox
+
+    def predicted_step_s(self) -> float:
+        """Seconds that the largest pass is expected to take, for watchdogs."""
+        return float(self.engine.cost_model.verify_seconds(self.engine.max_batch_tokens))
+
+    def _post(self, action: Callable[[], list[RequestOutput]]) -> None:
+        with self._wake:
+            self._inbox.append(action)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn()
+            self._fail_all("the replica is shutting down")
+        except BaseException as error:
+            self.failure = error
+            logger.exception("the engine failed")
+            self._fail_all(f"the engine failed: {type(error).__name__}")
+        finally:
+            self._close_engine()
+
+    def _turn(self) -> None:
+        outputs: list[RequestOutput] = []
+        while self._inbox:
+            outputs += self._inbox.popleft()()
+        if self.engine.has_work:
+            outputs += self.engine.step()
+        else:
+            self._wait()
+        self._load = self.engine.load()
+        self.last_progress = time.monotonic()
+        self._deliver(outputs)
+
+    def _wait(self) -> None:
+        """Sleeps until something is posted; checks the cache and keeps the shards company."""
+        self.engine.check()
+        last_sign = time.monotonic()
+        with self._wake:
+            while not self._inbox and not self._stopping:
+                self._wake.wait(_IDLE_WAIT_S)
+                self.last_progress = time.monotonic()
+                if self.last_progress - last_sign > _KEEP_ALIVE_S:
+                    self.engine.keep_alive()
+                    last_sign = self.last_progress
+
+    def _add(self, request: Request) -> list[RequestOutput]:
+        try:
+            self.engine.add_request(request)
+        except DsparkError as error:
+            return [RequestOutput(request_id=request.request_id, token_offset=0, error=error)]
+        self._active.add(request.request_id)
+        return []
+
+    def _cancel(self, request_id: str, error: Exception) -> list[RequestOutput]:
+        self.engine.cancel(request_id, error)
+        return []
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        if not outputs:
+            return
+        self._active.difference_update(o.request_id for o in outputs if o.is_last)
+        self._on_outputs(outputs)
+
+    def _fail_all(self, reason: str) -> None:
+        for action in list(self._inbox):
+            try:
+                self._deliver(action())
+            except Exception:
+                logger.exception("a request could not be taken in while the engine ends")
+        error = ReplicaLostError(reason)
+        self._deliver(
+            [RequestOutput(request_id=r, token_offset=0, error=error) for r in self._active]
+        )
+
+    def _close_engine(self) -> None:
+        try:
+            self.engine.close()
+        except Exception:
+            logger.exception("the engine did not close cleanly")

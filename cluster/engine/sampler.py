@@ -1,0 +1,295 @@
+"""From one pass's logits to every request's next tokens: one processing and sampling pass a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cluster.request import PositionLogprobs, SamplingParams, TokenLogprob, TokenSource
+from cluster.speculation.coupling import coupled_pick, gumbel_noise
+from cluster.speculation.proposal import DraftProposal, dequantize_draft_probs
+from cluster.speculation.sampling import (
+    SamplingBatch,
+    adjust_logits,
+    block_token_counts,
+    process_logits,
+)
+from cluster.speculation.verification import Verification, verify_coupled, verify_rejection
+
+
+@dataclass(frozen=True)
+class SampleInput:
+    """One sequence that samples in this pass.
+
+    Attributes:
+        params: its sampling parameters.
+        token_ids: its committed tokens (prompt and output), not changed.
+        num_prompt_tokens: how many of them are the prompt.
+        choice_index: part of the coupled noise.
+        draft_token_ids: guesses verified in this pass, k of them; it owns k+1 rows of the logits.
+        proposal: where they come from, for their draft distribution.
+    """
+
+    params: SamplingParams
+    token_ids: list[int]
+    num_prompt_tokens: int
+    choice_index: int
+    draft_token_ids: tuple[int, ...]
+    proposal: DraftProposal | None
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """Tokens that one sequence gained: accepted guesses, then one of the target's own."""
+
+    token_ids: tuple[int, ...]
+    token_sources: tuple[TokenSource, ...]
+    logprobs: tuple[PositionLogprobs, ...]
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Guesses among the tokens."""
+        return len(self.token_ids) - 1
+
+
+class Sampler:
+    """Verifies and samples. Accepting and resampling use random streams of their own.
+
+    Args:
+        eos_token_ids: held back by ``min_tokens``.
+        trust_drafter: believe the draft distributions; otherwise q is taken to be one-hot.
+        seed: of the random streams (tests); unset: from the operating system.
+    """
+
+    def __init__(
+        self,
+        *,
+        eos_token_ids: tuple[int, ...],
+        trust_drafter: bool = True,
+        device: torch.device | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._trust_drafter = trust_drafter
+        self._device = device or torch.device("cpu")
+        seeds = np.random.SeedSequence(seed).generate_state(2, dtype=np.uint64)
+        self._accept_stream = torch.Generator(self._device).manual_seed(int(seeds[0] >> 1))
+        self._recovery_stream = torch.Generator(self._device).manual_seed(int(seeds[1] >> 1))
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, inputs: Seq[SampleInput]) -> list[SampleOutput]:
+        """Verifies the guesses of every sequence and samples what follows them.
+
+        Args:
+            logits: ``[rows, V]`` float32, ``len(draft_token_ids) + 1`` rows for each input in order.
+            inputs: the sequences, at least one.
+        """
+        num_drafts = np.asarray([len(entry.draft_token_ids) for entry in inputs])
+        first_rows = np.cumsum(num_drafts + 1) - num_drafts - 1
+        outputs: dict[int, SampleOutput] = {}
+        picked = [i for i, e in enumerate(inputs) if e.params.is_greedy or _is_seeded(e)]
+        drawn = [i for i in range(len(inputs)) if i not in set(picked)]
+        for members, verify in ((picked, self._verify_picks), (drawn, self._verify_rejection)):
+            if not members:
+                continue
+            entries = [inputs[i] for i in members]
+            rows = _padded_rows(first_rows[members], num_drafts[members])
+            block = _Block(entries, logits)
+            verification = verify(logits[torch.as_tensor(rows, device=logits.device)], block)
+            for member, output in zip(members, _to_outputs(verification, block), strict=True):
+                outputs[member] = output
+        result = [outputs[i] for i in range(len(inputs))]
+        return [
+            self._with_logprobs(output, entry, logits[first:])
+            for output, entry, first in zip(result, inputs, first_rows, strict=True)
+        ]
+
+    def _verify_picks(self, logits: torch.Tensor, block: _Block) -> Verification:
+        """Greedy and seeded sequences: the target's own pick at every position.
+
+        Args:
+            logits: ``[R * (K+1), V]``.
+        """
+        positions = block.num_columns + 1
+        batch, counts = self._parameters(block, positions)
+        is_seeded = torch.tensor([not e.params.is_greedy for e in block.entries])
+        if not bool(is_seeded.any()):
+            picks = adjust_logits(logits, batch, **counts).argmax(dim=-1)
+            return block.verify_coupled(picks)
+        logprobs = process_logits(logits, batch, **counts)
+        picks = logprobs.argmax(dim=-1)
+        rows = is_seeded.repeat_interleave(positions).nonzero().squeeze(1).to(logits.device)
+        seeded = [e for e in block.entries if not e.params.is_greedy]
+        next_positions = torch.tensor([len(e.token_ids) for e in seeded])
+        noise = gumbel_noise(
+            seeds=_repeat([e.params.seed or 0 for e in seeded], positions, logits.device),
+            choice_indices=_repeat([e.choice_index for e in seeded], positions, logits.device),
+            positions=(next_positions.unsqueeze(1) + torch.arange(positions))
+            .reshape(-1)
+            .to(logits.device),
+            token_ids=torch.arange(logits.shape[1], device=logits.device),
+        )
+        picks[rows] = coupled_pick(logprobs[rows], noise)
+        return block.verify_coupled(picks)
+
+    def _verify_rejection(self, logits: torch.Tensor, block: _Block) -> Verification:
+        positions = block.num_columns + 1
+        batch, counts = self._parameters(block, positions)
+        probs = process_logits(logits, batch, **counts).exp_()
+        vocab_size = probs.shape[1]
+        size, device = len(block.entries), logits.device
+        prob_ids, prob_values = block.draft_probs(self._trust_drafter)
+        uniforms = torch.rand(
+            (size, block.num_columns), generator=self._accept_stream, device=device
+        )
+        noise = torch.empty((size, vocab_size), device=device)
+        noise.exponential_(generator=self._recovery_stream)
+        return verify_rejection(
+            target_probs=probs.view(size, positions, vocab_size),
+            draft_token_ids=block.draft_token_ids,
+            draft_prob_token_ids=prob_ids,
+            draft_prob_values=prob_values,
+            num_draft_tokens=block.num_draft_tokens,
+            accept_uniforms=uniforms,
+            recovery_noise=noise,
+        )
+
+    def _parameters(
+        self, block: _Block, positions: int
+    ) -> tuple[SamplingBatch, dict[str, torch.Tensor]]:
+        """Parameters of the padded rows, and what penalties and ``min_tokens`` need."""
+        entries, device = block.entries, block.draft_token_ids.device
+        batch = SamplingBatch.from_params(
+            [e.params for e in entries], eos_token_ids=self._eos_token_ids, device=device
+        )
+        extra: dict[str, torch.Tensor] = {}
+        if batch.stop_rows.numel():
+            outputs = torch.tensor([len(e.token_ids) - e.num_prompt_tokens for e in entries])
+            rows = (outputs.unsqueeze(1) + torch.arange(positions)).reshape(-1)
+            extra["num_output_tokens"] = rows.to(device)
+        if batch.penalised_rows.numel():
+            rows = batch.penalised_rows
+            members = [entries[row] for row in rows.tolist()]
+            vocab_size = block.vocab_size
+            counts = torch.stack(
+                [_counts(e.token_ids[e.num_prompt_tokens :], vocab_size) for e in members]
+            )
+            prompts = torch.stack(
+                [_counts(e.token_ids[: e.num_prompt_tokens], vocab_size) > 0 for e in members]
+            )
+            blocks = block_token_counts(
+                counts.to(device), block.draft_token_ids[rows], block.num_draft_tokens[rows]
+            )
+            extra["output_counts"] = blocks.flatten(0, 1)
+            extra["prompt_mask"] = prompts.to(device).repeat_interleave(positions, dim=0)
+        return batch.expand(positions), extra
+
+    def _with_logprobs(
+        self, output: SampleOutput, entry: SampleInput, logits: torch.Tensor
+    ) -> SampleOutput:
+        """Adds the target's own log-probabilities, of the unprocessed logits, where asked for."""
+        top = entry.params.logprobs
+        if top is None:
+            return output
+        logprobs = logits[: len(output.token_ids)].log_softmax(dim=-1)
+        best = logprobs.topk(top, dim=-1) if top else None
+        positions = []
+        for row, token_id in enumerate(output.token_ids):
+            tops: tuple[TokenLogprob, ...] = ()
+            if best is not None:
+                pairs = zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
+                tops = tuple(TokenLogprob(i, v) for i, v in pairs)
+            chosen = TokenLogprob(token_id, float(logprobs[row, token_id]))
+            positions.append(PositionLogprobs(chosen, tops))
+        return SampleOutput(output.token_ids, output.token_sources, tuple(positions))
+
+
+class _Block:
+    """The drafted blocks of R sequences, padded to K columns."""
+
+    def __init__(self, entries: list[SampleInput], logits: torch.Tensor) -> None:
+        self.entries = entries
+        self.vocab_size = logits.shape[1]
+        lengths = [len(e.draft_token_ids) for e in entries]
+        self.num_columns = max(lengths)
+        drafted = np.zeros((len(entries), self.num_columns), dtype=np.int64)
+        for row, entry in enumerate(entries):
+            drafted[row, : lengths[row]] = entry.draft_token_ids
+        self.draft_token_ids = torch.from_numpy(drafted).to(logits.device)
+        self.num_draft_tokens = torch.tensor(lengths, device=logits.device)
+
+    def verify_coupled(self, picks: torch.Tensor) -> Verification:
+        """Coupled verification; ``picks`` is ``[R * (K+1)]``."""
+        return verify_coupled(
+            target_picks=picks.view(len(self.entries), -1),
+            draft_token_ids=self.draft_token_ids,
+            num_draft_tokens=self.num_draft_tokens,
+        )
+
+    def draft_probs(self, trust_drafter: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Sparse draft distributions ``[R, K, T]``; one-hot where there is none to believe."""
+        proposals = [e.proposal if trust_drafter else None for e in self.entries]
+        widths = [
+            p.draft_prob_token_ids.shape[1]
+            for p in proposals
+            if p is not None and p.draft_prob_token_ids is not None
+        ]
+        if not widths or self.num_columns == 0:
+            return None, None
+        shape = (len(self.entries), self.num_columns, max(widths))
+        token_ids = np.zeros(shape, dtype=np.int64)
+        values = np.zeros(shape, dtype=np.float16)
+        for row, (entry, proposal) in enumerate(zip(self.entries, proposals, strict=True)):
+            length = len(entry.draft_token_ids)
+            if (
+                proposal is None
+                or proposal.draft_prob_token_ids is None
+                or proposal.draft_prob_values is None
+            ):
+                token_ids[row, :length, 0] = entry.draft_token_ids
+                values[row, :length, 0] = 1.0
+                continue
+            width = proposal.draft_prob_token_ids.shape[1]
+            token_ids[row, :length, :width] = proposal.draft_prob_token_ids[:length]
+            values[row, :length, :width] = proposal.draft_prob_values[:length]
+        device = self.draft_token_ids.device
+        wire_values = torch.from_numpy(values).to(device)
+        return torch.from_numpy(token_ids).to(device), dequantize_draft_probs(wire_values)
+
+
+def _is_seeded(entry: SampleInput) -> bool:
+    return entry.params.seed is not None
+
+
+def _padded_rows(first_rows: np.ndarray, num_drafts: np.ndarray) -> np.ndarray:
+    """``[R * (K+1)]`` rows of the flat logits; columns behind a block repeat its last row."""
+    columns = np.arange(num_drafts.max() + 1)
+    padded = first_rows[:, None] + np.minimum(columns[None, :], num_drafts[:, None])
+    return padded.reshape(-1)
+
+
+def _repeat(values: list[int], times: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device).repeat_interleave(times)
+
+
+def _counts(token_ids: list[int], vocab_size: int) -> torch.Tensor:
+    return torch.bincount(torch.tensor(token_ids, dtype=torch.int64), minlength=vocab_size)
+
+
+def _to_outputs(verification: Verification, block: _Block) -> list[SampleOutput]:
+    outputs = []
+    rows = verification.output_token_ids.tolist()
+    accepted = verification.num_accepted_tokens.tolist()
+    bonus = verification.is_bonus.tolist()
+    for row, num_accepted, is_bonus, entry in zip(
+        rows, accepted, bonus, block.entries, strict=True
+    ):
+        last = TokenSource.BONUS if is_bonus else TokenSource.RECOVERED
+        if not entry.draft_token_ids:
+            last = TokenSource.TARGET
+        sources = (TokenSource.ACCEPTED,) * num_accepted + (last,)
+        outputs.append(SampleOutput(tuple(row[: num_accepted + 1]), sources, ()))
+    return outputs

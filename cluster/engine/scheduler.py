@@ -1,0 +1,148 @@
+"""Which tokens of which requests go into the next pass.
+
+There is no prefill or decode phase: every sequence's computed tokens catch up with its committed
+ones, guesses included. Decoding sequences go first, prompts fill what is left of the token budget in
+chunks, so a long prompt never stalls the rest. When pages run out, guesses are dropped first; then
+the youngest sequence that is not in flight gives its pages back and is computed again later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from cluster.config import TargetConfig
+from cluster.engine.pages import PagePool
+from cluster.engine.sequence import Sequence
+from cluster.errors import QueueFullError
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """``num_tokens`` committed tokens of a sequence from its first uncomputed one, then drafts."""
+
+    sequence: Sequence
+    num_tokens: int
+    draft_token_ids: tuple[int, ...]
+
+    @property
+    def samples(self) -> bool:
+        """Whether the pass reaches the sequence's last committed token, so that it samples."""
+        return self.num_tokens == self.sequence.num_missing_tokens
+
+
+class Scheduler:
+    """Keeps the waiting and the running sequences; holds no tensors.
+
+    Running sequences are spread over ``num_groups`` groups, of which each pass takes one.
+    """
+
+    def __init__(self, config: TargetConfig, pages: PagePool, num_groups: int) -> None:
+        self._config = config
+        self._pages = pages
+        self._num_groups = num_groups
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some sequence is waiting or running."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new sequence.
+
+        Raises:
+            QueueFullError: ``max_num_waiting`` sequences wait already.
+        """
+        if len(self.waiting) >= self._config.max_num_waiting:
+            raise QueueFullError(
+                f"{len(self.waiting)} requests wait on this replica", retry_after_s=1.0
+            )
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out and frees its pages; it must not be in flight."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._pages.shrink(sequence.pages, 0)
+
+    def group_members(self, group: int) -> list[Sequence]:
+        """Running sequences of one group, oldest first."""
+        return [s for s in self.running if s.group == group]
+
+    def schedule(self, group: int, drafts: dict[Sequence, tuple[int, ...]]) -> list[ScheduledSequence]:
+        """Chooses the next pass of ``group``.
+
+        Args:
+            group: none of its sequences may be in flight.
+            drafts: draft tokens to verify, by sequence (as far as there are any).
+        """
+        budget = self._config.max_num_batched_tokens
+        scheduled: list[ScheduledSequence] = []
+        members = self.group_members(group)
+        members.sort(key=lambda s: s.num_missing_tokens > 1)  # stable: decoding ones first
+        for sequence in members:
+            if budget == 0:
+                break
+            if sequence not in self.running:
+                continue  # preempted by one before it
+            chosen = self._fit(sequence, drafts.get(sequence, ()), budget, scheduled)
+            if chosen is not None:
+                scheduled.append(chosen)
+                budget -= chosen.num_tokens + len(chosen.draft_token_ids)
+        while self.waiting and budget > 0 and len(self.running) < self._config.max_num_seqs:
+            sequence = self.waiting[0]
+            if self._smallest_group() != group:
+                break
+            num_tokens = min(sequence.num_missing_tokens, budget)
+            if not self._pages.grow(sequence.pages, sequence.num_computed_tokens + num_tokens):
+                break
+            self.waiting.popleft()
+            sequence.group = group
+            self.running.append(sequence)
+            scheduled.append(ScheduledSequence(sequence, num_tokens, ()))
+            budget -= num_tokens
+        return scheduled
+
+    def _smallest_group(self) -> int:
+        sizes = [0] * self._num_groups
+        for sequence in self.running:
+            sizes[sequence.group] += 1
+        return sizes.index(min(sizes))
+
+    def _fit(
+        self,
+        sequence: Sequence,
+        drafts: tuple[int, ...],
+        budget: int,
+        scheduled: list[ScheduledSequence],
+    ) -> ScheduledSequence | None:
+        """Gets pages for a running sequence, preempting younger ones if it must."""
+        num_tokens = min(sequence.num_missing_tokens, budget)
+        if num_tokens < sequence.num_missing_tokens:
+            drafts = ()
+        drafts = drafts[: budget - num_tokens]
+        end = sequence.num_computed_tokens + num_tokens
+        if drafts and not self._pages.grow(sequence.pages, end + len(drafts)):
+            drafts = ()
+        while not self._pages.grow(sequence.pages, end):
+            busy = {entry.sequence for entry in scheduled}
+            candidates = [s for s in self.running if not s.is_in_flight and s not in busy]
+            victim = max(candidates, key=lambda s: s.request.arrival_time)
+            self._preempt(victim)
+            if victim is sequence:
+                return None
+        return ScheduledSequence(sequence, num_tokens, drafts)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Frees a running sequence's pages; it is computed again from the front of the queue."""
+        self.running.remove(sequence)
+        self._pages.shrink(sequence.pages, 0)
+        sequence.num_computed_tokens = 0
+        sequence.proposal = None
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1

@@ -1,0 +1,147 @@
+"""What one shard actor does, without the actor: join the group, load its part, work.
+
+Order of calls, on all ranks at once: ``start``; then ``build_engine`` on rank 0 while every other
+rank runs ``follow``.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, GenerationConfig
+
+from cluster.config import ClusterConfig
+from cluster.engine.draft_client import DraftClient
+from cluster.engine.engine import Engine
+from cluster.engine.mesh import Mesh, open_store
+from cluster.engine.runner import Runner, follow
+from cluster.engine.target import Projection, TargetShard, load_text_config
+from cluster.errors import CheckpointError
+from cluster.models.checkpoint import load_projection
+
+
+class ShardWorker:
+    """One rank of a replica. All calls but ``close`` come from one thread.
+
+    Args:
+        config: the cluster's configuration.
+        rank: 0 .. ``config.target.num_shards - 1``; rank 0 runs the engine.
+    """
+
+    def __init__(self, config: ClusterConfig, rank: int) -> None:
+        self.config = config
+        self.rank = rank
+        self._store: dist.Store | None = None
+        self._mesh: Mesh | None = None
+        self._shard: TargetShard | None = None
+
+    def open_rendezvous(self, host: str) -> int:
+        """Rank 0: binds the rendezvous on a free port of ``host`` and returns the port."""
+        target = self.config.target
+        store = open_store(host, target.num_shards, target.collective_timeout_s)
+        self._store = store
+        return int(store.port)
+
+    def start(self, host: str, port: int, generation: int) -> None:
+        """Joins the replica's process group and loads this rank's part of the model (blocking).
+
+        Args:
+            host: of the rendezvous; ``port``: what ``open_rendezvous`` returned.
+            generation: distinguishes this group from earlier ones at the same place.
+
+        Raises:
+            CheckpointError: the model or the drafter's projection cannot be loaded.
+            ConfigError: the model cannot be cut as configured.
+        """
+        target = self.config.target
+        if target.num_threads is not None:
+            torch.set_num_threads(target.num_threads)
+        device = torch.device(target.device)
+        if target.num_shards > 1:
+            timeout_s = target.collective_timeout_s
+            store = self._store or dist.TCPStore(
+                host, port, target.num_shards, timeout=timedelta(seconds=timeout_s)
+            )
+            self._mesh = Mesh(
+                dist.PrefixStore(f"generation-{generation}", store),
+                rank=self.rank,
+                tensor_parallel_size=target.tensor_parallel_size,
+                pipeline_parallel_size=target.pipeline_parallel_size,
+                device=device,
+                timeout_s=timeout_s,
+            )
+        self._shard = TargetShard(target, self._mesh, self._load_projection())
+
+    def build_engine(self, draft_client: DraftClient | None) -> Engine:
+        """Rank 0: makes the engine; profiles the target, for which all other ranks must follow."""
+        if self._shard is None:
+            raise RuntimeError("build_engine before start")
+        model = self.config.target.model
+        trust = self.config.target.trust_remote_code
+        return Engine(
+            self.config,
+            Runner(self._shard),
+            eos_token_ids=eos_token_ids(model, trust_remote_code=trust),
+            tokenizer=load_tokenizer(model, trust_remote_code=trust),
+            draft_client=draft_client,
+        )
+
+    def follow(self) -> None:
+        """Other ranks: does what rank 0 says until it stops or the group breaks (blocking).
+
+        Raises:
+            RuntimeError: the group is broken.
+        """
+        if self._shard is None or self._mesh is None:
+            raise RuntimeError("follow before start, or on a replica of one shard")
+        follow(self._shard, self._mesh)
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if self._mesh is not None:
+            self._mesh.close()
+
+    def _load_projection(self) -> Projection | None:
+        speculative = self.config.speculative
+        if speculative is None:
+            return None
+        weight, layer_ids = load_projection(speculative.model)
+        config = load_text_config(
+            self.config.target.model, trust_remote_code=self.config.target.trust_remote_code
+        )
+        if weight.shape != (config.hidden_size, len(layer_ids) * config.hidden_size):
+            raise CheckpointError(
+                speculative.model,
+                "fc.weight",
+                f"has shape {tuple(weight.shape)}, the target's hidden_size is "
+                f"{config.hidden_size}",
+            )
+        return Projection(weight=weight, target_layer_ids=tuple(layer_ids))
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(model, "tokenizer.json", str(error).split("\n")[0]) from error
+
+
+def eos_token_ids(model: str, *, trust_remote_code: bool = False) -> tuple[int, ...]:
+    """Tokens that end an output: of the generation configuration, else of the model's."""
+    try:
+        value = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        value = None
+    if value is None:
+        value = load_text_config(model, trust_remote_code=trust_remote_code).eos_token_id
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)

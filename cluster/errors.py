@@ -1,0 +1,124 @@
+"""Every error that dspark-cluster raises on purpose.
+
+::
+
+    DsparkError
+    ├── ConfigError               configuration file or start-up arguments (names the key)
+    ├── CheckpointError           model or drafter files on disk (names file and key)
+    ├── InvalidRequestError       a client's request (names the field)
+    ├── QueueFullError            admission refused; carries when to retry
+    ├── RequestCancelledError     the client went away
+    ├── DeadlineExceededError     the request's own deadline passed
+    ├── ReplicaLostError          the target replica that ran the request is gone
+    ├── MalformedProposalError    a drafter sent something that is not a proposal
+    └── ClusterStateError         a command that needs (or must not find) a running cluster
+
+``cluster.rpc.status`` maps them to gRPC status codes; ``cluster.cli`` maps them to exit codes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DsparkError(Exception):
+    """Base class; ``str(error)`` is always fit to be shown to a user."""
+
+
+class ConfigError(DsparkError):
+    """A configuration value is missing, unknown or out of range.
+
+    Args:
+        key: dotted path of the value, e.g. ``target.tensor_parallel_size``.
+        message: what is wrong with it.
+        known_keys: where given and ``key`` is unknown, the nearest of them is suggested.
+    """
+
+    def __init__(self, key: str, message: str, known_keys: Iterable[str] = ()) -> None:
+        self.key = key
+        self.message = message
+        nearest = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(known_keys), n=1)
+        self.suggestion = nearest[0] if nearest else None
+        hint = f" (did you mean '{self.suggestion}'?)" if self.suggestion else ""
+        super().__init__(f"{key}: {message}{hint}")
+
+    def __reduce__(self) -> tuple:
+        return (_rebuild_config_error, (self.key, self.message, self.suggestion))
+
+
+def _rebuild_config_error(key: str, message: str, suggestion: str | None) -> ConfigError:
+    error = ConfigError(key, message)
+    if suggestion is not None:
+        error.suggestion = suggestion
+        error.args = (f"{key}: {message} (did you mean '{suggestion}'?)",)
+    return error
+
+
+class CheckpointError(DsparkError):
+    """A checkpoint cannot be used.
+
+    Args:
+        file: path of the offending file or folder.
+        key: configuration key or tensor name inside it, or ``None`` for the file itself.
+        message: what is wrong.
+    """
+
+    def __init__(self, file: str, key: str | None, message: str) -> None:
+        self.file = str(file)
+        self.key = key
+        self.message = message
+        where = self.file if key is None else f"{self.file}: {key}"
+        super().__init__(f"{where}: {message}")
+
+    def __reduce__(self) -> tuple:
+        return (CheckpointError, (self.file, self.key, self.message))
+
+
+class InvalidRequestError(DsparkError):
+    """A request's field has a value that cannot be served.
+
+    Args:
+        field: the field's name as the client wrote it, e.g. ``sampling.temperature``.
+        message: what is wrong with it.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        self.field = field
+        self.message = message
+        super().__init__(f"{field}: {message}")
+
+    def __reduce__(self) -> tuple:
+        return (InvalidRequestError, (self.field, self.message))
+
+
+class QueueFullError(DsparkError):
+    """The queue is full; try again after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        self.message = message
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple:
+        return (QueueFullError, (self.message, self.retry_after_s))
+
+
+class RequestCancelledError(DsparkError):
+    """The client cancelled the request."""
+
+
+class DeadlineExceededError(DsparkError):
+    """The request's deadline passed before it finished."""
+
+
+class ReplicaLostError(DsparkError):
+    """The target replica that ran the request is gone; the request can be replayed elsewhere."""
+
+
+class MalformedProposalError(DsparkError):
+    """A drafter's proposal breaks the protocol (wrong length, NaN, unknown ids, ...)."""
+
+
+class ClusterStateError(DsparkError):
+    """The command needs a running cluster and there is none, or the other way round."""

@@ -1,0 +1,317 @@
+"""What a client asks for and what the engine answers, as plain frozen data.
+
+Validation happens once, in ``SamplingParams.validate`` and ``Request.validate``; everything behind
+the router's door may rely on it.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.errors import InvalidRequestError
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 256
+MAX_LOGPROBS = 20
+MAX_CHOICES = 16
+
+
+class SpeculationMode(enum.Enum):
+    """Whether a request may be speculated on."""
+
+    AUTO = "auto"
+    OFF = "off"
+
+
+class TokenSource(enum.IntEnum):
+    """Where an output token came from (values as in ``cluster.v1.TokenSource``)."""
+
+    TARGET = 1
+    ACCEPTED = 2
+    RECOVERED = 3
+    BONUS = 4
+
+
+class FinishReason(enum.IntEnum):
+    """Why a request ended (values as in ``cluster.v1.FinishReason``)."""
+
+    STOP = 1
+    LENGTH = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen; the defaults are the server's.
+
+    Attributes:
+        temperature: >= 0; 0 is greedy.
+        top_k: number of most likely tokens kept; 0 is off.
+        top_p: nucleus mass kept, in (0, 1].
+        min_p: tokens under ``min_p`` times the best probability are dropped, in [0, 1].
+        seed: makes the output reproducible (coupled verification); any int64.
+        stop_token_ids: tokens that end the output (they are its last token).
+        stop: strings that end the output (not part of the text).
+        max_tokens: most output tokens, >= 1.
+        min_tokens: no end-of-sequence or stop token before so many output tokens.
+        presence_penalty, frequency_penalty: in [-2, 2], over the output so far.
+        repetition_penalty: > 0, over prompt and output.
+        logit_bias: token id -> added to its logit.
+        ignore_eos: go on behind the end-of-sequence token.
+        logprobs: number of top log-probabilities per token (0..20), or ``None`` for none at all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    max_tokens: int = 256
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the best token is taken without any chance."""
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on how often tokens occurred."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+    def validate(self, vocab_size: int) -> None:
+        """Checks every field.
+
+        Raises:
+            InvalidRequestError: naming the first field that is out of range.
+        """
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        if self.top_k < 0:
+            raise InvalidRequestError("sampling.top_k", f"must be 0 (off) or more, got {self.top_k}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise InvalidRequestError("sampling.seed", "must fit 64 bits")
+        if self.max_tokens < 1:
+            raise InvalidRequestError(
+                "sampling.max_tokens", f"must be 1 or more, got {self.max_tokens}"
+            )
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise InvalidRequestError(
+                "sampling.min_tokens",
+                f"must be between 0 and max_tokens ({self.max_tokens}), got {self.min_tokens}",
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise InvalidRequestError(
+                "sampling.logprobs", f"must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}"
+            )
+        for token_id in self.stop_token_ids:
+            _check_token_id("sampling.stop_token_ids", token_id, vocab_size)
+        for token_id, bias in self.logit_bias.items():
+            _check_token_id("sampling.logit_bias", token_id, vocab_size)
+            if not -100.0 <= bias <= 100.0:
+                raise InvalidRequestError(
+                    "sampling.logit_bias", f"bias of token {token_id} must be in [-100, 100]"
+                )
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequestError("sampling.stop", f"at most {MAX_STOP_STRINGS} strings")
+        for stop in self.stop:
+            if not 1 <= len(stop) <= MAX_STOP_STRING_CHARS:
+                raise InvalidRequestError(
+                    "sampling.stop", f"each string must have 1 to {MAX_STOP_STRING_CHARS} characters"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationParams:
+    """Per-request speculation settings: mode, and a cap on draft tokens per round (or ``None``)."""
+
+    mode: SpeculationMode = SpeculationMode.AUTO
+    num_speculative_tokens: int | None = None
+
+    @property
+    def is_off(self) -> bool:
+        """Whether this request must decode plainly."""
+        return self.mode is SpeculationMode.OFF or self.num_speculative_tokens == 0
+
+    def validate(self) -> None:
+        """Checks the cap. Raises: InvalidRequestError."""
+        if self.num_speculative_tokens is not None and self.num_speculative_tokens < 0:
+            raise InvalidRequestError("speculation.num_speculative_tokens", "must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One serving unit: one prompt, one choice.
+
+    Attributes:
+        request_id: unique on the engine that runs it.
+        prompt_token_ids: at least one token.
+        resume_token_ids: output tokens that exist already (stateless retry); the answer goes on
+            behind them, and they count as output for penalties, limits and seeds.
+        choice_index: which of ``n`` choices this is; part of the coupled noise.
+        deadline: ``time.monotonic()`` value of this process, or ``None``.
+        attempt: raised by the client on each retry; older attempts are fenced by the router.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    speculation: SpeculationParams = field(default_factory=SpeculationParams)
+    resume_token_ids: tuple[int, ...] = ()
+    choice_index: int = 0
+    deadline: float | None = None
+    attempt: int = 0
+    arrival_time: float = field(default_factory=time.monotonic)
+
+    def validate(self, *, vocab_size: int, max_model_len: int) -> None:
+        """Checks every field against the model.
+
+        Raises:
+            InvalidRequestError: naming the first field that cannot be served.
+        """
+        if not self.prompt_token_ids:
+            raise InvalidRequestError("prompt", "must not be empty")
+        for token_id in self.prompt_token_ids:
+            _check_token_id("prompt.token_ids", token_id, vocab_size)
+        for token_id in self.resume_token_ids:
+            _check_token_id("resume_token_ids", token_id, vocab_size)
+        if len(self.prompt_token_ids) >= max_model_len:
+            raise InvalidRequestError(
+                "prompt",
+                f"has {len(self.prompt_token_ids)} tokens; the model's context is {max_model_len} "
+                "and must hold at least one output token",
+            )
+        if len(self.resume_token_ids) >= self.sampling.max_tokens:
+            raise InvalidRequestError(
+                "resume_token_ids",
+                f"already holds max_tokens ({self.sampling.max_tokens}) tokens or more",
+            )
+        if len(self.prompt_token_ids) + len(self.resume_token_ids) >= max_model_len:
+            raise InvalidRequestError("resume_token_ids", "prompt and output fill the context")
+        self.sampling.validate(vocab_size)
+        self.speculation.validate()
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token's log-probability (natural log, before temperature)."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class PositionLogprobs:
+    """Log-probabilities of one output position: the chosen token and the top ones, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass
+class SpeculationStats:
+    """Counts of one request, or summed over a replica. Names as in vLLM's metrics."""
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    num_steps: int = 0
+    num_late_proposals: int = 0
+    num_stale_proposals: int = 0
+    num_malformed_proposals: int = 0
+
+    def observe(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        """Counts one target pass that produced output, with what it verified."""
+        self.num_steps += 1
+        if num_draft_tokens == 0:
+            return
+        self.num_drafts += 1
+        self.num_draft_tokens += num_draft_tokens
+        self.num_accepted_tokens += num_accepted_tokens
+        missing = num_accepted_tokens - len(self.num_accepted_tokens_per_pos)
+        self.num_accepted_tokens_per_pos.extend([0] * max(missing, 0))
+        for position in range(num_accepted_tokens):
+            self.num_accepted_tokens_per_pos[position] += 1
+
+    @property
+    def acceptance_length(self) -> float:
+        """Accepted + 1 per round that verified drafts; 1.0 when there was none."""
+        if self.num_drafts == 0:
+            return 1.0
+        return 1.0 + self.num_accepted_tokens / self.num_drafts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Token counts of one finished request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_prompt_tokens: int = 0
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """What one engine step changed for one request.
+
+    Attributes:
+        token_offset: index in the completion of the first of ``token_ids`` (resumed tokens count).
+        token_ids, token_sources: the new tokens, possibly none on the last output.
+        logprobs: one per token where asked for, else empty.
+        finish_reason: set once, on the last output of a request that finished.
+        usage: set with ``finish_reason``.
+        error: set once instead, when the request ended without finishing.
+    """
+
+    request_id: str
+    token_offset: int
+    token_ids: tuple[int, ...] = ()
+    token_sources: tuple[TokenSource, ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: Exception | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing more follows for this request."""
+        return self.finish_reason is not None or self.error is not None
+
+
+def _check_range(
+    name: str, value: float, low: float, high: float, *, low_open: bool = False
+) -> None:
+    within = low < value <= high if low_open else low <= value <= high
+    if math.isnan(value) or not within:
+        bracket = "(" if low_open else "["
+        raise InvalidRequestError(
+            f"sampling.{name}", f"must be in {bracket}{low:g}, {high:g}], got {value:g}"
+        )
+
+
+def _check_token_id(name: str, token_id: int, vocab_size: int) -> None:
+    if not 0 <= token_id < vocab_size:
+        raise InvalidRequestError(
+            name, f"token id {token_id} is outside the vocabulary of {vocab_size}"
+        )
