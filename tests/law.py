@@ -16,7 +16,6 @@ to the scheduler.
 from __future__ import annotations
 
 import enum
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -148,9 +147,8 @@ class Verifier(enum.Enum):
 
 
 class Fault(enum.Enum):
-    """Mistakes that a law test must catch."""
+    """Mistakes of an implementation that a law test must catch; see also :func:`shift_law`."""
 
-    OUTPUT_SHIFTED = enum.auto()  # one position's law off by a total variation of 0.01
     DRAFT_PROB_AS_CONFIDENCE = enum.auto()  # admission by q(x_k)
     SHARED_NOISE = enum.auto()  # one noise for drafting and accepting
     NOT_RENORMALISED = enum.auto()  # verifies with truncated q, sampled from renormalised q
@@ -213,19 +211,23 @@ def generate(
         outputs = verification.output_token_ids.clamp(min=0)  # what is behind the outputs: unread
         tokens[rows] = tokens[rows].scatter(1, columns, outputs)
         lengths[rows] += verification.num_output_tokens
-    samples = tokens[:, start:end].numpy()
-    if fault is Fault.OUTPUT_SHIFTED:
-        _shift_law(samples, target_law(case.params), position=seed % NUM_TOKENS)
-    return samples
+    return tokens[:, start:end].numpy()
 
 
-def _shift_law(samples: npt.NDArray[np.int64], law: Floats, *, position: int) -> None:
-    """Move 0.01 of probability from the likeliest token of a position to the next one."""
-    marginal = law.sum(axis=tuple(set(range(NUM_TOKENS)) - {position}))
+def shift_law(
+    samples: npt.NDArray[np.int64], law: Floats, *, position: int, total_variation: float
+) -> npt.NDArray[np.int64]:
+    """Plant an error: move probability from a position's likeliest token to its neighbour.
+
+    The joint law then differs from ``law`` by exactly ``total_variation``.
+    """
+    marginal = law.sum(axis=tuple(set(range(law.ndim)) - {position}))
     token_id = int(marginal.argmax())
-    is_moved = samples[:, position] == token_id
-    is_moved &= np.random.default_rng(5).random(len(samples)) < 0.01 / marginal[token_id]
-    samples[is_moved, position] = (token_id + 1) % VOCAB_SIZE
+    coins = np.random.default_rng(position).random(len(samples))
+    is_moved = (samples[:, position] == token_id) & (coins < total_variation / marginal[token_id])
+    shifted = samples.copy()
+    shifted[is_moved, position] = (token_id + 1) % law.shape[position]
+    return shifted
 
 
 @dataclass(frozen=True)
@@ -248,9 +250,7 @@ class _Rounds:
         streams = [torch.Generator().manual_seed(seed * 3 + i) for i in range(3)]
         self._draft_stream, self._accept_stream, self._recovery_stream = streams
 
-    def run(
-        self, tokens: torch.Tensor, lengths: torch.Tensor, seeds: torch.Tensor
-    ) -> Verification:
+    def run(self, tokens: torch.Tensor, lengths: torch.Tensor, seeds: torch.Tensor) -> Verification:
         draft = self._draft(tokens, lengths, seeds)
         target_logprobs = self._target_logprobs(tokens, lengths, draft.token_ids)
         target_probs = target_logprobs.exp()
@@ -360,8 +360,7 @@ class _Rounds:
         num_rows = len(confidences)
         size = self._case.group_size or num_rows
         plans = [
-            self._plan_step(confidences[start : start + size])
-            for start in range(0, num_rows, size)
+            self._plan_step(confidences[start : start + size]) for start in range(0, num_rows, size)
         ]
         return torch.from_numpy(np.concatenate(plans))
 
@@ -378,7 +377,9 @@ class _Rounds:
 
 def step_cost_model(num_requests: int) -> CostModel:
     """A pass whose every token counts, in proportion to the step: planners must choose."""
-    seconds_by_tokens = {n: 3 * num_requests + n for n in (1, num_requests * (NUM_DRAFT_TOKENS + 1))}
+    seconds_by_tokens = {
+        n: 3 * num_requests + n for n in (1, num_requests * (NUM_DRAFT_TOKENS + 1))
+    }
     return CostModel({size: float(seconds) for size, seconds in seconds_by_tokens.items()})
 
 
@@ -425,10 +426,3 @@ def _table_logits(table: torch.Tensor, context: torch.Tensor, ends: torch.Tensor
     """``[R, V]`` logits of the token at column ``ends`` of each row."""
     before, last = (context.gather(1, (ends - i).unsqueeze(1)).squeeze(1) for i in (2, 1))
     return table[before, last]
-
-
-def grid(**choices: Sequence[object]) -> list[dict[str, object]]:
-    """Every combination of the named choices."""
-    return [
-        dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
-    ]

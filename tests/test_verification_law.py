@@ -7,6 +7,9 @@ most 0.001. Each planted fault must be caught by the same test at the same level
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 
 from cluster.request import SamplingParams
@@ -17,8 +20,8 @@ from tests.law import (
     RetrospectiveBudget,
     Verifier,
     generate,
-    grid,
     law_p_value,
+    shift_law,
     target_law,
 )
 
@@ -31,7 +34,7 @@ TRUNCATIONS: dict[str, dict[str, float]] = {
     "top-p": {"top_p": 0.85},
     "min-p": {"min_p": 0.1},
 }
-PLANNERS: dict[str, type[BudgetPlanner]] = {"greedy": GreedyBudget, "search": SearchBudget}
+PLANNERS: list[type[BudgetPlanner]] = [GreedyBudget, SearchBudget]
 EVERYTHING = SamplingParams(
     temperature=0.9,
     top_k=5,
@@ -50,31 +53,21 @@ FAST_CASES = [
     Case("one-hot", Verifier.ONE_HOT, SamplingParams(temperature=0.5, top_p=0.9), GreedyBudget),
     Case("coupled", Verifier.COUPLED, EVERYTHING, GreedyBudget),
     Case("coupled-retrospective", Verifier.COUPLED, planner=RetrospectiveBudget),
-    Case("greedy", Verifier.REJECTION, SamplingParams(temperature=0, **PENALTIES), GreedyBudget),
 ]
+GRID = list(itertools.product(Verifier, (0.5, 1.0, 1.5), TRUNCATIONS, ({}, PENALTIES)))
 SLOW_CASES = [
     Case(
-        f"{verifier.name}-T{temperature}-{truncation}-{'penalties' if penalties else 'plain'}"
-        f"-{planner}",
+        f"{verifier.name}-T{temperature}-{truncation}-{'penalties' if penalties else 'plain'}",
         verifier,
         SamplingParams(temperature=temperature, **TRUNCATIONS[truncation], **penalties),
-        PLANNERS[planner],
+        PLANNERS[(i + i // 2) % 2],
     )
-    for verifier, temperature, truncation, penalties, planner in (
-        choice.values()
-        for choice in grid(
-            verifier=list(Verifier),
-            temperature=[0.5, 1.0, 1.5],
-            truncation=list(TRUNCATIONS),
-            penalties=[{}, PENALTIES],
-            planner=list(PLANNERS),
-        )
-    )
+    for i, (verifier, temperature, truncation, penalties) in enumerate(GRID)
 ] + [
     Case("small-steps-greedy", Verifier.REJECTION, planner=GreedyBudget, group_size=3),
     Case("small-steps-search", Verifier.REJECTION, planner=SearchBudget, group_size=3),
 ]
-ALPHA = 0.001 / len(FAST_CASES + SLOW_CASES)
+ALPHA = 0.001 / (len(FAST_CASES + SLOW_CASES) + 3)  # three more further down
 
 
 def case_p_value(case: Case, *, seed: int = 1, fault: Fault | None = None) -> float:
@@ -93,23 +86,38 @@ def test_output_has_the_target_law_everywhere(case: Case) -> None:
     assert case_p_value(case, seed=2) > ALPHA
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_requests_of_a_step_stay_independent(planner: type[BudgetPlanner]) -> None:
+    """Requests compete for one budget, and yet their joint law is the product of their laws."""
+    case = Case("pairs", Verifier.REJECTION, planner=planner, group_size=2)
+    samples = generate(case, num_samples=NUM_SAMPLES, seed=3)[:, :2].reshape(-1, 4)
+    law = target_law(case.params).sum(axis=(2, 3))
+    assert law_p_value(samples, np.multiply.outer(law, law)) > ALPHA
+
+
+def test_greedy_output_is_the_target_greedy_output() -> None:
+    params = SamplingParams(temperature=0, **PENALTIES)
+    samples = generate(Case("greedy", Verifier.REJECTION, params), num_samples=100, seed=3)
+    assert law_p_value(samples, target_law(params)) == 1.0  # the law is one-hot: 0 or 1
+
+
+FAULTY = [
+    (None, Case("retrospective", Verifier.REJECTION, planner=RetrospectiveBudget)),
+    (Fault.DRAFT_PROB_AS_CONFIDENCE, Case("greedy", Verifier.REJECTION, planner=GreedyBudget)),
+    (Fault.SHARED_NOISE, Case("fixed", Verifier.REJECTION)),
+    (Fault.NOT_RENORMALISED, Case("fixed", Verifier.REJECTION)),
+    (Fault.STALE_PENALTIES, Case("fixed", Verifier.REJECTION, SamplingParams(**PENALTIES))),
+]
+SLOW_FAULTY = [
+    (Fault.DRAFT_PROB_AS_CONFIDENCE, Case("search", Verifier.REJECTION, planner=SearchBudget)),
+    (Fault.STALE_PENALTIES, Case("coupled", Verifier.COUPLED, EVERYTHING)),
+]
+
+
 @pytest.mark.parametrize(
     ("fault", "case"),
-    [
-        (
-            Fault.DRAFT_PROB_AS_CONFIDENCE,
-            Case("greedy", Verifier.REJECTION, planner=GreedyBudget),
-        ),
-        (
-            Fault.DRAFT_PROB_AS_CONFIDENCE,
-            Case("search", Verifier.REJECTION, planner=SearchBudget),
-        ),
-        (Fault.SHARED_NOISE, Case("fixed", Verifier.REJECTION)),
-        (Fault.NOT_RENORMALISED, Case("fixed", Verifier.REJECTION)),
-        (Fault.STALE_PENALTIES, Case("fixed", Verifier.REJECTION, EVERYTHING)),
-        (Fault.STALE_PENALTIES, Case("coupled", Verifier.COUPLED, EVERYTHING)),
-        (None, Case("retrospective", Verifier.REJECTION, planner=RetrospectiveBudget)),
-    ],
+    [*FAULTY, *[pytest.param(*faulty, marks=pytest.mark.slow) for faulty in SLOW_FAULTY]],
     ids=lambda value: value.name if value else "planner",
 )
 def test_planted_fault_is_caught(fault: Fault | None, case: Case) -> None:
@@ -118,5 +126,9 @@ def test_planted_fault_is_caught(fault: Fault | None, case: Case) -> None:
 
 def test_total_variation_of_one_percent_is_caught_at_every_position() -> None:
     case = Case("fixed", Verifier.REJECTION, planner=lambda: FixedBudget(3))
-    for seed in range(4):
-        assert case_p_value(case, seed=seed, fault=Fault.OUTPUT_SHIFTED) < ALPHA
+    samples = generate(case, num_samples=NUM_SAMPLES, seed=4)
+    law = target_law(case.params)
+    assert law_p_value(samples, law) > ALPHA
+    for position in range(law.ndim):
+        shifted = shift_law(samples, law, position=position, total_variation=0.01)
+        assert law_p_value(shifted, law) < ALPHA

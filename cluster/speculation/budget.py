@@ -7,11 +7,11 @@ expected tokens of a step against its time (``CostModel.expected_goodput``).
 Rejection sampling stays exact only if the choice to verify token k does not depend on token k or
 on anything computed from it (DESIGN, rule 3; DSpark, appendix A). c_k may depend on the tokens
 before k alone, so a planner may let tokens 1 ... k-1 and c_1 ... c_k decide about token k, and not
-c_{k+1}. Each planner's docstring says why it keeps this. All visit candidates in one order, by
-falling survival, ties to the smaller k and then to the lower row: within a request survival never
-rises with k, so everything visited before (r, k) was fixed before token k of request r was
-sampled, and a rule that only looks at what was visited so far cannot see that token. Across
-requests the same holds, step by step along the order.
+c_{k+1}. Each planner's docstring says why it keeps this. All visit candidates in one order: by
+falling survival, ties to the smaller k and then to the lower row. Survival never rises with k, so
+a request's candidates are visited in turn, and the next one to visit follows from tokens that were
+admitted before. A rule that only looks at what was visited so far, this candidate's confidence
+included, therefore sees no token that it has not yet admitted, of this or of another request.
 """
 
 from __future__ import annotations
