@@ -103,6 +103,20 @@ def test_ties_at_a_boundary_stay(params: SamplingParams, expected: list[float]) 
     torch.testing.assert_close(law, torch.tensor(expected), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("top_p", [0.2, 0.9, 0.9999])
+@pytest.mark.parametrize("top_k", [0, 40, 400])
+def test_large_vocabulary_is_truncated_as_the_reference_does(top_k: int, top_p: float) -> None:
+    """Flat and peaked rows together: the nucleus of some is far wider than that of others."""
+    params = SamplingParams(top_k=top_k, top_p=top_p)
+    logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(8))
+    logits *= torch.tensor([[0.1], [2.0], [9.0]])
+    result = laws(logits, [params] * 3)
+    for row in range(3):
+        expected = reference_next_token_law(logits[row].tolist(), params, prompt=(), output=())
+        assert abs(int((result[row] > 0).sum()) - int((expected > 0).sum())) <= 1  # rounding
+        np.testing.assert_allclose(result[row].numpy(), expected, atol=2e-3)
+
+
 def test_greedy_is_one_hot_at_the_lowest_of_the_best_after_penalties_and_bias() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0]])
     assert laws(logits, [SamplingParams(temperature=0)])[0].tolist() == [0, 1, 0, 0]

@@ -14,14 +14,13 @@ import pytest
 
 from cluster.request import SamplingParams
 from cluster.speculation.budget import BudgetPlanner, FixedBudget, GreedyBudget, SearchBudget
-from tests.law import (
+from tests.law import law_p_value, shift_law
+from tests.speculative_rounds import (
     Case,
     Fault,
     RetrospectiveBudget,
     Verifier,
     generate,
-    law_p_value,
-    shift_law,
     target_law,
 )
 

@@ -26,6 +26,10 @@ import torch
 
 from cluster.request import SamplingParams
 
+# Best tokens of a row among which top-p looks first: they nearly always hold the mass, and finding
+# them costs a fraction of sorting a whole vocabulary.
+_NUM_BEST = 256
+
 
 @dataclass(frozen=True, eq=False)
 class SamplingBatch:
@@ -49,6 +53,9 @@ class SamplingBatch:
     stop_token_ids: torch.Tensor  # [S] int64
     penalised_rows: torch.Tensor  # [M] int64, ascending: rows that need token counts
     truncated_rows: torch.Tensor  # [T] int64, ascending: rows with top-k or top-p
+    greedy_rows: torch.Tensor  # [G] int64, ascending: rows of temperature 0
+    max_top_k: int
+    has_top_p: bool
     has_min_p: bool
 
     @classmethod
@@ -104,6 +111,9 @@ class SamplingBatch:
                 for row, p in enumerate(params)
                 if not p.is_greedy and (p.top_k > 0 or p.top_p < 1)
             ),
+            greedy_rows=integers(row for row, p in enumerate(params) if p.is_greedy),
+            max_top_k=max((p.top_k for p in params), default=0),
+            has_top_p=any(p.top_p < 1 for p in params),
             has_min_p=any(p.min_p > 0 for p in params),
         )
 
@@ -136,6 +146,7 @@ class SamplingBatch:
             stop_token_ids=repeated(self.stop_token_ids),
             penalised_rows=rows(self.penalised_rows),
             truncated_rows=rows(self.truncated_rows),
+            greedy_rows=rows(self.greedy_rows),
         )
 
 
@@ -217,14 +228,15 @@ def process_logits(
     )
     best_token_ids = logits.argmax(dim=-1, keepdim=True)
     logits -= logits.gather(1, best_token_ids)  # the best is 0, so no temperature can overflow it
-    is_greedy = (batch.temperature == 0).unsqueeze(1)
-    logits /= torch.where(is_greedy, 1.0, batch.temperature.unsqueeze(1))
+    logits /= torch.where(batch.temperature == 0, 1.0, batch.temperature).unsqueeze(1)
     if batch.truncated_rows.numel() > 0:
         _truncate(logits, batch)
     if batch.has_min_p:
         logits.masked_fill_(logits < batch.min_p.log().unsqueeze(1), -torch.inf)
-    one_hot = torch.full_like(logits, -torch.inf).scatter_(1, best_token_ids, 0.0)
-    return torch.where(is_greedy, one_hot, logits.log_softmax(dim=-1))
+    if batch.greedy_rows.numel() > 0:
+        one_hot = torch.full_like(logits[batch.greedy_rows], -torch.inf)
+        logits[batch.greedy_rows] = one_hot.scatter_(1, best_token_ids[batch.greedy_rows], 0.0)
+    return logits.log_softmax(dim=-1)
 
 
 def block_token_counts(
@@ -292,18 +304,37 @@ def _truncate(logits: torch.Tensor, batch: SamplingBatch) -> None:
     truncated = logits[rows]
     vocab_size = truncated.shape[1]
     top_k = batch.top_k[rows].unsqueeze(1)
-    top_p = batch.top_p[rows].unsqueeze(1)
-
-    descending = truncated.sort(dim=-1, descending=True).values
-    kth_best = descending.gather(1, top_k.clamp(min=1, max=vocab_size) - 1)
+    num_best = min(vocab_size, max(batch.max_top_k, _NUM_BEST))
+    best = truncated.topk(num_best, dim=-1).values
+    kth_best = best.gather(1, top_k.clamp(min=1, max=num_best) - 1)
     kth_best.masked_fill_(top_k == 0, -torch.inf)
-    descending.masked_fill_(descending < kth_best, -torch.inf)
+    truncated.masked_fill_(truncated < kth_best, -torch.inf)
+    if batch.has_top_p:
+        top_p = batch.top_p[rows].unsqueeze(1)
+        log_mass = truncated.logsumexp(dim=-1, keepdim=True)
+        threshold, is_reached = _nucleus(best, log_mass, top_p)
+        if num_best < vocab_size and not is_reached.all():
+            everything = truncated.sort(dim=-1, descending=True).values
+            threshold, _ = _nucleus(everything, log_mass, top_p)
+        truncated.masked_fill_(truncated < threshold, -torch.inf)
+    logits[rows] = truncated
 
-    probs = descending.softmax(dim=-1)
-    mass_before = probs.cumsum(dim=-1, dtype=torch.float64) - probs
-    is_kept = mass_before < top_p
-    is_kept[:, 0] = True
-    last_kept = is_kept.sum(dim=-1, keepdim=True) - 1
-    threshold = descending.gather(1, last_kept).masked_fill_(top_p >= 1, -torch.inf)
-    threshold = torch.maximum(threshold, kth_best)
-    logits[rows] = truncated.masked_fill_(truncated < threshold, -torch.inf)
+
+def _nucleus(
+    descending: torch.Tensor, log_mass: torch.Tensor, top_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least logit of the fewest best tokens that hold ``top_p`` of the mass.
+
+    Args:
+        descending: ``[N, B]`` each row's best logits in falling order.
+        log_mass: ``[N, 1]`` log-sum-exp of the whole row.
+        top_p: ``[N, 1]``; 1 is off, with the threshold ``-inf``.
+
+    Returns:
+        ``[N, 1]`` thresholds, and ``[N, 1]`` bool whether the B tokens were enough.
+    """
+    mass = (descending - log_mass).exp_().cumsum(dim=-1, dtype=torch.float64)
+    is_off = top_p >= 1
+    last_needed = (mass < top_p).sum(dim=-1, keepdim=True).clamp_(max=descending.shape[1] - 1)
+    threshold = descending.gather(1, last_needed).masked_fill_(is_off, -torch.inf)
+    return threshold, is_off | (mass[:, -1:] >= top_p)
