@@ -8,6 +8,7 @@ most 0.001. Each planted fault must be caught by the same test at the same level
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,12 @@ from tests.speculative_rounds import (
 
 NUM_SAMPLES = 200_000
 
-PENALTIES = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.7}
-TRUNCATIONS: dict[str, dict[str, float]] = {
+PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.4,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.7,
+}
+TRUNCATIONS: dict[str, dict[str, Any]] = {
     "full": {},
     "top-k": {"top_k": 3},
     "top-p": {"top_p": 0.85},
