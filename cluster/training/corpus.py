@@ -77,8 +77,8 @@ def _is_excluded(relative: PurePosixPath) -> bool:
 class TokenStream:
     """Documents as one endless, seeded stream of equal windows.
 
-    Every epoch shuffles the documents, joins them, each behind one end-of-text token, and cuts
-    the result into windows. Window ``i`` depends on nothing but the documents, the seed and
+    Every epoch shuffles the documents, joins them, each behind one end-of-text token, cuts the
+    result into windows and shuffles those, so that a batch mixes files. Window ``i`` depends on nothing but the documents, the seed and
     ``i``, so that a resumed training run continues with the data that it would have seen.
     """
 
@@ -102,7 +102,7 @@ class TokenStream:
         self._seed = seed
         self._shuffle = shuffle
         self._epoch = -1
-        self._joined = np.empty(0, dtype=np.int64)
+        self._joined = self._order = np.empty(0, dtype=np.int64)
         self.num_tokens = sum(len(piece) for piece in self._pieces)
         self.windows_per_epoch = self.num_tokens // window
         if self.windows_per_epoch == 0:
@@ -112,12 +112,15 @@ class TokenStream:
         """Window ``index`` (any non-negative number) as an int64 tensor ``[window]``."""
         epoch, offset = divmod(index, self.windows_per_epoch)
         if epoch != self._epoch:
-            order = np.arange(len(self._pieces))
+            documents = np.arange(len(self._pieces))
+            self._order = np.arange(self.windows_per_epoch)
             if self._shuffle:
-                order = np.random.default_rng((self._seed, epoch)).permutation(order)
-            self._joined = np.concatenate([self._pieces[i] for i in order])
+                random = np.random.default_rng((self._seed, epoch))
+                random.shuffle(documents)
+                random.shuffle(self._order)
+            self._joined = np.concatenate([self._pieces[i] for i in documents])
             self._epoch = epoch
-        start = offset * self._window
+        start = int(self._order[offset]) * self._window
         return torch.from_numpy(self._joined[start : start + self._window])
 
     def batch(self, step: int, size: int) -> torch.Tensor:

@@ -26,6 +26,7 @@ from transformers import (
 
 from cluster.training.corpus import TokenStream, load_documents
 from cluster.training.optimization import Budget, Optimizers, learning_rate_factor
+from cluster.training.parallel import Worker, run_workers
 from cluster.training.resume import load_training_state, save_training_state
 from cluster.training.tokenizer import save_tokenizer, train_tokenizer
 
@@ -101,15 +102,19 @@ def export_target(
     partial.rmdir()
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """Runs the training that ``arguments`` (see ``parse_arguments``) describe."""
-    torch.manual_seed(arguments.seed)
-    torch.set_num_threads(arguments.threads)
-    out = Path(arguments.out)
+def prepare_tokenizer(out: Path) -> None:
+    """Trains the tokenizer into folder ``out`` unless it holds one."""
     out.mkdir(parents=True, exist_ok=True)
-    training, heldout = load_documents()
     if not (out / "tokenizer.json").exists():
+        training, _ = load_documents()
         save_tokenizer(train_tokenizer(document.text for document in training), out)
+
+
+def train(arguments: argparse.Namespace, worker: Worker) -> None:
+    """One worker's part of the training that ``arguments`` (see ``parse_arguments``) describe."""
+    torch.manual_seed(arguments.seed)
+    out = Path(arguments.out)
+    training, heldout = load_documents()
     tokenizer = AutoTokenizer.from_pretrained(out)
     stream = TokenStream(training, tokenizer, SEQUENCE_LENGTH + 1, arguments.seed)
     heldout_stream = TokenStream(heldout, tokenizer, SEQUENCE_LENGTH + 1, shuffle=False)
@@ -120,19 +125,23 @@ def train(arguments: argparse.Namespace) -> None:
     state_folder = Path(arguments.state or f"{out}-state")
     step = load_training_state(state_folder, model, optimizers, budget)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{parameters} parameters, {stream.num_tokens} training tokens, step {step}", flush=True)
+    if worker.leads:
+        print(f"{parameters} parameters, {stream.num_tokens} training tokens, step {step}")
 
     last_log = last_save = time.monotonic()
     logged_step = step
-    while (progress := budget.progress(step)) < 1.0:
+    while (progress := worker.agree(budget.progress(step))) < 1.0:
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = stream.batch(step, arguments.batch)
+            tokens = worker.share(stream.batch(step, arguments.batch))
             if progress < SHORT_PHASE:
                 tokens = halve(tokens)
             loss = language_model_loss(model, tokens)
         loss.backward()
+        worker.average_gradients(model.parameters())
         norm = optimizers.step(learning_rate_factor(progress))
         step += 1
+        if not worker.leads:
+            continue
         now = time.monotonic()
         if step % arguments.log_every == 0:
             seen = step * arguments.batch * SEQUENCE_LENGTH
@@ -150,6 +159,8 @@ def train(arguments: argparse.Namespace) -> None:
                 value = heldout_loss(model, heldout_stream, HELDOUT_WINDOWS)
             print(f"step {step} heldout {value:.4f}", flush=True)
             last_save = time.monotonic()
+    if not worker.leads:
+        return
     save_training_state(state_folder, step, model, optimizers, budget)
     export_target(model, tokenizer, out)
     summary = {
@@ -172,12 +183,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--minutes", type=float, default=56.0, help="wall-clock budget")
     parser.add_argument("--steps", type=int, help="budget in steps instead of minutes")
     parser.add_argument("--batch", type=int, default=4, help="sequences a step")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="workers, a thread each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=10, help="steps between log lines")
-    parser.add_argument("--save-seconds", type=float, default=150.0, help="between checkpoints")
+    parser.add_argument("--save-seconds", type=float, default=240.0, help="between checkpoints")
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    train(parse_arguments())
+    parsed = parse_arguments()
+    prepare_tokenizer(Path(parsed.out))
+    run_workers(train, parsed)
