@@ -1,0 +1,188 @@
+"""One completion on its way from replicas to a client."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerFast
+
+from cluster.engine.text import TextStream
+from cluster.errors import InvalidRequestError, ReplicaLostError
+from cluster.request import FinishReason, Request
+from cluster.rpc.replica_connection import ReplicaConnection
+from cluster.rpc.replica_pool import ReplicaPool
+from cluster.rpc.status import from_request_error
+from cluster.v1 import inference_pb2, replica_pb2
+
+logger = logging.getLogger(__name__)
+
+_submission_numbers = itertools.count()
+
+
+class Choice:
+    """One of a request's choices, wherever it runs.
+
+    Guarantees: the client's tokens are a single unbroken sequence. When its replica is lost, the
+    choice goes on elsewhere behind the tokens that were received; each submission has an id of its
+    own, and a token offset that repeats or skips anything is never passed on. Holds at most one
+    chunk for the client, whose tokens are merged while it does not read.
+
+    Args:
+        request: the validated request; its id is the client's.
+        tokenizer: turns tokens into the client's text.
+        pool: where to run.
+        on_change: called when ``take`` has something new, or the choice has ended.
+
+    Raises:
+        InvalidRequestError: the resumed tokens hold a stop string already.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: PreTrainedTokenizerFast,
+        pool: ReplicaPool,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.error: Exception | None = None
+        self.done = False
+        self._request = request
+        self._pool = pool
+        self._on_change = on_change
+        self._token_ids = list(request.resume_token_ids)
+        self._text = TextStream(tokenizer, request.sampling.stop)
+        for token_id in self._token_ids:
+            self._text.push(token_id)
+        if self._text.stopped:
+            raise InvalidRequestError("resume_token_ids", "already holds a stop string")
+        self._chunk: inference_pb2.GenerateResponse | None = None
+        self._connection: ReplicaConnection | None = None
+        self._submission_id = ""
+
+    def start(self) -> None:
+        """Runs the choice on a replica, now or as soon as one is ready."""
+        self._pool.place(self)
+
+    def cancel(self, reason: str) -> None:
+        """Ends the choice wherever it is (``reason``: cancelled or deadline)."""
+        self._pool.withdraw(self)
+        if self._connection is not None:
+            self._connection.cancel(self._submission_id, reason)
+            self._connection = None
+        self.done = True
+
+    def take(self) -> inference_pb2.GenerateResponse | None:
+        """What the client has not been sent yet, if anything."""
+        chunk, self._chunk = self._chunk, None
+        return chunk
+
+    def on_placed(self, connection: ReplicaConnection) -> None:
+        """Submits what is missing to a ready replica."""
+        self._connection = connection
+        request = self._request
+        self._submission_id = (
+            f"{request.request_id}/{request.choice_index}.{next(_submission_numbers)}"
+        )
+        connection.submit(
+            replace(
+                request,
+                request_id=self._submission_id,
+                resume_token_ids=tuple(self._token_ids),
+            ),
+            self,
+        )
+
+    def on_unplaced(self) -> None:
+        """No replica was ready in time."""
+        self._fail(ReplicaLostError("no target replica is ready"))
+
+    def on_delta(self, delta: replica_pb2.ConnectResponse.Delta) -> None:
+        """Takes what the replica made of the request."""
+        try:
+            self._take_delta(delta)
+        except Exception as error:  # ends this choice, and not the stream that all choices share
+            self._leave()
+            self._fail(error)
+
+    def on_lost(self) -> None:
+        """Goes on elsewhere, from the tokens received."""
+        lost, self._connection = self._connection, None
+        if self._is_complete():
+            self._finish_without_replica()
+            return
+        logger.info("request %s goes on elsewhere", self._submission_id)
+        self._pool.place(self, avoid=lost)
+
+    def _take_delta(self, delta: replica_pb2.ConnectResponse.Delta) -> None:
+        num_known = len(self._token_ids) - delta.token_offset if delta.token_ids else 0
+        if num_known < 0:
+            logger.error("replica skipped %d tokens of %s", -num_known, self._submission_id)
+            self._leave()
+            self.on_lost()
+            return
+        if len(delta.token_ids) > num_known or delta.finish_reason:
+            self._add(delta, num_known)
+        if delta.HasField("error"):
+            error = from_request_error(delta.error)
+            if isinstance(error, ReplicaLostError):
+                self.on_lost()
+                return
+            self._connection = None
+            self._fail(error)
+            return
+        if delta.finish_reason:
+            self._connection = None
+            self.done = True
+        self._on_change()
+
+    def _add(self, delta: replica_pb2.ConnectResponse.Delta, num_known: int) -> None:
+        chunk = self._open_chunk()
+        token_ids = delta.token_ids[num_known:]
+        self._token_ids += token_ids
+        chunk.token_ids.extend(token_ids)
+        chunk.token_sources.extend(delta.token_sources[num_known:])
+        chunk.logprobs.extend(delta.logprobs[num_known:])
+        texts = [self._text.push(token_id).text for token_id in token_ids]
+        chunk.text += "".join(texts)
+        chunk.text_lengths.extend(map(len, texts))
+        if delta.finish_reason:
+            chunk.text += self._text.finish()
+            chunk.finish_reason = delta.finish_reason
+            chunk.usage.CopyFrom(delta.usage)
+
+    def _open_chunk(self) -> inference_pb2.GenerateResponse:
+        if self._chunk is None:
+            self._chunk = inference_pb2.GenerateResponse(
+                request_id=self._request.request_id,
+                choice_index=self._request.choice_index,
+                attempt=self._request.attempt,
+                token_offset=len(self._token_ids),
+            )
+        return self._chunk
+
+    def _is_complete(self) -> bool:
+        return self._text.stopped or len(self._token_ids) >= self._request.sampling.max_tokens
+
+    def _finish_without_replica(self) -> None:
+        """All tokens had come, only the word that they were all was lost."""
+        chunk = self._open_chunk()
+        chunk.text += self._text.finish()
+        reason = FinishReason.STOP if self._text.stopped else FinishReason.LENGTH
+        chunk.finish_reason = int(reason)  # type: ignore[assignment]
+        chunk.usage.prompt_tokens = len(self._request.prompt_token_ids)
+        chunk.usage.completion_tokens = len(self._token_ids)
+        self.done = True
+        self._on_change()
+
+    def _leave(self) -> None:
+        if self._connection is not None:
+            self._connection.cancel(self._submission_id, "cancelled")
+
+    def _fail(self, error: Exception) -> None:
+        self._connection = None
+        self.error = error
+        self.done = True
+        self._on_change()

@@ -1,0 +1,308 @@
+"""The Python client of a cluster: ``Client``, and ``AsyncClient`` for asyncio."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import grpc
+from grpc import aio
+
+from cluster.errors import ClusterStateError, DsparkError, InvalidRequestError, ReplicaLostError
+from cluster.request import (
+    FinishReason,
+    PositionLogprobs,
+    SamplingParams,
+    SpeculationMode,
+    SpeculationParams,
+    TokenSource,
+    Usage,
+)
+from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, channel_options, open_channel
+from cluster.rpc.cluster_status import ClusterStatus, cluster_status_from_proto
+from cluster.rpc.convert import (
+    GenerateCall,
+    finish_reason_from_proto,
+    generate_call_to_proto,
+    logprobs_from_proto,
+    token_sources_from_proto,
+    usage_from_proto,
+)
+from cluster.rpc.status import from_rpc_error, has_details
+from cluster.v1 import inference_pb2, inference_pb2_grpc
+
+STATUS_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A piece of one choice.
+
+    Attributes:
+        text: what became final with this piece; it may lag behind the tokens.
+        offset: index in the completion of the first of ``token_ids``.
+        token_sources: one per token.
+        text_lengths: one per token: characters of ``text`` that it made final, in order. What is
+            left of ``text`` behind them was held back until the end.
+        logprobs: one per token where asked for, else empty.
+        finish_reason, usage: set on the choice's last chunk.
+    """
+
+    request_id: str
+    choice_index: int
+    attempt: int
+    offset: int
+    token_ids: tuple[int, ...]
+    token_sources: tuple[TokenSource, ...]
+    text: str
+    text_lengths: tuple[int, ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One finished choice, as gathered from its chunks."""
+
+    request_id: str
+    choice_index: int
+    token_ids: tuple[int, ...]
+    token_sources: tuple[TokenSource, ...]
+    text: str
+    logprobs: tuple[PositionLogprobs, ...]
+    finish_reason: FinishReason
+    usage: Usage
+
+
+class Client:
+    """A blocking client; one may be shared by threads.
+
+    Every call takes:
+        prompt: text, or token ids.
+        sampling: how tokens are chosen. Keyword arguments named as fields of ``SamplingParams``
+            (``temperature=0``, ``max_tokens=64``) override it, or the defaults.
+        speculation: ``SpeculationParams``, or False to decode plainly.
+        n: number of choices, 1..16.
+        timeout_s: the request's deadline from now; unset: none.
+        resume_token_ids: with n = 1, the tokens of a broken stream; the answer goes on behind them.
+        request_id: unset: the router makes one.
+        attempt: to be raised with each retry of the same request id.
+
+    and raises:
+        InvalidRequestError, QueueFullError, ReplicaLostError, DeadlineExceededError: the answer.
+        ClusterStateError: no cluster answers at the address.
+
+    Args:
+        address: ``host:port`` of a router.
+        max_message_bytes: the largest message sent or received.
+    """
+
+    def __init__(self, address: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
+        self._address = address
+        self._channel = grpc.insecure_channel(address, options=channel_options(max_message_bytes))
+        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        sampling: SamplingParams | None = None,
+        speculation: SpeculationParams | bool = True,
+        n: int = 1,
+        timeout_s: float | None = None,
+        resume_token_ids: Sequence[int] = (),
+        request_id: str = "",
+        attempt: int = 0,
+        **sampling_fields: Any,
+    ) -> Generator[Chunk, None, None]:
+        """Streams the chunks of all choices. The request starts with the first ``next``; closing
+        the iterator cancels it."""
+        call = _call(
+            prompt, sampling, sampling_fields, speculation, n, resume_token_ids, request_id, attempt
+        )
+        stream = self._stub.Generate(generate_call_to_proto(call), timeout=timeout_s)
+        started = False
+        try:
+            for message in stream:
+                started = True
+                yield _chunk(message)
+        except grpc.RpcError as error:
+            raise _error(error, self._address, started) from None
+        finally:
+            stream.cancel()
+
+    def complete(self, prompt: str | Sequence[int], **arguments: Any) -> list[Completion]:
+        """Waits for all choices; arguments as for ``generate``."""
+        gathered = _Gathered()
+        for chunk in self.generate(prompt, **arguments):
+            gathered.add(chunk)
+        return gathered.completions()
+
+    def status(self, *, timeout_s: float = STATUS_TIMEOUT_S) -> ClusterStatus:
+        """The cluster as the router sees it."""
+        try:
+            answer = self._stub.GetStatus(inference_pb2.GetStatusRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise _error(error, self._address, False) from None
+        return cluster_status_from_proto(answer)
+
+    def close(self) -> None:
+        """Ends the connection, and what runs on it."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """``Client`` for asyncio: the same arguments and errors; belongs to one event loop."""
+
+    def __init__(self, address: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
+        self._address = address
+        self._channel = open_channel(address, max_message_bytes)
+        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        sampling: SamplingParams | None = None,
+        speculation: SpeculationParams | bool = True,
+        n: int = 1,
+        timeout_s: float | None = None,
+        resume_token_ids: Sequence[int] = (),
+        request_id: str = "",
+        attempt: int = 0,
+        **sampling_fields: Any,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Streams the chunks of all choices. The request starts with the first ``anext``; closing
+        the iterator (``contextlib.aclosing``) or cancelling the task cancels it."""
+        call = _call(
+            prompt, sampling, sampling_fields, speculation, n, resume_token_ids, request_id, attempt
+        )
+        stream: aio.UnaryStreamCall = self._stub.Generate(
+            generate_call_to_proto(call), timeout=timeout_s
+        )
+        started = False
+        try:
+            async for message in stream:
+                started = True
+                yield _chunk(message)
+        except grpc.RpcError as error:
+            raise _error(error, self._address, started) from None
+        finally:
+            stream.cancel()
+
+    async def complete(self, prompt: str | Sequence[int], **arguments: Any) -> list[Completion]:
+        """Waits for all choices; arguments as for ``generate``."""
+        gathered = _Gathered()
+        async for chunk in self.generate(prompt, **arguments):
+            gathered.add(chunk)
+        return gathered.completions()
+
+    async def status(self, *, timeout_s: float = STATUS_TIMEOUT_S) -> ClusterStatus:
+        """The cluster as the router sees it."""
+        try:
+            answer = await self._stub.GetStatus(inference_pb2.GetStatusRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise _error(error, self._address, False) from None
+        return cluster_status_from_proto(answer)
+
+    async def close(self) -> None:
+        """Ends the connection, and what runs on it."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class _Gathered:
+    """Chunks by choice."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[int, list[Chunk]] = {}
+
+    def add(self, chunk: Chunk) -> None:
+        self._chunks.setdefault(chunk.choice_index, []).append(chunk)
+
+    def completions(self) -> list[Completion]:
+        return [_completion(chunks) for _, chunks in sorted(self._chunks.items())]
+
+
+def _completion(chunks: list[Chunk]) -> Completion:
+    last = chunks[-1]
+    if last.finish_reason is None or last.usage is None:
+        raise DsparkError("the router ended a stream without a last chunk")
+    return Completion(
+        request_id=last.request_id,
+        choice_index=last.choice_index,
+        token_ids=_joined(chunks, lambda chunk: chunk.token_ids),
+        token_sources=_joined(chunks, lambda chunk: chunk.token_sources),
+        text="".join(chunk.text for chunk in chunks),
+        logprobs=_joined(chunks, lambda chunk: chunk.logprobs),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+    )
+
+
+def _joined(chunks: list[Chunk], part: Callable[[Chunk], tuple[Any, ...]]) -> tuple[Any, ...]:
+    return tuple(item for chunk in chunks for item in part(chunk))
+
+
+def _call(
+    prompt: str | Sequence[int],
+    sampling: SamplingParams | None,
+    sampling_fields: dict[str, Any],
+    speculation: SpeculationParams | bool,
+    n: int,
+    resume_token_ids: Sequence[int],
+    request_id: str,
+    attempt: int,
+) -> GenerateCall:
+    try:
+        sampling = replace(sampling or SamplingParams(), **sampling_fields)
+    except TypeError as error:
+        raise InvalidRequestError("sampling", str(error)) from None
+    if isinstance(speculation, bool):
+        mode = SpeculationMode.AUTO if speculation else SpeculationMode.OFF
+        speculation = SpeculationParams(mode=mode)
+    return GenerateCall(
+        request_id=request_id,
+        prompt=prompt if isinstance(prompt, str) else tuple(prompt),
+        sampling=sampling,
+        speculation=speculation,
+        num_choices=n,
+        resume_token_ids=tuple(resume_token_ids),
+        attempt=attempt,
+    )
+
+
+def _chunk(message: inference_pb2.GenerateResponse) -> Chunk:
+    return Chunk(
+        request_id=message.request_id,
+        choice_index=message.choice_index,
+        attempt=message.attempt,
+        offset=message.token_offset,
+        token_ids=tuple(message.token_ids),
+        token_sources=token_sources_from_proto(message.token_sources),
+        text=message.text,
+        text_lengths=tuple(message.text_lengths),
+        logprobs=logprobs_from_proto(message.logprobs),
+        finish_reason=finish_reason_from_proto(message.finish_reason),
+        usage=usage_from_proto(message.usage) if message.HasField("usage") else None,
+    )
+
+
+def _error(error: grpc.RpcError, address: str, started: bool) -> DsparkError:
+    rebuilt = from_rpc_error(error)
+    if isinstance(rebuilt, ReplicaLostError) and not started and not has_details(error):
+        return ClusterStateError(f"no cluster answers at {address}: {rebuilt}")
+    return rebuilt

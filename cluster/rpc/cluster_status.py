@@ -1,0 +1,130 @@
+"""What runs where, and how busy it is, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.request import SpeculationStats
+from cluster.rpc.convert import stats_from_proto
+from cluster.v1 import inference_pb2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardStatus:
+    """One shard of a replica: its rank, where it runs, and its part of the model."""
+
+    rank: int
+    node: str
+    pid: int
+    pipeline_stage: int = 0
+    tensor_rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterStatus:
+    """One drafter as a replica sees it.
+
+    Attributes:
+        state: connecting, ready, quarantined, mismatched or lost.
+        reason: why it is not ready, else empty.
+        round_trip_ms: moving average over rounds.
+    """
+
+    drafter_id: str
+    address: str
+    state: str
+    reason: str = ""
+    round_trip_ms: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaStatus:
+    """One target replica as a router sees it.
+
+    Attributes:
+        state: connecting, ready, draining or lost; all but ``replica_id`` and ``address`` are as of
+            its last report.
+        kv_cache_usage: 0..1.
+        speculation_state: on or off; ``speculation_reason`` says why.
+        speculation: sums since the replica started.
+    """
+
+    replica_id: str
+    address: str
+    state: str
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    num_output_tokens: int = 0
+    speculation_state: str = ""
+    speculation_reason: str = ""
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    shards: tuple[ShardStatus, ...] = ()
+    drafters: tuple[DrafterStatus, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterStatus:
+    """The cluster as one router sees it."""
+
+    model: str
+    router_id: str
+    version: str
+    num_active_requests: int
+    replicas: tuple[ReplicaStatus, ...]
+
+
+def cluster_status_from_proto(message: inference_pb2.GetStatusResponse) -> ClusterStatus:
+    """Reads a router's answer."""
+    return ClusterStatus(
+        model=message.model,
+        router_id=message.router_id,
+        version=message.version,
+        num_active_requests=message.num_active_requests,
+        replicas=tuple(map(_replica_from_proto, message.replicas)),
+    )
+
+
+def shard_to_proto(shard: ShardStatus) -> inference_pb2.ShardStatus:
+    """Writes one shard."""
+    return inference_pb2.ShardStatus(**vars(shard))
+
+
+def drafter_to_proto(drafter: DrafterStatus) -> inference_pb2.DrafterStatus:
+    """Writes one drafter."""
+    return inference_pb2.DrafterStatus(**vars(drafter))
+
+
+def _replica_from_proto(message: inference_pb2.ReplicaStatus) -> ReplicaStatus:
+    return ReplicaStatus(
+        replica_id=message.replica_id,
+        address=message.address,
+        state=message.state,
+        num_running=message.num_running,
+        num_waiting=message.num_waiting,
+        kv_cache_usage=message.kv_cache_usage,
+        num_output_tokens=message.num_output_tokens,
+        speculation_state=message.speculation_state,
+        speculation_reason=message.speculation_reason,
+        speculation=stats_from_proto(message.speculation),
+        shards=tuple(
+            ShardStatus(
+                rank=shard.rank,
+                node=shard.node,
+                pid=shard.pid,
+                pipeline_stage=shard.pipeline_stage,
+                tensor_rank=shard.tensor_rank,
+            )
+            for shard in message.shards
+        ),
+        drafters=tuple(
+            DrafterStatus(
+                drafter_id=drafter.drafter_id,
+                address=drafter.address,
+                state=drafter.state,
+                reason=drafter.reason,
+                round_trip_ms=drafter.round_trip_ms,
+            )
+            for drafter in message.drafters
+        ),
+    )

@@ -1,0 +1,81 @@
+"""One client's call: all its choices, as one stream of chunks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerFast
+
+from cluster.errors import RequestCancelledError
+from cluster.request import Request
+from cluster.rpc.choice import Choice
+from cluster.rpc.replica_pool import ReplicaPool
+from cluster.v1 import inference_pb2
+
+
+class Generation:
+    """The choices of one request, run at the same time.
+
+    Guarantees: chunks of one choice come in order; one chunk for each choice is held at most. The
+    first choice that fails ends all of them, behind what was received. However ``chunks`` is left,
+    nothing of the request runs on.
+
+    Args:
+        request: the validated request, as of its first choice.
+        num_choices: n; choice i has ``choice_index`` i.
+        tokenizer: turns tokens into the client's text.
+        pool: where to run.
+
+    Raises:
+        InvalidRequestError: the resumed tokens hold a stop string already.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        num_choices: int,
+        tokenizer: PreTrainedTokenizerFast,
+        pool: ReplicaPool,
+    ) -> None:
+        self.request = request
+        self._changed = asyncio.Event()
+        self._superseded = False
+        self._choices: Sequence[Choice] = [
+            Choice(replace(request, choice_index=index), tokenizer, pool, self._changed.set)
+            for index in range(num_choices)
+        ]
+
+    async def chunks(self) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """Runs the request. Raises: what a choice failed with, or that a retry took it over."""
+        try:
+            for choice in self._choices:
+                choice.start()
+            while True:
+                # Before the chunks are taken: what ends a choice comes with or behind its last one.
+                done = all(choice.done for choice in self._choices)
+                error = next((choice.error for choice in self._choices if choice.error), None)
+                for choice in self._choices:
+                    chunk = choice.take()
+                    if chunk is not None:
+                        yield chunk
+                if self._superseded:
+                    raise RequestCancelledError("a later attempt of the request has begun")
+                if error is not None:
+                    raise error
+                if done:
+                    return
+                await self._changed.wait()
+                self._changed.clear()
+        finally:
+            deadline = self.request.deadline
+            late = deadline is not None and time.monotonic() >= deadline
+            for choice in self._choices:
+                choice.cancel("deadline" if late else "cancelled")
+
+    def supersede(self) -> None:
+        """Ends the call, since the client has begun a later attempt."""
+        self._superseded = True
+        self._changed.set()

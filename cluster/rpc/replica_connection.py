@@ -1,0 +1,237 @@
+"""A router's stream to one target replica."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from typing import Protocol
+
+import grpc
+from grpc import aio
+
+from cluster.request import Request
+from cluster.rpc.channels import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    MAX_RECONNECT_S,
+    MIN_RECONNECT_S,
+    PROTOCOL_VERSION,
+    open_channel,
+)
+from cluster.rpc.convert import submit_to_proto
+from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 5.0
+
+
+class Submission(Protocol):
+    """Who gets the answers to a submitted request; called in the event loop, must not raise."""
+
+    def on_delta(self, delta: replica_pb2.ConnectResponse.Delta) -> None:
+        """The request's next tokens, its end, or its error."""
+
+    def on_lost(self) -> None:
+        """The replica is gone; nothing more comes."""
+
+
+class ReplicaConnection:
+    """Keeps a stream to a replica, reconnecting with jittered delays until it is closed.
+
+    Guarantees: each submission gets deltas in order until its last one, or ``on_lost`` once, or
+    nothing more behind ``cancel``. Submitting and cancelling never wait. What is queued for writing
+    is at most one submission and one cancellation for each request that the router has admitted.
+
+    Args:
+        replica_id: the replica's name.
+        address: ``host:port`` of its ``ReplicaService``.
+        router_id: who connects.
+        on_ready: called whenever the replica has become ready for submissions.
+        on_closed: called once when a retired connection has closed itself.
+        max_message_bytes: the largest message sent or received.
+    """
+
+    def __init__(
+        self,
+        replica_id: str,
+        address: str,
+        router_id: str,
+        *,
+        on_ready: Callable[[ReplicaConnection], None],
+        on_closed: Callable[[ReplicaConnection], None],
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self.replica_id = replica_id
+        self.address = address
+        self.welcome: replica_pb2.ConnectResponse.Welcome | None = None
+        self._router_id = router_id
+        self._on_ready = on_ready
+        self._on_closed = on_closed
+        self._max_message_bytes = max_message_bytes
+        self._load = inference_pb2.ReplicaStatus()
+        self._state = "connecting"
+        self._retired = False
+        self._submissions: dict[str, Submission] = {}
+        self._queued: dict[str, int] = {}  # tokens that each submission still needs
+        self._num_queued_tokens = 0
+        self._outbox: list[replica_pb2.ConnectRequest] = []
+        self._wake = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+
+    @property
+    def state(self) -> str:
+        """connecting, ready, draining or lost."""
+        if self._state == "ready" and (self._retired or self._load.state == "draining"):
+            return "draining"
+        return self._state
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether new requests may be submitted."""
+        return self.state == "ready"
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens that this router's requests there still need: prompts, and outputs to come."""
+        return self._num_queued_tokens
+
+    def status(self) -> inference_pb2.ReplicaStatus:
+        """The last load report, with the state of now."""
+        status = inference_pb2.ReplicaStatus()
+        status.CopyFrom(self._load)
+        status.replica_id = self.replica_id
+        status.address = self.address
+        status.state = self.state
+        return status
+
+    def submit(self, request: Request, submission: Submission) -> None:
+        """Sends a request; ``request.request_id`` must be new on this connection.
+
+        Raises:
+            RuntimeError: the connection is not ready.
+        """
+        if not self.is_ready:
+            raise RuntimeError(f"replica {self.replica_id} is {self.state}")
+        num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
+        self._submissions[request.request_id] = submission
+        self._queued[request.request_id] = num_tokens
+        self._num_queued_tokens += num_tokens
+        self._send(submit_to_proto(request))
+
+    def cancel(self, request_id: str, reason: str) -> None:
+        """Ends a request (``reason``: cancelled or deadline); unknown ids are ignored."""
+        if request_id not in self._submissions:
+            return
+        self._forget(request_id)
+        cancel = replica_pb2.ConnectRequest.Cancel(request_id=request_id, reason=reason)
+        self._send(replica_pb2.ConnectRequest(cancel=cancel))
+
+    def retire(self) -> None:
+        """Takes nothing new, and closes when the last submission has ended."""
+        self._retired = True
+        if not self._submissions:
+            self._task.cancel()
+
+    async def close(self) -> None:
+        """Ends the connection; its submissions are lost."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        delay_s = MIN_RECONNECT_S
+        try:
+            while not self._retired:
+                if await self._connect():
+                    delay_s = MIN_RECONNECT_S
+                await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
+                delay_s = min(delay_s * 2, MAX_RECONNECT_S)
+        finally:
+            self._lose()
+            self._on_closed(self)
+
+    async def _connect(self) -> bool:
+        """One connection from beginning to end. Returns whether it was ever ready."""
+        was_ready = False
+        try:
+            async with open_channel(self.address, self._max_message_bytes) as channel:
+                call: aio.StreamStreamCall = replica_pb2_grpc.ReplicaServiceStub(channel).Connect()
+                async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                    self.welcome = await self._handshake(call)
+                was_ready = True
+                self._state = "ready"
+                logger.info("replica %s at %s is ready", self.replica_id, self.address)
+                writer = asyncio.create_task(self._write(call))
+                try:
+                    self._on_ready(self)
+                    while (message := await call.read()) is not aio.EOF:
+                        self._take(message.step)
+                finally:
+                    writer.cancel()
+                    await asyncio.gather(writer, return_exceptions=True)
+                logger.warning("replica %s ended its stream", self.replica_id)
+        except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError, ConnectionError) as error:
+            reason = error.details() if isinstance(error, aio.AioRpcError) else repr(error)
+            logger.warning("replica %s at %s: %s", self.replica_id, self.address, reason)
+        self._lose()
+        return was_ready
+
+    async def _handshake(self, call: aio.StreamStreamCall) -> replica_pb2.ConnectResponse.Welcome:
+        hello = replica_pb2.ConnectRequest.Hello(
+            router_id=self._router_id, protocol_version=PROTOCOL_VERSION
+        )
+        await call.write(replica_pb2.ConnectRequest(hello=hello))
+        answer = await call.read()
+        if answer is aio.EOF or not answer.HasField("welcome"):
+            raise ConnectionError("the replica did not answer the handshake")
+        if answer.welcome.protocol_version != PROTOCOL_VERSION:
+            raise ConnectionError(f"speaks protocol {answer.welcome.protocol_version}")
+        return answer.welcome
+
+    async def _write(self, call: aio.StreamStreamCall) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            messages, self._outbox = self._outbox, []
+            for message in messages:
+                await call.write(message)
+
+    def _send(self, message: replica_pb2.ConnectRequest) -> None:
+        self._outbox.append(message)
+        self._wake.set()
+
+    def _take(self, step: replica_pb2.ConnectResponse.StepUpdate) -> None:
+        if step.HasField("load"):
+            was_ready = self.is_ready
+            self._load = step.load
+            if self.is_ready and not was_ready:
+                self._on_ready(self)
+        for delta in step.deltas:
+            submission = self._submissions.get(delta.request_id)
+            if submission is None:
+                continue  # cancelled in the meantime
+            if delta.finish_reason or delta.HasField("error"):
+                self._forget(delta.request_id)
+            else:
+                self._queued[delta.request_id] -= len(delta.token_ids)
+                self._num_queued_tokens -= len(delta.token_ids)
+            submission.on_delta(delta)
+
+    def _forget(self, request_id: str) -> None:
+        del self._submissions[request_id]
+        self._num_queued_tokens -= self._queued.pop(request_id)
+        if self._retired and not self._submissions:
+            self._task.cancel()
+
+    def _lose(self) -> None:
+        self._state = "lost"
+        self._load.state = ""
+        self._outbox.clear()
+        self._wake.clear()
+        lost = list(self._submissions.values())
+        self._submissions.clear()
+        self._queued.clear()
+        self._num_queued_tokens = 0
+        for submission in lost:
+            submission.on_lost()

@@ -1,0 +1,117 @@
+"""The target replicas that a router knows, and the requests that wait for one."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterable
+from typing import Protocol
+
+from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES
+from cluster.rpc.replica_connection import ReplicaConnection
+from cluster.v1 import inference_pb2
+
+
+class Placeable(Protocol):
+    """Something that runs on a replica; hashable by identity."""
+
+    def on_placed(self, connection: ReplicaConnection) -> None:
+        """Run it there; the connection is ready."""
+
+    def on_unplaced(self) -> None:
+        """No replica became ready in time."""
+
+
+class ReplicaPool:
+    """One connection for each replica, and a bounded wait where none is ready.
+
+    Guarantees: what is given to ``place`` is answered once, by ``on_placed`` or ``on_unplaced``,
+    unless it is withdrawn before. A replica that was taken out finishes what it runs.
+
+    Args:
+        router_id: who connects.
+        wait_s: seconds that ``place`` waits for a ready replica.
+        max_message_bytes: the largest message sent or received.
+    """
+
+    def __init__(
+        self,
+        router_id: str,
+        *,
+        wait_s: float,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self._router_id = router_id
+        self._wait_s = wait_s
+        self._max_message_bytes = max_message_bytes
+        self._connections: dict[tuple[str, str], ReplicaConnection] = {}
+        self._retired: set[ReplicaConnection] = set()
+        self._waiting: dict[Placeable, asyncio.TimerHandle] = {}
+
+    def set_replicas(self, replicas: Iterable[tuple[str, str]]) -> None:
+        """Connects to new (id, ``host:port``) pairs, and retires those that are missing."""
+        wanted = set(replicas)
+        for key in self._connections.keys() - wanted:
+            connection = self._connections.pop(key)
+            self._retired.add(connection)
+            connection.retire()
+        for replica_id, address in wanted - self._connections.keys():
+            self._connections[replica_id, address] = ReplicaConnection(
+                replica_id,
+                address,
+                self._router_id,
+                on_ready=self._place_waiting,
+                on_closed=self._retired.discard,
+                max_message_bytes=self._max_message_bytes,
+            )
+
+    def place(self, placeable: Placeable, *, avoid: ReplicaConnection | None = None) -> None:
+        """Puts it on the least loaded ready replica other than ``avoid``, or waits for one."""
+        ready = [c for c in self._connections.values() if c.is_ready and c is not avoid]
+        if ready:
+            placeable.on_placed(_least_loaded(ready))
+            return
+        event_loop = asyncio.get_running_loop()
+        self._waiting[placeable] = event_loop.call_later(self._wait_s, self._give_up, placeable)
+
+    def withdraw(self, placeable: Placeable) -> None:
+        """Waits no longer; what does not wait is ignored."""
+        timer = self._waiting.pop(placeable, None)
+        if timer is not None:
+            timer.cancel()
+
+    def limits(self, vocab_size: int, max_model_len: int) -> tuple[int, int]:
+        """The least (vocabulary, context) over the given ones and the ready replicas'."""
+        for connection in self._connections.values():
+            if connection.is_ready and connection.welcome is not None:
+                vocab_size = min(vocab_size, connection.welcome.vocab_size)
+                max_model_len = min(max_model_len, connection.welcome.max_model_len)
+        return vocab_size, max_model_len
+
+    def statuses(self) -> list[inference_pb2.ReplicaStatus]:
+        """Every replica's status, retired ones included, by id."""
+        connections = [*self._connections.values(), *self._retired]
+        return sorted((c.status() for c in connections), key=lambda status: status.replica_id)
+
+    async def close(self) -> None:
+        """Ends every connection; what waits is told that there is no replica."""
+        connections = [*self._connections.values(), *self._retired]
+        self._connections.clear()
+        await asyncio.gather(*(connection.close() for connection in connections))
+        for placeable in list(self._waiting):
+            self._give_up(placeable)
+
+    def _place_waiting(self, connection: ReplicaConnection) -> None:
+        for placeable in list(self._waiting):
+            if not connection.is_ready:
+                return
+            self.withdraw(placeable)
+            placeable.on_placed(connection)
+
+    def _give_up(self, placeable: Placeable) -> None:
+        self.withdraw(placeable)
+        placeable.on_unplaced()
+
+
+def _least_loaded(connections: list[ReplicaConnection]) -> ReplicaConnection:
+    return min(connections, key=lambda c: (c.num_queued_tokens, random.random()))

@@ -1,0 +1,311 @@
+"""The replica's side of ``ReplicaService``: the engine's outputs, one message a step and router."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from grpc import aio
+
+from cluster.errors import (
+    DeadlineExceededError,
+    DsparkError,
+    InvalidRequestError,
+    RequestCancelledError,
+)
+from cluster.request import Request, RequestOutput
+from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, PROTOCOL_VERSION, server_options
+from cluster.rpc.cluster_status import (
+    DrafterStatus,
+    ShardStatus,
+    drafter_to_proto,
+    shard_to_proto,
+)
+from cluster.rpc.convert import add_output, stats_to_proto, submit_from_proto
+from cluster.rpc.serving import ServingState, bind
+from cluster.rpc.status import abort, to_request_error
+from cluster.v1 import common_pb2, inference_pb2, replica_pb2, replica_pb2_grpc
+
+if TYPE_CHECKING:
+    from cluster.engine.engine import EngineLoad
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME = "cluster.v1.ReplicaService"
+LOAD_INTERVAL_S = 0.1  # at most so often with steps
+IDLE_LOAD_INTERVAL_S = 0.5  # at least so often without
+
+
+class EngineLoop(Protocol):
+    """What the server needs of ``cluster.engine.loop.EngineLoop``; each call is thread-safe."""
+
+    def submit(self, request: Request) -> None:
+        """Runs a request; its outputs, or its error, come through ``on_outputs``."""
+
+    def cancel(self, request_id: str, error: Exception) -> None:
+        """Ends a request with ``error``; unknown ids are ignored."""
+
+    def load(self) -> EngineLoad:
+        """How busy the engine is."""
+
+
+class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
+    """Serves an engine to routers.
+
+    Guarantees: every submission is answered by exactly one last delta, as long as its router's
+    stream lives. All that one engine step changed goes to a router in one message. The engine
+    never waits for a router: what a slow one has not read yet is merged, one delta a request. When
+    a router's stream ends, all its requests are cancelled. One request's error ends nothing else.
+
+    Use: construct, give ``on_outputs`` to the engine loop, then ``start(loop)`` in the event loop
+    that serves.
+
+    Args:
+        replica_id: unique in the cluster.
+        max_model_len: the engine's context in tokens.
+        vocab_size: ids that the engine accepts are below it.
+        model_digests: hex SHA-256 by name (``target``, ``tokenizer``, ``drafter``, ``projection``).
+        describe: called in the event loop for each load report: the shards and drafters of now.
+        max_message_bytes: the largest message sent or received.
+    """
+
+    def __init__(
+        self,
+        replica_id: str,
+        *,
+        max_model_len: int,
+        vocab_size: int,
+        model_digests: dict[str, str] | None = None,
+        describe: Callable[[], tuple[Sequence[ShardStatus], Sequence[DrafterStatus]]] | None = None,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self._replica_id = replica_id
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
+        self._digests = common_pb2.ModelDigests(**(model_digests or {}))
+        self._describe = describe
+        self._max_message_bytes = max_message_bytes
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._streams: set[_RouterStream] = set()
+        self._stream_numbers = itertools.count()
+        self._owners: dict[str, tuple[_RouterStream, str]] = {}  # by the engine's request id
+        self._num_steps = 0
+        self._draining = False
+
+    @property
+    def num_active_requests(self) -> int:
+        """Requests of all routers whose last output has not come yet."""
+        return len(self._owners)
+
+    async def start(self, loop: EngineLoop, host: str, port: int = 0) -> int:
+        """Serves ``loop`` on ``host`` and returns the port. Raises: ConfigError."""
+        self._loop = loop
+        self._event_loop = asyncio.get_running_loop()
+        self._server = aio.server(options=server_options(self._max_message_bytes))
+        replica_pb2_grpc.add_ReplicaServiceServicer_to_server(self, self._server)
+        self._serving = ServingState(self._server, SERVICE_NAME)
+        port = bind(self._server, host, port, key="target.host")
+        await self._server.start()
+        await self._serving.set_serving(True)
+        self._ticker = asyncio.create_task(self._tick())
+        return port
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Stops serving.
+
+        Routers are told to send nothing new, and running requests get ``grace_s`` seconds to
+        finish. What is left then breaks off, and the routers replay it elsewhere.
+        """
+        self._draining = True
+        await self._serving.set_serving(False)
+        self._report_load()
+        deadline = time.monotonic() + grace_s
+        while self._owners and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self._ticker.cancel()
+        await self._server.stop(0)
+
+    def on_outputs(self, outputs: Sequence[RequestOutput]) -> None:
+        """Takes what one engine step changed; called in the engine's thread, never waits."""
+        if not outputs or self._event_loop is None:
+            return
+        try:
+            self._event_loop.call_soon_threadsafe(self._deliver, outputs)
+        except RuntimeError:
+            logger.debug("outputs after the event loop was closed have no reader")
+
+    async def Connect(
+        self,
+        request_iterator: AsyncIterator[replica_pb2.ConnectRequest],
+        context: aio.ServicerContext,
+    ) -> None:
+        """One router's stream."""
+        first = await anext(request_iterator, None)
+        if first is None or not first.HasField("hello"):
+            await abort(context, InvalidRequestError("hello", "must be the first message"))
+            return
+        if first.hello.protocol_version != PROTOCOL_VERSION:
+            message = f"is {first.hello.protocol_version} and {PROTOCOL_VERSION} here"
+            await abort(context, InvalidRequestError("hello.protocol_version", message))
+            return
+        stream = _RouterStream(next(self._stream_numbers))
+        await context.write(self._welcome())
+        self._streams.add(stream)
+        reader = asyncio.create_task(self._read(stream, request_iterator))
+        try:
+            await self._write(stream, context)
+        finally:
+            reader.cancel()
+            self._streams.remove(stream)
+            for request_id in list(stream.request_ids):
+                del self._owners[request_id]
+                self._loop.cancel(request_id, RequestCancelledError("the router is gone"))
+
+    async def _read(
+        self, stream: _RouterStream, messages: AsyncIterator[replica_pb2.ConnectRequest]
+    ) -> None:
+        try:
+            async for message in messages:
+                if message.HasField("submit"):
+                    self._submit(stream, message.submit)
+                elif message.HasField("cancel"):
+                    self._cancel(stream, message.cancel)
+        finally:
+            stream.end()
+
+    async def _write(self, stream: _RouterStream, context: aio.ServicerContext) -> None:
+        while await stream.wait():
+            step = replica_pb2.ConnectResponse.StepUpdate(
+                step=self._num_steps, deltas=stream.take_deltas()
+            )
+            now = time.monotonic()
+            if stream.load_due or now - stream.last_load_time >= LOAD_INTERVAL_S:
+                stream.load_due = False
+                stream.last_load_time = now
+                step.load.CopyFrom(self._load())
+            await context.write(replica_pb2.ConnectResponse(step=step))
+
+    def _submit(self, stream: _RouterStream, submit: replica_pb2.ConnectRequest.Submit) -> None:
+        # Unique on the engine, whatever ids other routers choose.
+        request_id = f"{stream.number}:{submit.request_id}"
+        try:
+            if request_id in self._owners:
+                raise InvalidRequestError("request_id", "is already running")
+            request = submit_from_proto(submit, request_id)
+        except DsparkError as error:
+            stream.fail(submit.request_id, error)
+            return
+        self._owners[request_id] = (stream, submit.request_id)
+        stream.request_ids.add(request_id)
+        self._loop.submit(request)
+
+    def _cancel(self, stream: _RouterStream, cancel: replica_pb2.ConnectRequest.Cancel) -> None:
+        error: DsparkError = RequestCancelledError("the client cancelled the request")
+        if cancel.reason == "deadline":
+            error = DeadlineExceededError("the request's deadline passed")
+        self._loop.cancel(f"{stream.number}:{cancel.request_id}", error)
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        self._num_steps += 1
+        for output in outputs:
+            owner = self._owners.get(output.request_id)
+            if owner is None:
+                continue  # its router is gone
+            stream, request_id = owner
+            if output.is_last:
+                del self._owners[output.request_id]
+                stream.request_ids.remove(output.request_id)
+            stream.add(request_id, output)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(IDLE_LOAD_INTERVAL_S)
+            self._report_load()
+
+    def _report_load(self) -> None:
+        for stream in self._streams:
+            stream.request_load()
+
+    def _welcome(self) -> replica_pb2.ConnectResponse:
+        return replica_pb2.ConnectResponse(
+            welcome=replica_pb2.ConnectResponse.Welcome(
+                replica_id=self._replica_id,
+                protocol_version=PROTOCOL_VERSION,
+                max_model_len=self._max_model_len,
+                vocab_size=self._vocab_size,
+                digests=self._digests,
+            )
+        )
+
+    def _load(self) -> inference_pb2.ReplicaStatus:
+        load = self._loop.load()
+        shards, drafters = self._describe() if self._describe is not None else ((), ())
+        return inference_pb2.ReplicaStatus(
+            replica_id=self._replica_id,
+            state="draining" if self._draining else "ready",
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            kv_cache_usage=load.kv_cache_usage,
+            num_output_tokens=load.num_output_tokens,
+            speculation_state=load.speculation_state,
+            speculation_reason=load.speculation_reason,
+            speculation=stats_to_proto(load.stats),
+            shards=map(shard_to_proto, shards),
+            drafters=map(drafter_to_proto, drafters),
+        )
+
+
+class _RouterStream:
+    """What one router has to be told; holds at most one delta for each of its requests."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.request_ids: set[str] = set()  # the engine's ids
+        self.load_due = True
+        self.last_load_time = 0.0
+        self._deltas: dict[str, replica_pb2.ConnectResponse.Delta] = {}
+        self._ended = False
+        self._wake = asyncio.Event()
+        self._wake.set()
+
+    def add(self, request_id: str, output: RequestOutput) -> None:
+        """Merges an output into the request's delta."""
+        delta = self._deltas.get(request_id)
+        if delta is None:
+            delta = replica_pb2.ConnectResponse.Delta(request_id=request_id)
+            self._deltas[request_id] = delta
+        add_output(delta, output)
+        self._wake.set()
+
+    def fail(self, request_id: str, error: Exception) -> None:
+        """Answers a submission that never reached the engine."""
+        self._deltas[request_id] = replica_pb2.ConnectResponse.Delta(
+            request_id=request_id, error=to_request_error(error)
+        )
+        self._wake.set()
+
+    def request_load(self) -> None:
+        """Sends a load report soon, even if nothing else is to be sent."""
+        self.load_due = True
+        self._wake.set()
+
+    def end(self) -> None:
+        """Nothing more is wanted."""
+        self._ended = True
+        self._wake.set()
+
+    async def wait(self) -> bool:
+        """Waits for something to send. Returns False when the stream has ended."""
+        await self._wake.wait()
+        self._wake.clear()
+        return not self._ended
+
+    def take_deltas(self) -> list[replica_pb2.ConnectResponse.Delta]:
+        """Hands over what is to be sent."""
+        deltas = list(self._deltas.values())
+        self._deltas.clear()
+        return deltas

@@ -1,0 +1,190 @@
+"""The clients' door: ``InferenceService`` over the target replicas."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+
+from grpc import aio
+from transformers import PreTrainedTokenizerFast
+
+import cluster
+from cluster.errors import InvalidRequestError, QueueFullError
+from cluster.request import Request
+from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, server_options
+from cluster.rpc.convert import GenerateCall, generate_call_from_proto
+from cluster.rpc.generation import Generation
+from cluster.rpc.prompt import PromptEncoder
+from cluster.rpc.replica_pool import ReplicaPool
+from cluster.rpc.serving import ServingState, bind
+from cluster.rpc.status import abort
+from cluster.v1 import inference_pb2, inference_pb2_grpc
+
+SERVICE_NAME = "cluster.v1.InferenceService"
+RETRY_AFTER_S = 1.0
+
+
+class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
+    """Takes clients' requests and runs them on target replicas.
+
+    Guarantees: a request is checked completely before it costs a replica anything. What is admitted
+    is bounded by ``max_queued_tokens`` (prompts and longest outputs of all active requests), and
+    what is too much is refused at once. A client that leaves, or whose deadline passes, frees its
+    pages. A lost replica is invisible to clients while another one is ready within ``wait_s``.
+
+    All methods belong to one event loop.
+
+    Args:
+        tokenizer: the target's.
+        model_name: what clients call the target.
+        vocab_size, max_model_len: the target's; replicas may lower them.
+        router_id: unique in the cluster; unset: a random one.
+        max_queued_tokens: bound on admitted work.
+        wait_s: seconds that a request waits for a ready replica.
+        max_message_bytes: the largest message sent or received.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerFast,
+        model_name: str,
+        vocab_size: int,
+        max_model_len: int,
+        router_id: str | None = None,
+        max_queued_tokens: int = 1_000_000,
+        wait_s: float = 30.0,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self.router_id = router_id or f"router-{uuid.uuid4().hex[:12]}"
+        self._tokenizer = tokenizer
+        self._encoder = PromptEncoder(tokenizer)
+        self._model_name = model_name
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._max_queued_tokens = max_queued_tokens
+        self._max_message_bytes = max_message_bytes
+        self._num_queued_tokens = 0
+        self._active: dict[str, Generation] = {}
+        self._pool = ReplicaPool(self.router_id, wait_s=wait_s, max_message_bytes=max_message_bytes)
+
+    @property
+    def num_active_requests(self) -> int:
+        """Clients' calls that have not ended."""
+        return len(self._active)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens and most output tokens of the active requests."""
+        return self._num_queued_tokens
+
+    def set_replicas(self, replicas: Iterable[tuple[str, str]]) -> None:
+        """Names all replicas, as (id, ``host:port``), that requests may run on from now on."""
+        self._pool.set_replicas(replicas)
+
+    async def start(self, host: str, port: int = 0) -> int:
+        """Serves on ``host`` and returns the port. Raises: ConfigError.
+
+        The port may be shared with other routers of this machine (SO_REUSEPORT).
+        """
+        options = server_options(self._max_message_bytes, reuse_port=True)
+        self._server = aio.server(options=options)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
+        self._serving = ServingState(self._server, SERVICE_NAME)
+        port = bind(self._server, host, port, key="router.port")
+        await self._server.start()
+        await self._serving.set_serving(True)
+        return port
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Takes no new calls, lets running ones finish for ``grace_s``, and ends the rest."""
+        await self._serving.set_serving(False)
+        await self._server.stop(grace_s)
+        await self._pool.close()
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: aio.ServicerContext
+    ) -> None:
+        """Streams the request's chunks."""
+        try:
+            async with aclosing(self._generate(request, context.time_remaining())) as chunks:
+                async for chunk in chunks:
+                    await context.write(chunk)
+        except Exception as error:
+            await abort(context, error)
+
+    async def GetStatus(
+        self, request: inference_pb2.GetStatusRequest, context: aio.ServicerContext
+    ) -> inference_pb2.GetStatusResponse:
+        """Answers from the replicas' latest reports."""
+        return inference_pb2.GetStatusResponse(
+            model=self._model_name,
+            router_id=self.router_id,
+            replicas=self._pool.statuses(),
+            num_active_requests=self.num_active_requests,
+            version=cluster.__version__,
+        )
+
+    async def _generate(
+        self, message: inference_pb2.GenerateRequest, timeout_s: float | None
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        call = generate_call_from_proto(message)
+        request = await self._to_request(call, deadline)
+        generation = Generation(request, call.num_choices, self._tokenizer, self._pool)
+        with self._admitted(generation, call.num_choices):
+            async with aclosing(generation.chunks()) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _to_request(self, call: GenerateCall, deadline: float | None) -> Request:
+        """The tokenised, validated request of the first choice. Raises: InvalidRequestError."""
+        prompt = call.prompt
+        token_ids = await self._encoder.encode(prompt) if isinstance(prompt, str) else prompt
+        vocab_size, max_model_len = self._pool.limits(self._vocab_size, self._max_model_len)
+        sampling = call.sampling
+        room = max_model_len - len(token_ids)
+        if 0 < room < sampling.max_tokens:
+            sampling = replace(sampling, max_tokens=room)
+        request = Request(
+            request_id=call.request_id or uuid.uuid4().hex,
+            prompt_token_ids=token_ids,
+            sampling=sampling,
+            speculation=call.speculation,
+            resume_token_ids=call.resume_token_ids,
+            deadline=deadline,
+            attempt=call.attempt,
+        )
+        request.validate(vocab_size=vocab_size, max_model_len=max_model_len)
+        return request
+
+    @contextmanager
+    def _admitted(self, generation: Generation, num_choices: int) -> Iterator[None]:
+        """Holds the request's share of the queue. Raises: QueueFullError, InvalidRequestError."""
+        request = generation.request
+        running = self._active.get(request.request_id)
+        if running is not None and running.request.attempt >= request.attempt:
+            raise InvalidRequestError(
+                "request_id", "is in use; a retry that takes over has a higher attempt"
+            )
+        per_choice = len(request.prompt_token_ids) + request.sampling.max_tokens
+        num_tokens = num_choices * per_choice
+        if self._num_queued_tokens + num_tokens > self._max_queued_tokens:
+            raise QueueFullError(
+                f"the request needs {num_tokens} tokens; {self._num_queued_tokens} of "
+                f"{self._max_queued_tokens} are taken",
+                RETRY_AFTER_S,
+            )
+        if running is not None:
+            running.supersede()
+        self._active[request.request_id] = generation
+        self._num_queued_tokens += num_tokens
+        try:
+            yield
+        finally:
+            self._num_queued_tokens -= num_tokens
+            if self._active.get(request.request_id) is generation:
+                del self._active[request.request_id]

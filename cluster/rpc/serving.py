@@ -1,0 +1,44 @@
+"""What every gRPC server of the cluster offers beside its own service."""
+
+from __future__ import annotations
+
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.errors import ConfigError
+
+
+class ServingState:
+    """``grpc.health.v1`` and reflection of a server; it serves once ``set_serving`` says so.
+
+    Args:
+        server: one that is not started yet.
+        service_name: full name of its own service, e.g. ``cluster.v1.InferenceService``.
+    """
+
+    def __init__(self, server: aio.Server, service_name: str) -> None:
+        self._names = ("", service_name)  # The empty name stands for the whole server.
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+
+    async def set_serving(self, serving: bool) -> None:
+        """Reports SERVING or NOT_SERVING from now on."""
+        status = health_pb2.HealthCheckResponse
+        for name in self._names:
+            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+
+def bind(server: aio.Server, host: str, port: int, *, key: str) -> int:
+    """Binds ``host:port`` and returns the port, which is another one where ``port`` is 0.
+
+    Raises:
+        ConfigError: naming ``key``, the address cannot be bound.
+    """
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(key, f"cannot listen on {address}: {error}") from None
