@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DsparkError(Exception):
@@ -43,7 +44,7 @@ class ConfigError(DsparkError):
         hint = f" (did you mean '{self.suggestion}'?)" if self.suggestion else ""
         super().__init__(f"{key}: {message}{hint}")
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild_config_error, (self.key, self.message, self.suggestion))
 
 
@@ -71,7 +72,7 @@ class CheckpointError(DsparkError):
         where = self.file if key is None else f"{self.file}: {key}"
         super().__init__(f"{where}: {message}")
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (CheckpointError, (self.file, self.key, self.message))
 
 
@@ -88,7 +89,7 @@ class InvalidRequestError(DsparkError):
         self.message = message
         super().__init__(f"{field}: {message}")
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (InvalidRequestError, (self.field, self.message))
 
 
@@ -100,7 +101,7 @@ class QueueFullError(DsparkError):
         self.retry_after_s = retry_after_s
         super().__init__(message)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return (QueueFullError, (self.message, self.retry_after_s))
 
 

@@ -107,7 +107,9 @@ class SamplingParams:
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
         if self.top_k < 0:
-            raise InvalidRequestError("sampling.top_k", f"must be 0 (off) or more, got {self.top_k}")
+            raise InvalidRequestError(
+                "sampling.top_k", f"must be 0 (off) or more, got {self.top_k}"
+            )
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise InvalidRequestError("sampling.seed", "must fit 64 bits")
         if self.max_tokens < 1:
@@ -136,7 +138,8 @@ class SamplingParams:
         for stop in self.stop:
             if not 1 <= len(stop) <= MAX_STOP_STRING_CHARS:
                 raise InvalidRequestError(
-                    "sampling.stop", f"each string must have 1 to {MAX_STOP_STRING_CHARS} characters"
+                    "sampling.stop",
+                    f"each string must have 1 to {MAX_STOP_STRING_CHARS} characters",
                 )
 
 
@@ -200,6 +203,7 @@ class Request:
                 f"has {len(self.prompt_token_ids)} tokens; the model's context is {max_model_len} "
                 "and must hold at least one output token",
             )
+        self.sampling.validate(vocab_size)
         if len(self.resume_token_ids) >= self.sampling.max_tokens:
             raise InvalidRequestError(
                 "resume_token_ids",
@@ -207,7 +211,6 @@ class Request:
             )
         if len(self.prompt_token_ids) + len(self.resume_token_ids) >= max_model_len:
             raise InvalidRequestError("resume_token_ids", "prompt and output fill the context")
-        self.sampling.validate(vocab_size)
         self.speculation.validate()
 
 

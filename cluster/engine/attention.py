@@ -8,7 +8,7 @@ longer ones (prompt chunks) each on their own, so that padding never multiplies 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -117,7 +117,7 @@ def paged_attention(
     Returns:
         ``[1, N, heads, head_dim]`` and ``None`` (no weights).
     """
-    keys, values = paged.cache.layer(module.layer_idx)
+    keys, values = paged.cache.layer(cast(int, module.layer_idx))
     page_size = paged.cache.page_size
     keys.view(-1, *keys.shape[2:]).index_copy_(0, paged.slots, key[0].transpose(0, 1))
     values.view(-1, *values.shape[2:]).index_copy_(0, paged.slots, value[0].transpose(0, 1))

@@ -30,8 +30,8 @@ class SessionKey(NamedTuple):
 class DraftSampling:
     """The request's sampling as far as a drafter needs it.
 
-    ``seed`` set means coupled verification: picks use the noise shared with the target. ``send_probs``
-    asks for the sparse draft distribution (rejection verification at temperature > 0).
+    ``seed`` set means coupled verification: picks use the noise shared with the target.
+    ``send_probs`` asks for the sparse draft distribution (rejection at temperature > 0).
     """
 
     temperature: float

@@ -1,9 +1,9 @@
 """Keeps drafters supplied and takes their proposals: the engine's side of every draft session.
 
-After each step, sequences that go on are announced: what the drafter lacks of their features is sent,
-in bulk (``feed``) for prompts and catch-up, or inline with the round for the few tokens that a round
-commits. A sequence drafts once its bulk features are acknowledged. Anything that goes wrong on the
-way leaves a sequence without a proposal, and it decodes plainly (DESIGN.md, rule 8).
+After each step, sequences that go on are announced: what the drafter lacks of their features is
+sent, in bulk (``feed``) for prompts and catch-up, or inline with the round for the few tokens that
+a round commits. A sequence drafts once its bulk features are acknowledged. Anything that goes wrong
+on the way leaves a sequence without a proposal, and it decodes plainly (DESIGN.md, rule 8).
 """
 
 from __future__ import annotations

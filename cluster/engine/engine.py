@@ -1,8 +1,8 @@
 """The engine: one target replica's loop, one step at a time.
 
-A step schedules a group of sequences, verifies their guesses and computes their prompts in one pass,
-samples once, and hands out what every request gained. With several pipeline stages, as many groups
-are in flight, and a step launches what it can before it finishes the oldest.
+A step schedules a group of sequences, verifies their guesses and computes their prompts in one
+pass, samples once, and hands out what every request gained. With several pipeline stages, as many
+groups are in flight, and a step launches what it can before it finishes the oldest.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ class EngineLoop:
     """The engine's thread and its thread-safe door.
 
     Every submitted request ends in exactly one last output, also when it is refused (then that is
-    its only one) and when the engine fails (then ``ReplicaLostError``). ``failure`` tells what broke
-    the engine; nothing is served behind that.
+    its only one) and when the engine fails (then ``ReplicaLostError``). ``failure`` tells what
+    broke the engine; nothing is served behind that.
 
     Args:
         engine: not to be touched by anyone else from now on.
@@ -49,7 +49,7 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """Ends the thread after the step under way; what is unfinished gets ``ReplicaLostError``."""
+        """Ends the thread after its step; what is unfinished gets ``ReplicaLostError``."""
         with self._wake:
             self._stopping = True
             self._wake.notify()

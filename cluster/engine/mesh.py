@@ -115,7 +115,7 @@ class Mesh:
         return torch.cat([inline, rest]).numpy()
 
     def send_next(self, tensor: torch.Tensor) -> None:
-        """Sends a tensor to the same tensor rank of the next stage (the last sends to the first)."""
+        """Sends a tensor to the same tensor rank of the next stage; the last sends to the first."""
         next_stage = (self.stage + 1) % self.num_stages
         self._send(tensor.contiguous(), next_stage * self.tensor_parallel_size + self.tensor_rank)
 
@@ -142,4 +142,6 @@ class Mesh:
         while self._pending and self._pending[0][0].is_completed():
             self._pending.popleft()
         if tensor.numel():
-            self._pending.append((dist.isend(tensor, dst=rank), tensor))
+            work = dist.isend(tensor, dst=rank)
+            if work is not None:
+                self._pending.append((work, tensor))

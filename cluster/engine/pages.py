@@ -8,8 +8,8 @@ from cluster.errors import ConfigError
 class PagePool:
     """Hands out page numbers 0 .. num_pages-1, each to one holder at a time.
 
-    Page 0 is never handed out: padding of block tables points at it, so that a padded read is always
-    of valid memory.
+    Page 0 is never handed out: padding of block tables points at it, so that a padded read is
+    always of valid memory.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:

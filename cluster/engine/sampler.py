@@ -1,4 +1,4 @@
-"""From one pass's logits to every request's next tokens: one processing and sampling pass a step."""
+"""From one pass's logits to every request's next tokens: one sampling pass a step."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Sampler:
         """Verifies the guesses of every sequence and samples what follows them.
 
         Args:
-            logits: ``[rows, V]`` float32, ``len(draft_token_ids) + 1`` rows for each input in order.
+            logits: ``[rows, V]`` float32, ``len(draft_token_ids) + 1`` rows of each input.
             inputs: the sequences, at least one.
         """
         num_drafts = np.asarray([len(entry.draft_token_ids) for entry in inputs])

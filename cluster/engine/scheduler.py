@@ -1,9 +1,9 @@
 """Which tokens of which requests go into the next pass.
 
 There is no prefill or decode phase: every sequence's computed tokens catch up with its committed
-ones, guesses included. Decoding sequences go first, prompts fill what is left of the token budget in
-chunks, so a long prompt never stalls the rest. When pages run out, guesses are dropped first; then
-the youngest sequence that is not in flight gives its pages back and is computed again later.
+ones, guesses included. Decoding sequences go first, prompts fill what is left of the token budget
+in chunks, so a long prompt never stalls the rest. When pages run out, guesses are dropped first;
+then the youngest sequence that is not in flight gives its pages back and is computed again later.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Scheduler:
         """Running sequences of one group, oldest first."""
         return [s for s in self.running if s.group == group]
 
-    def schedule(self, group: int, drafts: dict[Sequence, tuple[int, ...]]) -> list[ScheduledSequence]:
+    def schedule(
+        self, group: int, drafts: dict[Sequence, tuple[int, ...]]
+    ) -> list[ScheduledSequence]:
         """Chooses the next pass of ``group``.
 
         Args:

@@ -102,6 +102,8 @@ def cut_output_head(model: PreTrainedModel, *, tensor_rank: int, tensor_parallel
         Whether each rank now holds only its slice of the vocabulary (to be gathered).
     """
     head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
     names = {id(module): name for name, module in model.named_modules()}
     style = model.tp_plan.get(names[id(head)])
     if style not in _GATHERED_STYLES or head.weight.shape[0] % tensor_parallel_size:
@@ -123,7 +125,7 @@ def _share(size: int, name: str, rank: int, parts: int) -> slice:
     return slice(rank * step, (rank + 1) * step)
 
 
-def _keep_rows(module: nn.Module, name: str, rank: int, parts: int) -> None:
+def _keep_rows(module: nn.Linear, name: str, rank: int, parts: int) -> None:
     rows = _share(module.weight.shape[0], name, rank, parts)
     module.weight = nn.Parameter(module.weight[rows].clone(), requires_grad=False)
     if module.bias is not None:
@@ -131,7 +133,7 @@ def _keep_rows(module: nn.Module, name: str, rank: int, parts: int) -> None:
     module.out_features = module.weight.shape[0]
 
 
-def _keep_columns(module: nn.Module, name: str, rank: int, parts: int) -> None:
+def _keep_columns(module: nn.Linear, name: str, rank: int, parts: int) -> None:
     columns = _share(module.weight.shape[1], name, rank, parts)
     module.weight = nn.Parameter(module.weight[:, columns].clone(), requires_grad=False)
     if module.bias is not None and rank > 0:

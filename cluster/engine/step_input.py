@@ -7,6 +7,7 @@ them, which continue its cached tokens up to ``context_lens[b]``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class StepInput:
         sizes = [tokens, tokens, tokens, sequences, sequences, sequences * pages, rows]
         bounds = _HEADER + np.cumsum([0, *sizes])
         token_ids, positions, slots, query_lens, context_lens, tables, logit_rows = (
-            packed[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+            packed[start:end] for start, end in pairwise(bounds)
         )
         return cls(
             token_ids,

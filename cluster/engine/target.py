@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,19 +19,7 @@ from cluster.engine.sharding import (
 )
 from cluster.engine.step_input import StepInput
 from cluster.errors import CheckpointError, ConfigError
-
-
-@dataclass(frozen=True)
-class Projection:
-    """The drafter's ``fc``: turns captured target layers into the features that travel.
-
-    Attributes:
-        weight: ``[d, len(target_layer_ids) * hidden_size]``.
-        target_layer_ids: 0-based layers whose output is captured; -1 is the embedding.
-    """
-
-    weight: torch.Tensor
-    target_layer_ids: tuple[int, ...]
+from cluster.models.checkpoint import Projection
 
 
 def load_text_config(model: str, *, trust_remote_code: bool = False) -> Any:
@@ -119,23 +106,23 @@ class TargetShard:
         """
         parts = step.split_tokens() if self._deterministic else [step]
         hidden_in, partial_in = self._receive(step)
-        hidden_parts, partial_parts, start = [], [], 0
+        hidden_parts: list[torch.Tensor] = []
+        partial_parts: list[torch.Tensor] = []
+        start = 0
         for part in parts:
             end = start + part.num_tokens
-            given = None if hidden_in is None else hidden_in[start:end]
-            hidden, partial = self._run_layers(part, given)
+            hidden, partial = self._run_layers(
+                part, None if hidden_in is None else hidden_in[start:end]
+            )
             hidden_parts.append(hidden)
-            partial_parts.append(partial)
+            if partial is not None:
+                partial_parts.append(partial)
             start = end
-        hidden = hidden_parts[0] if len(parts) == 1 else torch.cat(hidden_parts)
-        partial = None
-        if partial_parts[0] is not None:
-            partial = torch.cat(partial_parts)
-            if partial_in is not None:
-                partial = partial + partial_in
-        elif partial_in is not None:
-            partial = partial_in
-        return self._pass_on(step, hidden, partial)
+        features = partial_in
+        if partial_parts:
+            own = torch.cat(partial_parts)
+            features = own if partial_in is None else own + partial_in
+        return self._pass_on(step, torch.cat(hidden_parts), features)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -191,7 +178,7 @@ class TargetShard:
     def _run_layers(
         self, step: StepInput, hidden: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """This stage's layers over one (part of a) pass: hidden and partial features ``[N, ...]``."""
+        """This stage's layers over (a part of) a pass: hidden states, partial features."""
         paged = PagedBatch.build(step, self.cache, self.device)
         self._capture.clear()
         inputs: dict[str, torch.Tensor]

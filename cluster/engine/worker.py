@@ -18,9 +18,14 @@ from cluster.engine.draft_client import DraftClient
 from cluster.engine.engine import Engine
 from cluster.engine.mesh import Mesh, open_store
 from cluster.engine.runner import Runner, follow
-from cluster.engine.target import Projection, TargetShard, load_text_config
+from cluster.engine.target import TargetShard, load_text_config
 from cluster.errors import CheckpointError
-from cluster.models.checkpoint import load_projection
+from cluster.models.checkpoint import (
+    Projection,
+    check_drafter_matches_target,
+    load_drafter_config,
+    load_projection,
+)
 
 
 class ShardWorker:
@@ -108,18 +113,13 @@ class ShardWorker:
         speculative = self.config.speculative
         if speculative is None:
             return None
-        weight, layer_ids = load_projection(speculative.model)
-        config = load_text_config(
+        target = load_text_config(
             self.config.target.model, trust_remote_code=self.config.target.trust_remote_code
         )
-        if weight.shape != (config.hidden_size, len(layer_ids) * config.hidden_size):
-            raise CheckpointError(
-                speculative.model,
-                "fc.weight",
-                f"has shape {tuple(weight.shape)}, the target's hidden_size is "
-                f"{config.hidden_size}",
-            )
-        return Projection(weight=weight, target_layer_ids=tuple(layer_ids))
+        check_drafter_matches_target(
+            load_drafter_config(speculative.model), target.to_dict(), speculative.model
+        )
+        return load_projection(speculative.model)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
