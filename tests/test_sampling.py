@@ -127,8 +127,9 @@ def test_greedy_is_one_hot_at_the_lowest_of_the_best_after_penalties_and_bias() 
     assert adjust_logits(logits, SamplingBatch.from_params([biased])).argmax().item() == 3
 
 
-def test_tiny_temperature_stays_finite_and_picks_the_best() -> None:
-    law = laws(torch.tensor([[50.0, -40.0, 10.0]]), [SamplingParams(temperature=1e-38)])
+@pytest.mark.parametrize("temperature", [1e-38, 1e-60])
+def test_tiny_temperature_stays_finite_and_picks_the_best(temperature: float) -> None:
+    law = laws(torch.tensor([[50.0, -40.0, 10.0]]), [SamplingParams(temperature=temperature)])
     assert law[0].tolist() == [1, 0, 0]
 
 

@@ -29,6 +29,8 @@ from cluster.request import SamplingParams
 # Best tokens of a row among which top-p looks first: they nearly always hold the mass, and finding
 # them costs a fraction of sorting a whole vocabulary.
 _NUM_BEST = 256
+# Lower ones would round to 0, which is greedy, in float32.
+_LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +94,9 @@ class SamplingBatch:
             return torch.tensor(list(values), dtype=torch.int64, device=device)
 
         return cls(
-            temperature=floats(p.temperature for p in params),
+            temperature=floats(
+                0.0 if p.is_greedy else max(p.temperature, _LEAST_TEMPERATURE) for p in params
+            ),
             top_k=integers(p.top_k for p in params),
             top_p=floats(p.top_p for p in params),
             min_p=floats(p.min_p for p in params),
