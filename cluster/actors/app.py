@@ -1,0 +1,79 @@
+"""The Ray Serve application: which deployments there are and with which options.
+
+``deployments/*.yaml`` name ``cluster.actors.app:build`` as their ``import_path``. Ray Serve builds
+the application in a process of its own, so nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application, Deployment
+
+from cluster.actors.drafter import Drafter
+from cluster.actors.names import DRAFTER, ROUTER, TARGET_REPLICA
+from cluster.actors.router import Router
+from cluster.actors.target_replica import TargetReplica
+from cluster.config import ClusterConfig
+
+# Serve asks each replica once a second; after three answers that are missing it is replaced.
+_HEALTH_CHECK_PERIOD_S = 1.0
+_HEALTH_CHECK_TIMEOUT_S = 5.0
+# What a part needs behind its drain to close what it holds, before Serve kills it.
+_CLOSE_S = 5.0
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Builds the application from the ``args`` of the Serve configuration.
+
+    Raises:
+        ConfigError: a bad value in ``args``.
+    """
+    config = ClusterConfig.parse(args)
+    common: dict[str, Any] = {
+        "health_check_period_s": _HEALTH_CHECK_PERIOD_S,
+        "health_check_timeout_s": _HEALTH_CHECK_TIMEOUT_S,
+        "graceful_shutdown_timeout_s": config.drain_timeout_s + _CLOSE_S,
+        # How often Serve looks for its own requests on a replica that it stops: it has none.
+        "graceful_shutdown_wait_loop_s": 0.1,
+    }
+    parts: list[Application] = []
+    if config.speculative is not None:
+        drafter = _deployment(
+            Drafter,
+            name=DRAFTER,
+            num_replicas=config.drafter.num_replicas,
+            ray_actor_options={
+                "num_cpus": config.drafter.num_cpus,
+                "num_gpus": config.drafter.num_gpus,
+            },
+            **common,
+        )
+        parts.append(drafter.bind(config))
+    target = _deployment(
+        TargetReplica,
+        name=TARGET_REPLICA,
+        num_replicas=config.target.num_replicas,
+        # The front has no model; its shards take what they need from their placement group.
+        ray_actor_options={"num_cpus": 0},
+        **common,
+    )
+    parts.append(target.bind(config))
+    router = _deployment(
+        Router,
+        name=ROUTER,
+        num_replicas=config.router.num_replicas,
+        ray_actor_options={"num_cpus": config.router.num_cpus},
+        **common,
+    )
+    # Serve takes for an application what is bound to its ingress. It stops the ingress first, so
+    # the router drains while targets and drafters still serve.
+    return router.bind(config, *parts)
+
+
+def _deployment(actor_class: type, **options: Any) -> Deployment:
+    # Not as a decorator: an undecorated class is found by its name in the actor's process and need
+    # not be sent there.
+    deployment: Deployment = serve.deployment(**options)(actor_class)
+    return deployment

@@ -1,0 +1,77 @@
+"""The clients' door: a Serve deployment with a gRPC server of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import ray
+from ray import serve
+
+from cluster.actors.discovery import ReplicaAddress, watch_replicas
+from cluster.actors.names import TARGET_REPLICA
+from cluster.config import ClusterConfig
+
+if TYPE_CHECKING:
+    from cluster.rpc.router import RouterServer
+
+# Addresses that stand for all of a machine's; clients elsewhere need one that is its own.
+_ANY_ADDRESS = ("0.0.0.0", "::")
+
+
+class Router:
+    """Takes clients' requests and spreads them over the target replicas that Serve calls running.
+
+    Guarantees: several routers of one machine share the configured port; when this one is stopped
+    it listens no longer, and its streams get the drain time to finish.
+    """
+
+    # Serve awaits the constructor and the destructor of a deployment.
+    async def __init__(self, config: ClusterConfig, *parts: object) -> None:  # type: ignore[misc]
+        """``parts`` are handles to the deployments this one uses; Serve wants to know them."""
+        context = serve.get_replica_context()
+        self._config = config
+        self._server = await asyncio.to_thread(_make_server, config, context.replica_id.unique_id)
+        port = await self._server.start(config.router.host, config.router.port)
+        host = config.router.host
+        self._address = f"{ray.util.get_node_ip_address() if host in _ANY_ADDRESS else host}:{port}"
+        self._watch = asyncio.create_task(
+            watch_replicas(context.app_name, TARGET_REPLICA, self._on_replicas)
+        )
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """Where this router listens."""
+        return {"address": self._address}
+
+    def check_health(self) -> None:
+        """Raises what ended the watch, if anything did."""
+        if self._watch.done():
+            self._watch.result()
+
+    async def __del__(self) -> None:
+        self._watch.cancel()
+        await self._server.stop(self._config.drain_timeout_s)
+
+    def _on_replicas(self, replicas: list[ReplicaAddress]) -> None:
+        self._server.set_replicas([(replica.replica_id, replica.address) for replica in replicas])
+
+
+def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
+    # Imported here: whoever builds or starts the application needs neither torch nor gRPC.
+    from cluster.engine.target import load_text_config
+    from cluster.engine.worker import load_tokenizer
+    from cluster.rpc.router import RouterServer
+
+    target = config.target
+    trust = target.trust_remote_code
+    model_config = load_text_config(target.model, trust_remote_code=trust)
+    context = model_config.max_position_embeddings
+    return RouterServer(
+        tokenizer=load_tokenizer(target.model, trust_remote_code=trust),
+        model_name=config.model_name,
+        vocab_size=model_config.vocab_size,
+        max_model_len=min(target.max_model_len or context, context),
+        router_id=router_id,
+        max_queued_tokens=config.router.max_queued_tokens,
+        max_message_bytes=config.router.max_message_mb << 20,
+    )

@@ -1,0 +1,206 @@
+"""One tensor-parallel rank of one pipeline stage, as a Ray actor.
+
+Imported by the front too, which has no model: torch and the engine are imported by the methods that
+run in the shard's own process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import ray
+
+from cluster.actors.digests import read_digests
+from cluster.config import ClusterConfig
+from cluster.rpc.cluster_status import DrafterStatus, ShardStatus
+
+if TYPE_CHECKING:
+    from cluster.engine.loop import EngineLoop
+    from cluster.engine.worker import ShardWorker
+    from cluster.rpc.drafter_client import GrpcDraftClient
+    from cluster.rpc.replica_server import ReplicaServer
+
+_FAILURE_POLL_S = 0.1
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ShardHealth:
+    """What a shard says about itself; seconds on its own monotonic clock.
+
+    Attributes:
+        idle_s: since the last step ended or, without work, since the loop last looked for some.
+            0.0 on the shards that follow.
+        predicted_step_s: how long the longest step should take; 0.0 where that is not known.
+    """
+
+    idle_s: float = 0.0
+    predicted_step_s: float = 0.0
+
+
+class Shard:
+    """Hosts a ``ShardWorker``; on rank 0 the engine loop and the replica's gRPC streams as well.
+
+    Guarantees: every method answers while the model works, because the work has threads of its own;
+    ``wait_ended`` returns once this shard cannot go on, with the reason. A shard is started once.
+    """
+
+    def __init__(self, config: ClusterConfig, replica_id: str, rank: int) -> None:
+        self._config = config
+        self._replica_id = replica_id
+        self._rank = rank
+        self._places: Sequence[ShardStatus] = ()
+        self._worker: ShardWorker | None = None
+        # The worker wants one thread for all its calls.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard")
+        self._following: asyncio.Future[None] | None = None
+        self._draft_client: GrpcDraftClient | None = None
+        self._loop: EngineLoop | None = None
+        self._server: ReplicaServer | None = None
+
+    async def open_rendezvous(self) -> tuple[str, int]:
+        """Rank 0: where the shards meet, as host and port."""
+        host = _node_address()
+        return host, await self._run(lambda: self._make_worker().open_rendezvous(host))
+
+    async def start(self, host: str, port: int, generation: int) -> ShardStatus:
+        """Joins the other ranks, which start at the same time, and loads this rank's part.
+
+        Raises:
+            CheckpointError: the model cannot be loaded.
+            ConfigError: it cannot be cut as configured.
+        """
+        worker = await self._run(self._make_worker)
+        await self._run(lambda: worker.start(host, port, generation))
+        if self._rank > 0:
+            self._following = asyncio.get_running_loop().run_in_executor(
+                self._thread, worker.follow
+            )
+        stage, tensor_rank = divmod(self._rank, self._config.target.tensor_parallel_size)
+        return ShardStatus(
+            rank=self._rank,
+            node=socket.gethostname(),
+            pid=os.getpid(),
+            pipeline_stage=stage,
+            tensor_rank=tensor_rank,
+        )
+
+    async def serve(self, places: Sequence[ShardStatus]) -> str:
+        """Rank 0, when every shard has started: begins to serve routers.
+
+        Args:
+            places: all shards, for the status report.
+
+        Returns:
+            The address (``host:port``) of this replica's ReplicaService.
+        """
+        from cluster.engine.loop import EngineLoop
+        from cluster.rpc.replica_server import ReplicaServer
+
+        self._places = places
+        digests = await self._run(lambda: read_digests(self._config))
+        worker = self._make_worker()
+        self._draft_client = self._make_draft_client(digests)
+        engine = await self._run(lambda: worker.build_engine(self._draft_client))
+        self._server = ReplicaServer(
+            self._replica_id,
+            max_model_len=engine.max_model_len,
+            vocab_size=engine.vocab_size,
+            model_digests=digests,
+            describe=self._describe,
+        )
+        self._loop = EngineLoop(engine, self._server.on_outputs)
+        self._loop.start()
+        host = _node_address()
+        port = await self._server.start(self._loop, host)
+        return f"{host}:{port}"
+
+    def set_drafters(self, drafters: list[tuple[str, str]]) -> None:
+        """Rank 0: the drafters there are now, as (id, address)."""
+        if self._draft_client is not None:
+            self._draft_client.set_drafters(drafters)
+
+    async def health(self) -> ShardHealth:
+        """How the shard is; that it answers at all says the most."""
+        if self._loop is None:
+            return ShardHealth()
+        return ShardHealth(
+            idle_s=time.monotonic() - self._loop.last_progress,
+            predicted_step_s=self._loop.predicted_step_s(),
+        )
+
+    async def wait_ended(self) -> str:
+        """Returns why this shard does no more work, once that is so."""
+        if self._following is not None:
+            try:
+                # Shielded: who asks may go away, the work goes on.
+                await asyncio.shield(self._following)
+            except Exception as error:  # whatever it was, this shard is lost
+                return f"{type(error).__name__}: {error}"
+            return "rank 0 has stopped"
+        while self._loop is None or self._loop.failure is None:
+            await asyncio.sleep(_FAILURE_POLL_S)
+        return f"{type(self._loop.failure).__name__}: {self._loop.failure}"
+
+    async def drain(self, timeout_s: float) -> None:
+        """Rank 0: takes no new requests and waits for the running ones, at most ``timeout_s``."""
+        if self._server is not None:
+            await self._server.stop(timeout_s)
+
+    async def stop(self) -> None:
+        """Ends the work and leaves the process group; rank 0 tells the others that it is over."""
+        if self._loop is not None:
+            await asyncio.to_thread(self._loop.stop)
+        if self._draft_client is not None:
+            await asyncio.to_thread(self._draft_client.close)
+        if self._following is not None:
+            await asyncio.wait([self._following])
+        if self._worker is not None:
+            await self._run(self._worker.close)
+
+    async def _run(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _make_worker(self) -> ShardWorker:
+        if self._worker is None:
+            import torch
+
+            from cluster.engine.worker import ShardWorker
+
+            target = self._config.target
+            cores = os.cpu_count() or 1
+            torch.set_num_threads(target.num_threads or max(1, cores // target.num_shards))
+            self._worker = ShardWorker(self._config, self._rank)
+        return self._worker
+
+    def _make_draft_client(self, digests: dict[str, str]) -> GrpcDraftClient | None:
+        if self._config.speculative is None:
+            return None
+        from cluster.engine.target import load_text_config
+        from cluster.rpc.drafter_client import GrpcDraftClient
+
+        target = self._config.target
+        model = load_text_config(target.model, trust_remote_code=target.trust_remote_code)
+        return GrpcDraftClient(
+            replica_id=self._replica_id,
+            digests=digests,
+            vocab_size=model.vocab_size,
+            config=self._config.speculative,
+            event_loop=asyncio.get_running_loop(),
+        )
+
+    def _describe(self) -> tuple[Sequence[ShardStatus], Sequence[DrafterStatus]]:
+        drafters = self._draft_client.status() if self._draft_client is not None else ()
+        return self._places, drafters
+
+
+def _node_address() -> str:
+    return ray.util.get_node_ip_address()

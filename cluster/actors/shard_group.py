@@ -1,0 +1,150 @@
+"""The shards of one target replica, as one thing that works or does not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.actors.shard import Shard, ShardHealth
+from cluster.config import ClusterConfig
+
+# No step may take longer than the larger of this and ten times its predicted time.
+MIN_STALL_S = 2.0
+STALL_FACTOR = 10.0
+# A shard whose process does not answer for so long is as good as dead.
+MAX_SILENCE_S = 4.0
+_CHECK_PERIOD_S = 0.5
+_STOP_TIMEOUT_S = 3.0
+
+_logger = logging.getLogger(__name__)
+
+
+class ShardGroup:
+    """One placement group with one ``Shard`` actor in each of its bundles.
+
+    Guarantees: a group starts once and is never mended; ``wait_broken`` returns as soon as one
+    shard is beyond repair; after ``kill`` no shard lives and the placement group is gone. Shards
+    also die with the process that holds this object, because it owns them.
+    """
+
+    def __init__(self, config: ClusterConfig, replica_id: str) -> None:
+        self._config = config
+        self._replica_id = replica_id
+        self._placement: PlacementGroup | None = None
+        self._shards: list[Any] = []
+
+    async def start(self) -> str:
+        """Starts every shard, joins them and loads the model.
+
+        Returns:
+            The address (``host:port``) of rank 0's ReplicaService.
+
+        Raises:
+            ray.exceptions.RayTaskError: what a shard raised, e.g. a CheckpointError.
+            ray.exceptions.RayActorError: a shard died on the way.
+        """
+        target = self._config.target
+        bundle = {"CPU": target.num_cpus, "GPU": target.num_gpus}
+        self._placement = placement_group(
+            [bundle] * target.num_shards, strategy=target.placement_strategy
+        )
+        await self._placement.ready()
+        actor_class = ray.remote(
+            num_cpus=target.num_cpus, num_gpus=target.num_gpus, max_restarts=0, max_task_retries=0
+        )(Shard)
+        self._shards = [
+            actor_class.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._placement, placement_group_bundle_index=rank
+                )
+            ).remote(self._config, self._replica_id, rank)
+            for rank in range(target.num_shards)
+        ]
+        host, port = await self._shards[0].open_rendezvous.remote()
+        # A fresh group never meets what an earlier one left behind.
+        generation = secrets.randbits(31)
+        places = await asyncio.gather(
+            *(shard.start.remote(host, port, generation) for shard in self._shards)
+        )
+        return await self._shards[0].serve.remote(places)
+
+    def set_drafters(self, drafters: list[tuple[str, str]]) -> None:
+        """Tells rank 0 which drafters there are, as (id, address); does not wait."""
+        self._shards[0].set_drafters.remote(drafters)
+
+    async def wait_broken(self) -> str:
+        """Returns why the group cannot go on, once that is so."""
+        watches = [
+            asyncio.ensure_future(self._wait_ended(rank)) for rank in range(len(self._shards))
+        ]
+        watches.append(asyncio.ensure_future(self._wait_stalled()))
+        try:
+            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            return next(iter(done)).result()
+        finally:
+            for watch in watches:
+                watch.cancel()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no new requests, finishes the running ones within ``timeout_s``, stops the shards.
+
+        A shard that does not stop in time is left to ``kill``.
+        """
+        if not self._shards:
+            return
+        try:
+            await self._shards[0].drain.remote(timeout_s)
+            stops = asyncio.gather(*(shard.stop.remote() for shard in self._shards))
+            await asyncio.wait_for(stops, _STOP_TIMEOUT_S)
+        except (RayError, TimeoutError) as error:
+            _logger.warning("shards of %s did not stop by themselves: %s", self._replica_id, error)
+
+    def kill(self) -> None:
+        """Kills every shard and gives the placement group back. Can be called again."""
+        for shard in self._shards:
+            ray.kill(shard)
+        self._shards = []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
+
+    async def _wait_ended(self, rank: int) -> str:
+        try:
+            reason = await self._shards[rank].wait_ended.remote()
+        except RayError as error:
+            reason = str(error).partition("\n")[0]
+        return f"shard {rank}: {reason}"
+
+    async def _wait_stalled(self) -> str:
+        """Returns when no step ends in time, or a shard does not answer."""
+        while True:
+            await asyncio.sleep(_CHECK_PERIOD_S)
+            asked = time.monotonic()
+            answers = [asyncio.ensure_future(_health(shard)) for shard in self._shards]
+            _done, silent = await asyncio.wait(answers, timeout=MAX_SILENCE_S)
+            for answer in silent:
+                answer.cancel()
+            if silent:
+                ranks = [rank for rank, answer in enumerate(answers) if answer in silent]
+                return f"shards {ranks} have not answered for {time.monotonic() - asked:.1f} s"
+            health = answers[0].result()
+            if health is None:
+                continue  # dead shards are what _wait_ended is for
+            limit = max(MIN_STALL_S, STALL_FACTOR * health.predicted_step_s)
+            if health.idle_s > limit:
+                return f"no step has ended for {health.idle_s:.1f} s, the limit is {limit:.1f} s"
+
+
+async def _health(shard: Any) -> ShardHealth | None:
+    try:
+        return await shard.health.remote()
+    except RayError:
+        return None

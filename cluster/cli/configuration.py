@@ -1,0 +1,65 @@
+"""Finding a configuration file and checking it, with the checkpoints it names, before any start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cluster
+from cluster.config import ClusterConfig, load_serve_config
+from cluster.errors import CheckpointError, ConfigError
+
+DEFAULT_CONFIG = Path("deployments") / "local.yaml"
+
+
+def read_configuration(given: str | None) -> tuple[Path, dict[str, Any], ClusterConfig]:
+    """Reads and checks the configuration that the user named, or the default one.
+
+    Returns:
+        The file's path, the Serve configuration for Ray and the same parsed.
+
+    Raises:
+        ConfigError: the file or a value in it is wrong.
+        CheckpointError: a model that it names is not there, broken, or does not fit the other.
+    """
+    path = Path(given) if given is not None else _default_path()
+    document, config = load_serve_config(path)
+    _check_checkpoints(config)
+    return path.resolve(), document, config
+
+
+def _default_path() -> Path:
+    beside_package = Path(cluster.__file__).resolve().parents[1] / DEFAULT_CONFIG
+    for path in (DEFAULT_CONFIG, beside_package):
+        if path.exists():
+            return path
+    raise ConfigError("CONFIG", f"name a file: there is no {DEFAULT_CONFIG} here")
+
+
+def _check_checkpoints(config: ClusterConfig) -> None:
+    """Checks what can be read quickly; models that are still on a hub are checked by the actors."""
+    target = Path(config.target.model)
+    if not target.is_dir():
+        if target.is_absolute() or config.target.model.startswith("."):
+            raise ConfigError("target.model", f"no such folder: {target}")
+        return
+    target_file = target / "config.json"
+    try:
+        target_config = json.loads(target_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(str(target_file), None, "no such file") from None
+    except ValueError as error:
+        raise CheckpointError(str(target_file), None, f"is not JSON: {error}") from None
+    if config.speculative is None:
+        return
+    drafter = Path(config.speculative.model)
+    if not drafter.is_dir():
+        if drafter.is_absolute() or config.speculative.model.startswith("."):
+            raise ConfigError("speculative.model", f"no such folder: {drafter}")
+        return
+    # Imports torch, which is slow.
+    from cluster.models.checkpoint import check_drafter_matches_target, load_drafter_config
+
+    drafter_config = load_drafter_config(drafter)
+    check_drafter_matches_target(drafter_config, target_config, str(drafter / "config.json"))

@@ -1,0 +1,161 @@
+"""A cluster that lives as long as a ``with`` block of this process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from cluster.cli.processes import end_processes, find_descendants, wait_gone
+from cluster.config import ClusterConfig
+from cluster.errors import ClusterStateError, DeadlineExceededError, ReplicaLostError
+
+if TYPE_CHECKING:
+    from cluster.actors.launch import LaunchedCluster
+
+_POLL_S = 0.1
+_END_TIMEOUT_S = 10.0
+
+
+class RunningCluster:
+    """Starts a cluster on entering, with every part ready, and stops it on leaving.
+
+    Guarantees: behind the block nothing that it started lives any more, whatever happened inside;
+    SIGTERM leaves the block as Ctrl-C does, and while the cluster is being stopped both are
+    ignored. Ray's log files are removed, except after a failed start.
+    """
+
+    def __init__(
+        self,
+        document: dict[str, Any],
+        config: ClusterConfig,
+        *,
+        timeout_s: float,
+        report: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            document: the Serve configuration, from ``load_serve_config``.
+            config: the same, parsed.
+            timeout_s: how long the start may take.
+            report: takes one line of progress.
+        """
+        self.address = ""
+        self.startup_s = 0.0
+        self._document = document
+        self._config = config
+        self._timeout_s = timeout_s
+        self._report = report
+        self._cluster: LaunchedCluster | None = None
+        # Sockets live below it, and their paths may have about 100 characters.
+        self._temp_dir = Path(tempfile.mkdtemp(prefix="dspark-", dir=_short_temp_dir()))
+
+    def __enter__(self) -> RunningCluster:
+        started = time.monotonic()
+        deadline = started + self._timeout_s
+        _raise_on_sigterm()
+        try:
+            self._start(deadline)
+        except BaseException as error:
+            self._stop(keep_logs=isinstance(error, Exception))
+            raise
+        self.startup_s = time.monotonic() - started
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop(keep_logs=False)
+
+    def _start(self, deadline: float) -> None:
+        self._report("starting Ray and Serve")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        from cluster.actors.launch import LaunchedCluster
+
+        self._cluster = LaunchedCluster(self._document, self._config, self._temp_dir)
+        _raise_on_sigterm()  # Ray has put a handler of its own there
+        self._report("starting router, target shards and drafters")
+        self.address = self._cluster.wait_running(deadline - time.monotonic())
+        self._report("waiting for every part to be ready")
+        wait_ready(self.address, self._config, deadline)
+
+    def _stop(self, *, keep_logs: bool) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        children = find_descendants(os.getpid())
+        if self._cluster is not None:
+            self._report("draining and stopping")
+            self._cluster.stop()
+        wait_gone(children, _END_TIMEOUT_S)
+        end_processes(children)
+        if keep_logs:
+            self._report(f"Ray's logs are in {self._temp_dir}")
+        else:
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+
+def wait_ready(address: str, config: ClusterConfig, deadline: float) -> None:
+    """Waits until the router knows every replica as ready, and each replica every drafter.
+
+    Args:
+        address: the router's.
+        config: says how many of each there must be.
+        deadline: a ``time.monotonic()`` value.
+
+    Raises:
+        ClusterStateError: not by then; says what is missing.
+    """
+    from cluster.rpc.client import Client
+
+    num_drafters = config.drafter.num_replicas if config.speculative is not None else 0
+    missing = "the router does not answer"
+    with Client(address) as client:
+        while time.monotonic() < deadline:
+            try:
+                status = client.status()
+            except (ClusterStateError, ReplicaLostError, DeadlineExceededError):
+                time.sleep(_POLL_S)
+                continue
+            ready = [replica for replica in status.replicas if replica.state == "ready"]
+            drafters = [
+                sum(drafter.state == "ready" for drafter in replica.drafters) for replica in ready
+            ]
+            if len(ready) == config.target.num_replicas and min(drafters) == num_drafters:
+                return
+            missing = (
+                f"{len(ready)} of {config.target.num_replicas} target replicas are ready, "
+                f"with {drafters} of {num_drafters} drafters each"
+            )
+            time.sleep(_POLL_S)
+    raise ClusterStateError(f"not every part was ready in time: {missing}")
+
+
+def report_to_stderr(line: str) -> None:
+    """Progress for a user who waits; standard output is for results."""
+    print(f"dspark: {line}", file=sys.stderr, flush=True)
+
+
+def _short_temp_dir() -> str:
+    usual = tempfile.gettempdir()
+    return usual if len(usual) <= 30 else "/tmp"
+
+
+def _raise_on_sigterm() -> None:
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)

@@ -1,0 +1,80 @@
+"""``dspark status``: what runs where, how busy it is, and whether it speculates."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.cli.generate import add_address
+from cluster.cli.state import default_address
+
+if TYPE_CHECKING:
+    from cluster.rpc.cluster_status import ClusterStatus, ReplicaStatus
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Adds ``status`` to the command line."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "status",
+        help="replicas, shards, drafters, load, speculation mode and why",
+        description="Shows replicas, shards, drafters, load, and the speculation mode with its "
+        "reason, as one router sees them.",
+    )
+    add_address(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command. Raises: ReplicaLostError: no router answers."""
+    from cluster.rpc.client import Client
+
+    address = args.address or default_address()
+    with Client(address) as client:
+        status = client.status()
+    if args.json:
+        print(json.dumps({"address": address, **dataclasses.asdict(status)}))
+    else:
+        _print(address, status)
+    return 0
+
+
+def _print(address: str, status: ClusterStatus) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{status.model} at {address}, router {status.router_id}, version {status.version}, "
+        f"{status.num_active_requests} active requests"
+    )
+    for replica in status.replicas:
+        console.print(f"\nReplica {replica.replica_id} at {replica.address}: {replica.state}")
+        console.print(
+            f"  load: {replica.num_running} running, {replica.num_waiting} waiting, "
+            f"KV cache {replica.kv_cache_usage:.0%} full, {replica.num_output_tokens} tokens so far"
+        )
+        stats = replica.speculation
+        console.print(
+            f"  speculation: {replica.speculation_state} ({replica.speculation_reason}), "
+            f"acceptance length {stats.acceptance_length:.2f} over {stats.num_drafts} rounds"
+        )
+        console.print(_parts_table(replica))
+
+
+def _parts_table(replica: ReplicaStatus) -> Table:
+    table = Table(box=None, pad_edge=True)
+    for heading in ("part", "where", "state", "detail"):
+        table.add_column(heading)
+    for shard in replica.shards:
+        table.add_row(
+            f"shard {shard.rank}",
+            f"{shard.node}, process {shard.pid}",
+            replica.state,
+            f"pipeline stage {shard.pipeline_stage}, tensor rank {shard.tensor_rank}",
+        )
+    for drafter in replica.drafters:
+        detail = drafter.reason or f"round trip {drafter.round_trip_ms:.1f} ms"
+        table.add_row(f"drafter {drafter.drafter_id}", drafter.address, drafter.state, detail)
+    return table
