@@ -1,0 +1,84 @@
+"""Drafting inside the target's own process."""
+
+from __future__ import annotations
+
+import torch
+
+from cluster.engine.draft_client import (
+    DraftOutcome,
+    DraftResult,
+    DraftRound,
+    DraftSampling,
+    SessionKey,
+)
+from cluster.engine.draft_engine import DraftEngine
+
+_REPLICA_ID = "local"
+
+
+class LocalDraftClient:
+    """A ``DraftClient`` on a ``DraftEngine`` of this process (co-located drafting, evaluation).
+
+    Guarantees: everything happens in the caller's thread, ``start_round`` does the round's whole
+    work, and no answer is ever late.
+
+    Args:
+        engine: used by nobody else.
+    """
+
+    def __init__(self, engine: DraftEngine) -> None:
+        self._engine = engine
+        self._is_closed = False
+
+    @property
+    def block_size(self) -> int:
+        """Most draft tokens a round; 0 after ``close``."""
+        return 0 if self._is_closed else self._engine.block_size
+
+    def is_ready(self) -> bool:
+        """True until ``close``."""
+        return not self._is_closed
+
+    def open_session(self, session: SessionKey, sampling: DraftSampling) -> bool:
+        """Opens the session, perhaps in place of the least recently used one."""
+        if self._is_closed:
+            return False
+        self._engine.open(_REPLICA_ID, session, sampling)
+        return True
+
+    def has_session(self, session: SessionKey) -> bool:
+        """Whether the session is open and was not evicted."""
+        return self._engine.length_of(_REPLICA_ID, session) is not None
+
+    def feed(self, session: SessionKey, start: int, features: torch.Tensor) -> int:
+        """Appends features ``[rows, d]``; takes all of them, or none if the session is gone."""
+        length = self._engine.append_features(_REPLICA_ID, session, start, features)
+        return 0 if length is None or length < start else len(features)
+
+    def acknowledged_length(self, session: SessionKey) -> int:
+        """Features held."""
+        return self._engine.length_of(_REPLICA_ID, session) or 0
+
+    def close_session(self, session: SessionKey) -> None:
+        """Forgets the session; unknown ones are ignored."""
+        self._engine.close(_REPLICA_ID, session)
+
+    def start_round(self, round: DraftRound) -> list[DraftResult]:
+        """Drafts the round now."""
+        if self._is_closed:
+            return []
+        (results,) = self._engine.draft([(_REPLICA_ID, round)])
+        for result in results:
+            if result.outcome is DraftOutcome.UNKNOWN_SESSION:
+                # The engine that refuses a base must not be asked for it again.
+                self._engine.close(_REPLICA_ID, result.session)
+        return results
+
+    def collect(self, handle: list[DraftResult], timeout_s: float) -> list[DraftResult]:
+        """The round's answers."""
+        return handle
+
+    def close(self) -> None:
+        """Forgets every session."""
+        self._is_closed = True
+        self._engine.drop_replica(_REPLICA_ID)
