@@ -7,7 +7,6 @@ import torch
 from cluster.speculation.verification import (
     PADDING_TOKEN_ID,
     Verification,
-    select_verification,
     verify_coupled,
     verify_rejection,
 )
@@ -122,15 +121,3 @@ def test_coupled_outputs_are_the_targets_own_picks() -> None:
     )
     assert outputs(verification) == [[1, 2, 3], [1, 2], [1], [1, 2]]
     assert verification.is_bonus.tolist() == [True, False, False, True]
-
-
-def test_mixed_batch_takes_each_row_from_its_verifier() -> None:
-    rejection = reject([[LAW, LAW]] * 2, [[0], [0]], [[NEVER], [NEVER]])
-    coupled = verify_coupled(
-        target_picks=torch.tensor([[0, 1], [0, 1]]),
-        draft_token_ids=torch.tensor([[0], [0]]),
-        num_draft_tokens=torch.tensor([1, 1]),
-    )
-    mixed = select_verification(torch.tensor([True, False]), coupled=coupled, rejection=rejection)
-    assert outputs(mixed) == [[0, 1], [3]]
-    assert mixed.is_bonus.tolist() == [True, False]

@@ -7,8 +7,9 @@ Two verifiers, over batches padded to K drafted tokens a request:
   residual, so that the output has exactly the target's law;
 - *coupled* accepts a drafted token that equals the target's own pick (see ``coupling``).
 
-Nothing here draws random numbers. The caller passes the noise, and must draw it from streams
-independent of each other and of the one the drafter sampled with.
+A mixed batch is split by verifier. Nothing here draws random numbers. The caller passes the
+noise, and must draw it from streams independent of each other, of the one the drafter sampled
+with, and of every earlier round.
 """
 
 from __future__ import annotations
@@ -129,25 +130,6 @@ def verify_coupled(
     last_token_ids = target_picks.gather(1, num_accepted.unsqueeze(1)).squeeze(1)
     is_bonus = num_accepted == num_draft_tokens
     return _assemble(draft_token_ids, num_accepted, last_token_ids, is_bonus)
-
-
-def select_verification(
-    is_coupled: torch.Tensor, *, coupled: Verification, rejection: Verification
-) -> Verification:
-    """Join the two verifiers' outcomes of one mixed batch, row by row.
-
-    Args:
-        is_coupled: ``[R]`` bool, which outcome a request takes.
-    """
-    return Verification(
-        num_accepted_tokens=torch.where(
-            is_coupled, coupled.num_accepted_tokens, rejection.num_accepted_tokens
-        ),
-        output_token_ids=torch.where(
-            is_coupled.unsqueeze(1), coupled.output_token_ids, rejection.output_token_ids
-        ),
-        is_bonus=torch.where(is_coupled, coupled.is_bonus, rejection.is_bonus),
-    )
 
 
 def _leading_accepted(is_accepted: torch.Tensor, num_draft_tokens: torch.Tensor) -> torch.Tensor:
