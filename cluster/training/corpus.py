@@ -78,8 +78,9 @@ class TokenStream:
     """Documents as one endless, seeded stream of equal windows.
 
     Every epoch shuffles the documents, joins them, each behind one end-of-text token, cuts the
-    result into windows and shuffles those, so that a batch mixes files. Window ``i`` depends on nothing but the documents, the seed and
-    ``i``, so that a resumed training run continues with the data that it would have seen.
+    result into windows and shuffles those, so that a batch mixes files. Window ``i`` depends on
+    nothing but the documents, the seed and ``i``, so that a resumed training run continues with
+    the data that it would have seen.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -26,7 +27,7 @@ from cluster.training.drafter_loss import block_loss, sample_anchors
 from cluster.training.features import FeatureTarget
 from cluster.training.optimization import Budget, Optimizers, learning_rate_factor
 from cluster.training.parallel import Worker, run_workers
-from cluster.training.resume import load_training_state, save_training_state
+from cluster.training.resume import load_training_state, save_training_state, write_summary
 
 SEQUENCE_LENGTH = 1024
 # As in target training: attention makes long sequences dear, so most of the budget is short.
@@ -156,25 +157,26 @@ def train(arguments: argparse.Namespace, worker: Worker) -> None:
         if now - last_save > arguments.save_seconds:
             save_training_state(state_folder, step, drafter, optimizers, budget)
             save_drafter(drafter, out)
-            length, rates = heldout_acceptance(drafter, target, heldout_stream, HELDOUT_WINDOWS)
-            print(f"step {step} heldout {length:.3f} {[round(r, 3) for r in rates]}", flush=True)
+            tau, rates = heldout_acceptance(drafter, target, heldout_stream, HELDOUT_WINDOWS)
+            print(f"step {step} heldout {tau:.3f} {[round(r, 3) for r in rates]}", flush=True)
             last_save = time.monotonic()
     if not worker.leads:
         return
     save_training_state(state_folder, step, drafter, optimizers, budget)
     save_drafter(drafter, out)
-    length, rates = heldout_acceptance(
+    tau, rates = heldout_acceptance(
         drafter, target, heldout_stream, heldout_stream.windows_per_epoch
     )
-    summary = {
+    summary: dict[str, Any] = {
         "parameters": parameters,
         "steps": step,
         "tokens_seen": step * arguments.batch * SEQUENCE_LENGTH,
         "anchors_seen": step * arguments.batch * arguments.anchors,
-        "heldout_acceptance_length": length,
+        "heldout_acceptance_length": tau,
         "heldout_acceptance": rates,
         "minutes": budget.spent_seconds / 60.0,
     }
+    write_summary(out, summary)
     print(json.dumps(summary), flush=True)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-MUON_LEARNING_RATE = 0.006
-ADAMW_LEARNING_RATE = 0.003
+MUON_LEARNING_RATE = 0.004
+ADAMW_LEARNING_RATE = 0.002
 WEIGHT_DECAY = 0.1
 _WARMUP = 0.02
 _DECAY = 0.5

@@ -7,6 +7,8 @@ meet once a step and not at every operation.
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -64,7 +66,9 @@ def run_workers(
         return
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = (Path(folder) / "rendezvous").as_uri()
-        mp.spawn(_start, (train, arguments, rendezvous), nprocs=arguments.processes)
+        # Workers are daemons, which end with this process if it exits and is not merely killed.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        mp.spawn(_start, (train, arguments, rendezvous), arguments.processes, daemon=True)
 
 
 def _start(

@@ -1,8 +1,10 @@
-"""Training checkpoints: one file, replaced atomically, holding all that a run needs to go on."""
+"""What a training run leaves on disk: a state to go on from, and a summary of how it went."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 from cluster.training.optimization import Budget, Optimizers
 
 _FILE = "training_state.pt"
+_SUMMARY = "training.json"
 
 
 def save_training_state(
@@ -42,3 +45,15 @@ def load_training_state(
     optimizers.load_state_dict(state["optimizers"])
     budget.spent_seconds = state["spent_seconds"]
     return int(state["step"])
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Writes what a finished run reports beside its checkpoint."""
+    text = json.dumps(summary, indent=2) + "\n"
+    (folder / _SUMMARY).write_text(text, encoding="utf-8")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary in ``folder``; empty where there is none."""
+    path = folder / _SUMMARY
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ from transformers import (
 from cluster.training.corpus import TokenStream, load_documents
 from cluster.training.optimization import Budget, Optimizers, learning_rate_factor
 from cluster.training.parallel import Worker, run_workers
-from cluster.training.resume import load_training_state, save_training_state
+from cluster.training.resume import load_training_state, save_training_state, write_summary
 from cluster.training.tokenizer import save_tokenizer, train_tokenizer
 
 SEQUENCE_LENGTH = 1024
@@ -163,7 +164,7 @@ def train(arguments: argparse.Namespace, worker: Worker) -> None:
         return
     save_training_state(state_folder, step, model, optimizers, budget)
     export_target(model, tokenizer, out)
-    summary = {
+    summary: dict[str, Any] = {
         "parameters": parameters,
         "steps": step,
         "tokens_seen": step * arguments.batch * SEQUENCE_LENGTH,
@@ -172,6 +173,7 @@ def train(arguments: argparse.Namespace, worker: Worker) -> None:
         "heldout_loss": heldout_loss(model, heldout_stream),
         "minutes": budget.spent_seconds / 60.0,
     }
+    write_summary(out, summary)
     print(json.dumps(summary), flush=True)
 
 

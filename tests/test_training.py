@@ -1,0 +1,254 @@
+"""Training of the small pair, on models of a few thousand parameters."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from cluster.models.checkpoint import load_drafter
+from cluster.training import corpus, drafter, target
+from cluster.training.drafter_loss import block_loss, sample_anchors
+from cluster.training.features import FeatureTarget
+from cluster.training.optimization import Budget, learning_rate_factor
+from cluster.training.parallel import Worker, run_workers
+from cluster.training.speculate import SpeculativeSession
+from cluster.training.tokenizer import save_tokenizer, train_tokenizer
+
+TEXT = (
+    "def add(a, b):\n    return a + b\n\n\nclass Stack:\n    def push(self, item):\n        pass\n"
+)
+DOCUMENTS = [corpus.Document(f"{i}.py", f"# file {i}\n" + TEXT * (3 + i % 3)) for i in range(8)]
+VOCAB_SIZE = 300
+LENGTH = 32
+
+
+def build_tiny_target(vocab_size: int = VOCAB_SIZE, eos: int = 0, pad: int = 1) -> Qwen3ForCausalLM:
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "build_target", build_tiny_target)
+    for module in (target, drafter):
+        monkeypatch.setattr(module, "SEQUENCE_LENGTH", LENGTH)
+        monkeypatch.setattr(module, "load_documents", lambda: (DOCUMENTS, DOCUMENTS[:2]))
+
+
+@pytest.fixture
+def target_folder(tmp_path: Path) -> Path:
+    """A folder with a tokenizer and an untrained tiny target."""
+    folder = tmp_path / "target"
+    folder.mkdir()
+    save_tokenizer(train_tokenizer([d.text for d in DOCUMENTS] * 2, VOCAB_SIZE), folder)
+    torch.manual_seed(0)
+    target.export_target(build_tiny_target(), AutoTokenizer.from_pretrained(folder), folder)
+    return folder
+
+
+def run_target(folder: Path, state: Path, steps: int, *extra: str) -> dict:
+    options = ["--out", str(folder), "--state", str(state), "--steps", str(steps), "--batch", "2"]
+    run_workers(target.train, target.parse_arguments([*options, "--processes", "1", *extra]))
+    return json.loads((folder / "training.json").read_text())
+
+
+def run_drafter(folder: Path, out: Path, steps: int, *extra: str) -> dict:
+    options = ["--target", str(folder), "--out", str(out), "--steps", str(steps), "--batch", "2"]
+    options += ["--anchors", "8", "--processes", "1", *extra]
+    run_workers(drafter.train, drafter.parse_arguments(options))
+    return json.loads((out / "training.json").read_text())
+
+
+# -------------------------------------------------------------------------------------- corpus
+
+
+def test_heldout_modules_are_never_trained_on():
+    training, heldout = corpus.load_documents()
+    assert {document.path for document in heldout} == corpus.heldout_paths()
+    assert not {d.path for d in training} & {d.path for d in heldout}
+    assert not {d.text for d in training} & {d.text for d in heldout}
+    parts = {part for document in training for part in Path(document.path).parts[:-1]}
+    assert not parts & {"test", "tests", "site-packages"}
+    share = sum(len(d.text) for d in heldout) / sum(len(d.text) for d in training + heldout)
+    assert 0.04 < share < 0.08
+
+
+def test_stream_repeats_itself_and_covers_every_token(target_folder):
+    tokenizer = AutoTokenizer.from_pretrained(target_folder)
+    stream = corpus.TokenStream(DOCUMENTS, tokenizer, LENGTH)
+    count = stream.windows_per_epoch
+    late = stream.window(count + 1)
+    again = corpus.TokenStream(DOCUMENTS, tokenizer, LENGTH)
+    torch.testing.assert_close(again.window(count + 1), late)
+    seen = torch.cat(list(again.epoch()))
+    assert len(seen) == count * LENGTH > again.num_tokens - LENGTH
+    assert not torch.equal(stream.window(0), stream.window(count))
+    with pytest.raises(ValueError, match="fill"):
+        corpus.TokenStream(DOCUMENTS, tokenizer, 10**6)
+
+
+def test_tokenizer_is_exact_and_reversible(target_folder):
+    tokenizer = AutoTokenizer.from_pretrained(target_folder)
+    assert len(tokenizer) == VOCAB_SIZE
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id) == (0, 1, 2)
+    text = "def f():\n\treturn 'Straße', 12345  # ☃\n\n\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    with pytest.raises(ValueError, match="tokens"):
+        train_tokenizer(["too little"], 4096)
+
+
+# ---------------------------------------------------------------------------------- the target
+
+
+def test_target_learns(target_folder, tmp_path):
+    first = run_target(target_folder, tmp_path / "short", 1)
+    last = run_target(target_folder, tmp_path / "long", 30)
+    assert last["heldout_loss"] < first["heldout_loss"] - 0.5
+    model = AutoModelForCausalLM.from_pretrained(target_folder)
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.eos_token_id == 0
+
+
+def test_resumed_target_run_equals_unbroken_run(target_folder, tmp_path, monkeypatch):
+    unbroken = run_target(target_folder, tmp_path / "unbroken", 6)
+    save = target.save_training_state
+
+    def save_and_stop(folder, step, *rest):
+        save(folder, step, *rest)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "save_training_state", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_target(target_folder, tmp_path / "broken", 6, "--save-seconds", "0")
+    resumed = run_target(target_folder, tmp_path / "broken", 6)
+    assert resumed["heldout_loss"] == unbroken["heldout_loss"]
+
+
+def test_halving_keeps_every_prediction():
+    tokens = torch.arange(18).view(2, 9)
+    halves = target.halve(tokens)
+    pairs = {(int(a), int(b)) for row in halves for a, b in pairwise(row)}
+    assert pairs == {(int(a), int(b)) for row in tokens for a, b in pairwise(row)}
+
+
+# --------------------------------------------------------------------------------- the drafter
+
+
+def test_drafter_learns_and_keeps_embedding_and_head(target_folder, tmp_path):
+    run_target(target_folder, tmp_path / "state", 20)
+    first = run_drafter(target_folder, tmp_path / "first", 1)
+    last = run_drafter(target_folder, tmp_path / "last", 40)
+    assert last["heldout_acceptance_length"] > first["heldout_acceptance_length"] + 0.2
+    trained = load_drafter(tmp_path / "last")
+    model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
+    torch.testing.assert_close(trained.embed_tokens.weight, model.get_input_embeddings().weight)
+    torch.testing.assert_close(trained.lm_head.weight, model.get_output_embeddings().weight)
+    assert trained.config.target_layer_ids == (0, 1, 2, 3)
+
+
+def test_resumed_drafter_run_equals_unbroken_run(target_folder, tmp_path, monkeypatch):
+    unbroken = run_drafter(target_folder, tmp_path / "unbroken", 4)
+    save = drafter.save_training_state
+
+    def save_and_stop(folder, step, *rest):
+        save(folder, step, *rest)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drafter, "save_training_state", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_drafter(target_folder, tmp_path / "broken", 4, "--save-seconds", "0")
+    resumed = run_drafter(target_folder, tmp_path / "broken", 4)
+    assert resumed["heldout_acceptance"] == unbroken["heldout_acceptance"]
+
+
+def test_loss_is_made_of_exact_acceptance(target_folder):
+    model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
+    network = drafter.build_drafter(model, mask_token_id=2, block_size=3, markov_rank=4)
+    source = FeatureTarget(model, network.config.target_layer_ids)
+    tokens = torch.randint(VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(0))
+    features, logits = source.run(tokens)
+    anchors = torch.tensor([[1, 4], [0, 8]])
+    result = block_loss(network, tokens, features, logits, anchors)
+    hidden = network.packed_hidden(tokens, network.project_features(features), anchors)
+    q = network.block_logits(hidden[1, 1], tokens[1, 8:11]).softmax(-1)
+    p = logits[1, 8:11].softmax(-1)
+    torch.testing.assert_close(result.acceptance[1, 1], torch.minimum(p, q).sum(-1))
+    confidence = network.confidence_logit(hidden[1, 1], tokens[1, 8:11]).sigmoid()
+    torch.testing.assert_close(result.confidence[1, 1], confidence)
+
+
+def test_anchors_leave_room_for_their_block():
+    anchors = sample_anchors(50, 20, 7, 13, torch.Generator().manual_seed(0))
+    assert (anchors == torch.arange(13)).all()
+    with pytest.raises(ValueError, match="13 anchors"):
+        sample_anchors(1, 20, 7, 14, torch.Generator())
+
+
+def test_features_are_taken_before_the_final_norm(target_folder):
+    model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
+    features, logits = FeatureTarget(model, (-1, 1, 3)).run(torch.tensor([[5, 6, 7]]))
+    embedding, _, last = features.chunk(3, dim=-1)
+    torch.testing.assert_close(embedding, model.model.embed_tokens(torch.tensor([[5, 6, 7]])))
+    torch.testing.assert_close(model.lm_head(model.model.norm(last)), logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_speculation_continues_the_sequence(target_folder, temperature):
+    model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
+    network = drafter.build_drafter(model, mask_token_id=2).requires_grad_(False)
+    source = FeatureTarget(model, network.config.target_layer_ids)
+    prompt = [5, 6, 7, 8]
+    session = SpeculativeSession(
+        source, network, prompt, temperature, torch.Generator().manual_seed(0)
+    )
+    accepted = [session.round() for _ in range(5)]
+    assert len(session.token_ids) == len(prompt) + sum(accepted) + len(accepted)
+    if temperature == 0:
+        logits = model(torch.tensor([session.token_ids])).logits[0]
+        assert logits[3:-1].argmax(-1).tolist() == session.token_ids[4:]
+
+
+# ------------------------------------------------------------------------------------ schedule
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    rates = [learning_rate_factor(i / 100) for i in range(101)]
+    assert rates[0] < 0.01
+    assert max(rates) == 1.0
+    assert rates[-1] == 0.0
+    assert all(a >= b for a, b in pairwise(rates[5:]))
+
+
+def test_budget_in_minutes_counts_earlier_time():
+    budget = Budget(minutes=1.0, spent_seconds=30.0)
+    assert 0.5 <= budget.progress(step=0) < 0.6
+    assert Budget(minutes=1.0, steps=4).progress(step=1) == 0.25
+
+
+def test_workers_share_rows_and_mean_gradients():
+    rows = torch.arange(4)
+    assert torch.cat([Worker(r, 2).share(rows) for r in range(2)]).sort().values.equal(rows)
+    alone = Worker()
+    assert alone.leads
+    assert alone.agree(0.3) == 0.3
