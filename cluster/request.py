@@ -58,7 +58,7 @@ class SamplingParams:
         max_tokens: most output tokens, >= 1.
         min_tokens: no end-of-sequence or stop token before so many output tokens.
         presence_penalty, frequency_penalty: in [-2, 2], over the output so far.
-        repetition_penalty: > 0, over prompt and output.
+        repetition_penalty: in [0.01, 100], over prompt and output.
         logit_bias: token id -> added to its logit.
         ignore_eos: go on behind the end-of-sequence token.
         logprobs: number of top log-probabilities per token (0..20), or ``None`` for none at all.
@@ -105,7 +105,7 @@ class SamplingParams:
         _check_range("min_p", self.min_p, 0.0, 1.0)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.top_k < 0:
             raise InvalidRequestError(
                 "sampling.top_k", f"must be 0 (off) or more, got {self.top_k}"

@@ -137,5 +137,5 @@ def _keep_columns(module: nn.Linear, name: str, rank: int, parts: int) -> None:
     columns = _share(module.weight.shape[1], name, rank, parts)
     module.weight = nn.Parameter(module.weight[:, columns].clone(), requires_grad=False)
     if module.bias is not None and rank > 0:
-        module.bias = None  # the sum over ranks must hold it once
+        module.register_parameter("bias", None)  # the sum over ranks must hold it once
     module.in_features = module.weight.shape[1]
