@@ -96,7 +96,8 @@ class TokenStream:
         Raises:
             ValueError: the documents do not fill one window.
         """
-        encoded = tokenizer([document.text for document in documents])["input_ids"]
+        texts = [document.text for document in documents]
+        encoded = tokenizer(texts, verbose=False)["input_ids"]  # files exceed the model's length
         separator = tokenizer.eos_token_id
         self._pieces = [np.asarray([separator, *ids], dtype=np.int64) for ids in encoded]
         self._window = window

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -46,7 +46,7 @@ class FeatureTarget:
         self._captured.clear()
         return features, output.logits
 
-    def _hook(self, layer_id: int):  # type: ignore[no-untyped-def]
+    def _hook(self, layer_id: int) -> Callable[..., None]:
         def capture(module: torch.nn.Module, inputs: object, output: object) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
             assert isinstance(tensor, torch.Tensor)
