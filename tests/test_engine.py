@@ -264,9 +264,11 @@ def test_speculation_can_be_refused_and_capped_by_request(pair: tuple[str, str])
         ),
     ]
     done = run(engine, requests)
-    assert done["off"].usage and done["off"].usage.speculation.num_drafts == 0
+    assert done["off"].usage
+    assert done["off"].usage.speculation.num_drafts == 0
     stats = done["one"].usage.speculation if done["one"].usage else None
-    assert stats is not None and stats.num_drafts > 0
+    assert stats is not None
+    assert stats.num_drafts > 0
     assert stats.num_draft_tokens == stats.num_drafts
     assert done["off"].token_ids == done["one"].token_ids
 
@@ -284,7 +286,8 @@ def test_stop_tokens_and_limits_cut_inside_a_block(pair: tuple[str, str]) -> Non
         done = run(engine, [cut])["cut"]
         assert done.token_ids == completion.token_ids[: first + 1]
         assert done.finish_reason is FinishReason.STOP
-        assert done.usage is not None and done.usage.completion_tokens == first + 1
+        assert done.usage is not None
+        assert done.usage.completion_tokens == first + 1
     lengths = [len(c.token_ids) for c in whole.values()]
     assert lengths == [24] * 4
     assert all(c.finish_reason is FinishReason.LENGTH for c in whole.values())
@@ -468,7 +471,8 @@ def test_page_pool_notices_leaks_and_double_frees() -> None:
     pool = PagePool(num_pages=9, page_size=4)
     mine: list[int] = []
     assert pool.grow(mine, 10)
-    assert len(mine) == 3 and 0 not in mine
+    assert len(mine) == 3
+    assert 0 not in mine
     assert not pool.grow([], 24)
     pool.check([mine])
     with pytest.raises(RuntimeError, match="neither free nor held"):

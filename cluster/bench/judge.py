@@ -1,9 +1,9 @@
 """Is an output what plain transformers would have said? (DESIGN.md, rule 9)
 
 Batch shape, shard layout and recomputation change logits in the last bits. So outputs are not
-compared with a reference output, in which one near-tie changes everything behind it; instead ours is
-teacher-forced through the reference, and at every position our token's score must be within epsilon
-of the best one's.
+compared with a reference output, in which one near-tie changes everything behind it; instead ours
+is teacher-forced through the reference, and at every position our token's score must be within
+epsilon of the best one's.
 """
 
 from __future__ import annotations
