@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
 from cluster import __version__
-from cluster.cli import demo, down, generate, status, up
+from cluster.cli import bench, demo, down, generate, status, up
 from cluster.errors import CheckpointError, ConfigError, DsparkError, InvalidRequestError
 
 _EXIT_FAILURE = 1
 _EXIT_USAGE = 2
+_USAGE_ERRORS = (ConfigError, CheckpointError, InvalidRequestError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (up, down, generate, status, demo):
+    for module in (up, down, generate, status, demo, bench):
         command = module.add_parser(commands)
         command.add_argument(
             "--json", action="store_true", help="print exactly one JSON object on standard output"
@@ -36,12 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (ConfigError, CheckpointError, InvalidRequestError) as error:
-        print(f"dspark: {error}", file=sys.stderr)
-        return _EXIT_USAGE
     except DsparkError as error:
         print(f"dspark: {error}", file=sys.stderr)
-        return _EXIT_FAILURE
+        if args.json:
+            print(json.dumps({"error": str(error)}))
+        return _EXIT_USAGE if isinstance(error, _USAGE_ERRORS) else _EXIT_FAILURE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:

@@ -1,0 +1,66 @@
+"""What a suite found, and the machine it found it on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of one suite.
+
+    Attributes:
+        figures: the suite's figures by name (DESIGN.md, commands).
+        passed: whether the suite's own bar holds; the command's exit status follows it.
+    """
+
+    suite: str
+    figures: dict[str, Any]
+    passed: bool
+
+    def to_json(self) -> str:
+        """One JSON object: suite, command, machine, figures."""
+        return json.dumps(
+            {
+                "suite": self.suite,
+                "command": shlex.join(sys.argv),
+                "machine": describe_machine(),
+                "figures": self.figures,
+            }
+        )
+
+    def to_text(self) -> str:
+        """One line a figure."""
+        width = max(len(name) for name in self.figures)
+        lines = [f"{name:<{width}}  {value}" for name, value in self.figures.items()]
+        return "\n".join([f"suite {self.suite}", *lines])
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, accelerator and versions that a figure depends on."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "accelerator": accelerator,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()
