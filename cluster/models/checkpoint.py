@@ -22,6 +22,9 @@ from safetensors.torch import save_file
 from cluster.errors import CheckpointError
 from cluster.models.dspark import DSparkDrafter
 from cluster.models.dspark_config import DSparkConfig
+from cluster.models.dspark_config import (
+    check_drafter_matches_target as check_drafter_matches_target,
+)
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -108,32 +111,6 @@ def save_drafter(
     partial = folder / (_WEIGHTS + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, folder / _WEIGHTS)
-
-
-def check_drafter_matches_target(
-    drafter: DSparkConfig, target: Mapping[str, Any], file: str = _CONFIG
-) -> None:
-    """Checks that a drafter was made for a target of this shape.
-
-    Args:
-        drafter: the drafter's configuration.
-        target: the target's ``config.json`` as a dictionary (``config.to_dict()``).
-        file: the drafter's file, for the message.
-
-    Raises:
-        CheckpointError: names the drafter's key that does not fit.
-    """
-    for key in ("hidden_size", "vocab_size"):
-        ours, theirs = getattr(drafter, key), target[key]
-        if ours != theirs:
-            raise CheckpointError(file, key, f"is {ours}, but the target's is {theirs}")
-    layers = int(target["num_hidden_layers"])
-    if drafter.num_target_layers != layers:
-        raise CheckpointError(
-            file,
-            "num_target_layers",
-            f"is {drafter.num_target_layers}, but the target has {layers} layers",
-        )
 
 
 def target_digest(path: str | Path) -> str:

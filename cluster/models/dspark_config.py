@@ -230,3 +230,29 @@ class _Reader:
         if value is _MISSING:
             raise self.error(key, "is missing")
         return value
+
+
+def check_drafter_matches_target(
+    drafter: DSparkConfig, target: Mapping[str, Any], file: str = "config.json"
+) -> None:
+    """Checks that a drafter was made for a target of this shape.
+
+    Args:
+        drafter: the drafter's configuration.
+        target: the target's ``config.json`` as a dictionary (``config.to_dict()``).
+        file: the drafter's file, for the message.
+
+    Raises:
+        CheckpointError: names the drafter's key that does not fit.
+    """
+    for key in ("hidden_size", "vocab_size"):
+        ours, theirs = getattr(drafter, key), target[key]
+        if ours != theirs:
+            raise CheckpointError(file, key, f"is {ours}, but the target's is {theirs}")
+    layers = int(target["num_hidden_layers"])
+    if drafter.num_target_layers != layers:
+        raise CheckpointError(
+            file,
+            "num_target_layers",
+            f"is {drafter.num_target_layers}, but the target has {layers} layers",
+        )
