@@ -153,6 +153,8 @@ def _connect(config: ClusterConfig, temp_dir: Path) -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
+    # Ray runs workers as background work; ours answer people.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         address="local",
         # Ray counts CPUs but does not divide them: parts on a small machine share what there is.

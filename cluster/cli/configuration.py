@@ -9,6 +9,7 @@ from typing import Any
 import cluster
 from cluster.config import ClusterConfig, load_serve_config
 from cluster.errors import CheckpointError, ConfigError
+from cluster.models.dspark_config import DSparkConfig, check_drafter_matches_target
 
 DEFAULT_CONFIG = Path("deployments") / "local.yaml"
 
@@ -44,13 +45,7 @@ def _check_checkpoints(config: ClusterConfig) -> None:
         if target.is_absolute() or config.target.model.startswith("."):
             raise ConfigError("target.model", f"no such folder: {target}")
         return
-    target_file = target / "config.json"
-    try:
-        target_config = json.loads(target_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(str(target_file), None, "no such file") from None
-    except ValueError as error:
-        raise CheckpointError(str(target_file), None, f"is not JSON: {error}") from None
+    target_config = _read_json(target / "config.json")
     if config.speculative is None:
         return
     drafter = Path(config.speculative.model)
@@ -58,8 +53,18 @@ def _check_checkpoints(config: ClusterConfig) -> None:
         if drafter.is_absolute() or config.speculative.model.startswith("."):
             raise ConfigError("speculative.model", f"no such folder: {drafter}")
         return
-    # Imports torch, which is slow.
-    from cluster.models.checkpoint import check_drafter_matches_target, load_drafter_config
+    file = drafter / "config.json"
+    drafter_config = DSparkConfig.from_dict(_read_json(file), str(file))
+    check_drafter_matches_target(drafter_config, target_config, str(file))
 
-    drafter_config = load_drafter_config(drafter)
-    check_drafter_matches_target(drafter_config, target_config, str(drafter / "config.json"))
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(str(path), None, f"cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(str(path), None, f"is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(str(path), None, "must hold one JSON object")
+    return values

@@ -8,9 +8,9 @@ import signal
 import time
 from typing import Any
 
-from cluster.cli.processes import end_processes, signal_process, wait_gone
+from cluster.cli.processes import signal_process, wait_gone
 from cluster.cli.running import report_to_stderr
-from cluster.cli.state import read_state, remove_state
+from cluster.cli.state import end_orphans, read_state
 from cluster.errors import ClusterStateError
 
 _DRAIN_TIMEOUT_S = 180.0
@@ -51,11 +51,7 @@ def run(args: argparse.Namespace) -> int:
             raise ClusterStateError(
                 f"process {state.process.pid} has not ended within {args.timeout:g} s"
             )
-    # Only when that process was itself killed does any of these live.
-    if remaining := end_processes(state.children):
-        pids = ", ".join(str(process.pid) for process in remaining)
-        raise ClusterStateError(f"these processes have not ended: {pids}")
-    remove_state()
+    end_orphans(state)
     seconds = time.monotonic() - started
     if args.json:
         print(json.dumps({"stopped": True, "address": state.address, "seconds": round(seconds, 3)}))

@@ -49,14 +49,14 @@ class RunningCluster:
             report: takes one line of progress.
         """
         self.address = ""
+        # Sockets live below it, and their paths may have about 100 characters.
+        self.temp_dir = Path(tempfile.mkdtemp(prefix="dspark-", dir=_short_temp_dir()))
         self.startup_s = 0.0
         self._document = document
         self._config = config
         self._timeout_s = timeout_s
         self._report = report
         self._cluster: LaunchedCluster | None = None
-        # Sockets live below it, and their paths may have about 100 characters.
-        self._temp_dir = Path(tempfile.mkdtemp(prefix="dspark-", dir=_short_temp_dir()))
 
     def __enter__(self) -> RunningCluster:
         started = time.monotonic()
@@ -65,7 +65,7 @@ class RunningCluster:
         try:
             self._start(deadline)
         except BaseException as error:
-            self._stop(keep_logs=isinstance(error, Exception))
+            self._stop(keep_logs=isinstance(error, ClusterStateError))
             raise
         self.startup_s = time.monotonic() - started
         return self
@@ -84,7 +84,10 @@ class RunningCluster:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         from cluster.actors.launch import LaunchedCluster
 
-        self._cluster = LaunchedCluster(self._document, self._config, self._temp_dir)
+        try:
+            self._cluster = LaunchedCluster(self._document, self._config, self.temp_dir)
+        except SystemExit:  # what Ray's own handler makes of SIGTERM
+            raise KeyboardInterrupt from None
         _raise_on_sigterm()  # Ray has put a handler of its own there
         self._report("starting router, target shards and drafters")
         self.address = self._cluster.wait_running(deadline - time.monotonic())
@@ -102,9 +105,9 @@ class RunningCluster:
         wait_gone(children, _END_TIMEOUT_S)
         end_processes(children)
         if keep_logs:
-            self._report(f"Ray's logs are in {self._temp_dir}")
+            self._report(f"Ray's logs are in {self.temp_dir}")
         else:
-            shutil.rmtree(self._temp_dir, ignore_errors=True)
+            shutil.rmtree(self.temp_dir, ignore_errors=True)
 
 
 def wait_ready(address: str, config: ClusterConfig, deadline: float) -> None:

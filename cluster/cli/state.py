@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.cli.processes import Process, find_process
+from cluster.cli.processes import Process, end_processes, find_process
 from cluster.errors import ClusterStateError
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -22,14 +23,14 @@ class ClusterState:
         process: the ``dspark up`` that holds it; the cluster ends with that process.
         config: path of its configuration file.
         address: ``host:port`` of its router; empty until every part is ready.
-        log: where ``--detach`` writes, or empty.
+        temp_dir: folder of Ray's files, known with ``address``.
         children: the processes that it started here, known once every part is ready.
     """
 
     process: Process
     config: str
     address: str = ""
-    log: str = ""
+    temp_dir: str = ""
     children: tuple[Process, ...] = ()
 
     @property
@@ -64,7 +65,7 @@ def read_state() -> ClusterState | None:
             process=Process(*values["process"]),
             config=values["config"],
             address=values["address"],
-            log=values["log"],
+            temp_dir=values["temp_dir"],
             children=tuple(Process(*child) for child in values["children"]),
         )
     except FileNotFoundError:
@@ -85,6 +86,20 @@ def write_state(state: ClusterState) -> None:
 def remove_state() -> None:
     """Removes the state file, if there is one."""
     _state_path().unlink(missing_ok=True)
+
+
+def end_orphans(state: ClusterState) -> None:
+    """Clears up behind an ``up`` that has ended; only one that was killed has left anything.
+
+    Raises:
+        ClusterStateError: a process of it does not end.
+    """
+    if remaining := end_processes(state.children):
+        pids = ", ".join(str(process.pid) for process in remaining)
+        raise ClusterStateError(f"these processes have not ended: {pids}")
+    if state.temp_dir:
+        shutil.rmtree(state.temp_dir, ignore_errors=True)
+    remove_state()
 
 
 def default_address() -> str:

@@ -14,9 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli.configuration import DEFAULT_CONFIG, read_configuration
-from cluster.cli.processes import end_processes, find_descendants, find_process
+from cluster.cli.processes import find_descendants, find_process
 from cluster.cli.running import RunningCluster, report_to_stderr
-from cluster.cli.state import ClusterState, read_state, remove_state, state_dir, write_state
+from cluster.cli.state import (
+    ClusterState,
+    end_orphans,
+    read_state,
+    remove_state,
+    state_dir,
+    write_state,
+)
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterStateError
 
@@ -66,8 +73,7 @@ def run(args: argparse.Namespace) -> int:
             f"a cluster runs already (process {running.process.pid}); `dspark down` stops it"
         )
     if running is not None:
-        end_processes(running.children)  # its `up` was killed and could not end them
-        remove_state()
+        end_orphans(running)
     if args.detach:
         return _start_detached(path, args)
     return _hold(path, document, config, args)
@@ -86,7 +92,12 @@ def _hold(
             document, config, timeout_s=args.timeout, report=report_to_stderr
         ) as cluster:
             children = tuple(find_descendants(os.getpid()))
-            state = dataclasses.replace(state, address=cluster.address, children=children)
+            state = dataclasses.replace(
+                state,
+                address=cluster.address,
+                temp_dir=str(cluster.temp_dir),
+                children=children,
+            )
             write_state(state)
             _print_ready(state, config, cluster.startup_s, as_json=args.json)
             while True:
