@@ -139,9 +139,11 @@ class FakeEngineLoop:
     def _advance(self, active: _Active) -> RequestOutput:
         request = active.request
         offset = active.offset
-        text = TextStream(self._tokenizer, request.sampling.stop) if self._tokenizer else None
-        for token_id in active.token_ids[:offset] if text else ():
-            text.push(token_id)
+        text = None
+        if self._tokenizer is not None:
+            text = TextStream(self._tokenizer, request.sampling.stop)
+            for token_id in active.token_ids[:offset]:
+                text.push(token_id)
         end = min(offset + self._tokens_per_step, len(active.token_ids))
         reason = FinishReason.LENGTH if end == len(active.token_ids) else None
         error = None

@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
+from cluster.engine.text import TextStream
 from cluster.errors import (
     ClusterStateError,
     DeadlineExceededError,
@@ -281,8 +282,6 @@ async def test_stop_strings_cut_alike_in_engine_and_router():
 
 
 def _pushed(stop: list[str]) -> Any:
-    from cluster.engine.text import TextStream
-
     return TextStream(TOKENIZER, stop).push
 
 
@@ -732,9 +731,7 @@ async def test_two_routers_may_choose_the_same_ids():
             calls = []
             for _ in range(2):
                 call = stub.Connect()
-                hello = replica_pb2.ConnectRequest.Hello(protocol_version=PROTOCOL_VERSION)
-                await call.write(replica_pb2.ConnectRequest(hello=hello))
-                welcome = (await call.read()).welcome
+                welcome = await say_hello(call)
                 assert (welcome.max_model_len, welcome.vocab_size) == (MAX_MODEL_LEN, VOCAB_SIZE)
                 submit = replica_pb2.ConnectRequest.Submit(request_id="same", prompt_token_ids=[1])
                 await call.write(replica_pb2.ConnectRequest(submit=submit))
@@ -748,3 +745,151 @@ async def test_two_routers_may_choose_the_same_ids():
             assert any(step.HasField("load") for step in steps)
             calls[1].cancel()
             await until(lambda: replica.loop.num_active == 0)
+
+
+async def test_slow_router_is_not_waited_for():
+    async with running_cluster(step_s=0.0) as cluster:
+        replica = cluster.replicas[0]
+        options = [("grpc.http2.bdp_probe", 0)]
+        async with aio.insecure_channel(replica.address, options=options) as channel:
+            call = replica_pb2_grpc.ReplicaServiceStub(channel).Connect()
+            await say_hello(call)
+            for number in range(4):
+                await call.write(
+                    replica_pb2.ConnectRequest(
+                        submit=replica_pb2.ConnectRequest.Submit(
+                            request_id=str(number),
+                            prompt_token_ids=[number],
+                            sampling=common_pb2.SamplingParams(max_tokens=500, logprobs=20),
+                        )
+                    )
+                )
+            # Nobody reads, and the engine comes to its end all the same.
+            await until(lambda: len(replica.loop.submitted) == 4 and not replica.loop.num_active)
+            tokens: dict[str, list[int]] = {str(number): [] for number in range(4)}
+            num_deltas = num_finished = 0
+            while num_finished < 4:
+                for delta in (await call.read()).step.deltas:
+                    assert delta.token_offset == len(tokens[delta.request_id])
+                    assert len(delta.logprobs) == len(delta.token_ids)
+                    tokens[delta.request_id] += delta.token_ids
+                    num_deltas += 1
+                    num_finished += delta.finish_reason != 0
+            assert tokens == {str(number): expected([number], 500) for number in range(4)}
+            assert num_deltas < 1500
+            call.cancel()
+
+
+async def say_hello(call: aio.StreamStreamCall) -> replica_pb2.ConnectResponse.Welcome:
+    """Begins a router's stream."""
+    hello = replica_pb2.ConnectRequest.Hello(protocol_version=PROTOCOL_VERSION)
+    await call.write(replica_pb2.ConnectRequest(hello=hello))
+    return (await call.read()).welcome
+
+
+class FaultyReplica(replica_pb2_grpc.ReplicaServiceServicer):
+    """Repeats tokens, then skips some, and behaves when it is asked again."""
+
+    def __init__(self) -> None:
+        self.submits: list[replica_pb2.ConnectRequest.Submit] = []
+        self.cancelled: list[str] = []
+
+    async def Connect(self, request_iterator: Any, context: aio.ServicerContext) -> None:
+        welcome = replica_pb2.ConnectResponse.Welcome(
+            protocol_version=PROTOCOL_VERSION, max_model_len=64, vocab_size=VOCAB_SIZE
+        )
+        await context.write(replica_pb2.ConnectResponse(welcome=welcome))
+        async for message in request_iterator:
+            if message.HasField("cancel"):
+                self.cancelled.append(message.cancel.request_id)
+            if not message.HasField("submit"):
+                continue
+            self.submits.append(message.submit)
+            name = message.submit.request_id
+            if not message.submit.resume_token_ids:
+                await self.send(context, (name, 0, [1, 2, 3]), ("unknown", 0, [9]))
+                await self.send(context, (name, 1, [2, 3, 4]))
+                await self.send(context, (name, 0, [1, 2]))
+                await self.send(context, (name, 6, [7]))
+                await self.send(context, (name, 7, [8]))  # of the submission that was given up
+                return  # and the stream breaks
+            start = len(message.submit.resume_token_ids)
+            await self.send(context, (name, start, range(start + 1, 11)), finish_reason=2)
+
+    async def send(self, context: aio.ServicerContext, *deltas: Any, **last: Any) -> None:
+        step = replica_pb2.ConnectResponse.StepUpdate()
+        for request_id, offset, token_ids in deltas:
+            step.deltas.add(request_id=request_id, token_offset=offset, token_ids=token_ids, **last)
+        await context.write(replica_pb2.ConnectResponse(step=step))
+
+
+async def test_nothing_repeated_or_skipped_is_passed_on():
+    faulty = FaultyReplica()
+    server = aio.server()
+    replica_pb2_grpc.add_ReplicaServiceServicer_to_server(faulty, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with running_cluster(0) as cluster:
+        cluster.router.set_replicas([("faulty", f"127.0.0.1:{port}")])
+        chunks = await gather_chunks(cluster.client, [1], max_tokens=10)
+        assert [t for chunk in chunks for t in chunk.token_ids] == list(range(1, 11))
+        first, second = faulty.submits
+        assert list(second.resume_token_ids) == [1, 2, 3, 4]
+        assert second.request_id != first.request_id
+        await server.stop(0)
+
+
+class Wire:
+    """A TCP connection in between, that can be cut without a word."""
+
+    async def start(self, address: str) -> str:
+        self._host, port = address.rsplit(":", 1)
+        self._port = int(port)
+        self._writers: list[asyncio.StreamWriter] = []
+        self._server = await asyncio.start_server(self._join, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def cut(self) -> None:
+        self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
+        self._writers += [writer, far_writer]
+        await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass  # cut
+        finally:
+            writer.close()
+
+
+async def test_cut_wire():
+    async with running_cluster(step_s=0.01) as cluster:
+        replica = cluster.replicas[0]
+        wire = Wire()
+        cluster.router.set_replicas([("replica-0", await wire.start(replica.address))])
+        async with asyncio.timeout(5):
+            while [r.state for r in (await cluster.client.status()).replicas] != ["ready"]:
+                await asyncio.sleep(0.01)
+        task = asyncio.create_task(gather_chunks(cluster.client, [3], n=2, max_tokens=50))
+        await until(lambda: replica.loop.num_active == 2)
+        await asyncio.sleep(0.1)
+        wire.cut()
+        cut_at = time.monotonic()
+        # The replica frees the pages, and the other way to it serves the rest.
+        await until(lambda: len(replica.loop.cancelled) == 2)
+        assert time.monotonic() - cut_at < 0.2
+        cluster.router.set_replicas([("replica-0", replica.address)])
+        tokens: dict[int, list[int]] = {0: [], 1: []}
+        for chunk in await task:
+            assert chunk.offset == len(tokens[chunk.choice_index])
+            tokens[chunk.choice_index] += chunk.token_ids
+        assert tokens == {index: expected([3], 50, index) for index in (0, 1)}
+        assert len(replica.loop.submitted) == 4

@@ -17,7 +17,7 @@ from cluster.rpc.channels import (
     MAX_RECONNECT_S,
     MIN_RECONNECT_S,
     PROTOCOL_VERSION,
-    open_channel,
+    channel_options,
 )
 from cluster.rpc.convert import submit_to_proto
 from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
@@ -155,7 +155,7 @@ class ReplicaConnection:
         """One connection from beginning to end. Returns whether it was ever ready."""
         was_ready = False
         try:
-            async with open_channel(self.address, self._max_message_bytes) as channel:
+            async with self._open_channel() as channel:
                 call: aio.StreamStreamCall = replica_pb2_grpc.ReplicaServiceStub(channel).Connect()
                 async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
                     self.welcome = await self._handshake(call)
@@ -173,9 +173,18 @@ class ReplicaConnection:
                 logger.warning("replica %s ended its stream", self.replica_id)
         except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError, ConnectionError) as error:
             reason = error.details() if isinstance(error, aio.AioRpcError) else repr(error)
-            logger.warning("replica %s at %s: %s", self.replica_id, self.address, reason)
+            # A lost replica is news, one that is still not there is none.
+            level = logging.WARNING if was_ready else logging.INFO
+            logger.log(level, "replica %s at %s: %s", self.replica_id, self.address, reason)
         self._lose()
         return was_ready
+
+    def _open_channel(self) -> aio.Channel:
+        options = channel_options(self._max_message_bytes)
+        # A fixed window (64 KiB): what a slow router has not read waits merged on the replica, and
+        # not step by step in a window that grows with the delay.
+        options.append(("grpc.http2.bdp_probe", 0))
+        return aio.insecure_channel(self.address, options=options)
 
     async def _handshake(self, call: aio.StreamStreamCall) -> replica_pb2.ConnectResponse.Welcome:
         hello = replica_pb2.ConnectRequest.Hello(
