@@ -63,9 +63,7 @@ def server_options(
     ]
 
 
-def open_channel(
-    address: str, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
-) -> aio.Channel:
+def open_channel(address: str, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> aio.Channel:
     """A channel to ``address`` (``host:port``) with a TCP connection of its own.
 
     Must be called in the running event loop that will use it.

@@ -1,0 +1,379 @@
+"""A target replica's two streams to one drafter."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grpc import aio
+
+from cluster.engine.draft_client import DraftOutcome, DraftResult, DraftSequence, SessionKey
+from cluster.errors import DsparkError, MalformedProposalError
+from cluster.rpc.channels import MAX_RECONNECT_S, MIN_RECONNECT_S, open_channel
+from cluster.rpc.cluster_status import DrafterStatus
+from cluster.rpc.draft_messages import decode_answer, encode_session
+from cluster.rpc.draft_session import ClientSession, DraftClientStats, RoundHandle
+from cluster.rpc.drafter_handshake import MismatchError, greet_draft, greet_feed, read_message
+from cluster.rpc.tasks import run_until_first_ends
+from cluster.v1 import drafter_pb2, drafter_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 5.0
+MAX_OUTSTANDING_ROUNDS = 2
+MAX_LATE_IN_A_ROW = 3
+LATE_QUARANTINE_S = 0.25
+MALFORMED_QUARANTINE_S = 2.0
+MAX_QUARANTINE_S = 60.0
+MISMATCH_RETRY_S = 10.0
+# A drafter that has been well for so long starts again with the shortest quarantine.
+_FORGIVEN_AFTER_S = 30.0
+_AVERAGE_WEIGHT = 0.1
+
+
+class DrafterState(enum.StrEnum):
+    """How a replica stands with a drafter."""
+
+    CONNECTING = "connecting"
+    READY = "ready"
+    QUARANTINED = "quarantined"
+    MISMATCHED = "mismatched"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, eq=False)
+class _PendingRound:
+    handle: RoundHandle
+    sessions: Mapping[SessionKey, ClientSession]
+    sequences: Mapping[SessionKey, DraftSequence]
+    sent_at: float
+
+
+@dataclass(frozen=True, eq=False)
+class _PendingChunk:
+    session: ClientSession
+    end: int
+    num_bytes: int
+
+
+class _QuarantineError(DsparkError):
+    """The drafter is not to be used for a while."""
+
+
+class DrafterConnection:
+    """Keeps two streams to a drafter, each on a TCP connection of its own.
+
+    Guarantees:
+    - reconnects with jittered, exponential delays until it is cancelled;
+    - nothing of one stream is ever used with the next: ``generation`` tells them apart;
+    - a drafter that breaks the protocol, or is late ``MAX_LATE_IN_A_ROW`` times, is left alone
+      for a time that doubles;
+    - rounds owed by a stream that ended are owed no more, at once.
+
+    ``run`` belongs to the event loop; every other method is called with ``changed`` held, from
+    any thread.
+
+    Args:
+        drafter_id, address: of the drafter.
+        replica_id: who connects.
+        digests: hex SHA-256 by name; the drafter's must be equal.
+        vocab_size: the target's; the drafter's must be equal.
+        changed: guards this connection's state, and is notified when it changes.
+        stats: counted into.
+    """
+
+    def __init__(
+        self,
+        drafter_id: str,
+        address: str,
+        *,
+        replica_id: str,
+        digests: Mapping[str, str],
+        vocab_size: int,
+        changed: threading.Condition,
+        stats: DraftClientStats,
+    ) -> None:
+        self.drafter_id = drafter_id
+        self.address = address
+        self.block_size = 0
+        self.num_sessions = 0
+        self._replica_id = replica_id
+        self._digests = digests
+        self._vocab_size = vocab_size
+        self._changed = changed
+        self._stats = stats
+        self._state = DrafterState.CONNECTING
+        self._reason = ""
+        self._generation = 0
+        self._credit_bytes = 0
+        self._pending_rounds: dict[int, _PendingRound] = {}
+        self._pending_chunks: deque[_PendingChunk] = deque()
+        self._num_late_in_a_row = 0
+        self._num_quarantines = 0
+        self._round_trip_s = 0.0
+        self._event_loop = asyncio.get_running_loop()
+        self._rounds: asyncio.Queue[drafter_pb2.DraftRequest] = asyncio.Queue()
+        self._chunks: asyncio.Queue[drafter_pb2.FeedRequest] = asyncio.Queue()
+        self._quarantined = asyncio.Event()
+
+    # What the engine's thread uses.
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether sessions may be opened."""
+        return self._state is DrafterState.READY
+
+    @property
+    def generation(self) -> int:
+        """Number of the stream of now."""
+        return self._generation
+
+    def is_generation(self, generation: int) -> bool:
+        """Whether that stream still lives."""
+        return self.is_ready and self._generation == generation
+
+    @property
+    def credit_bytes(self) -> int:
+        """Feature bytes that may be sent now."""
+        return self._credit_bytes
+
+    @property
+    def can_send_round(self) -> bool:
+        """Whether the drafter has answered enough of the earlier rounds."""
+        return self.is_ready and len(self._pending_rounds) < MAX_OUTSTANDING_ROUNDS
+
+    def status(self) -> DrafterStatus:
+        """For status reports."""
+        return DrafterStatus(
+            drafter_id=self.drafter_id,
+            address=self.address,
+            state=str(self._state),
+            reason=self._reason,
+            round_trip_ms=self._round_trip_s * 1e3,
+        )
+
+    def send_round(
+        self,
+        round_id: int,
+        message: drafter_pb2.DraftRequest,
+        handle: RoundHandle,
+        sessions: Mapping[SessionKey, ClientSession],
+        sequences: Mapping[SessionKey, DraftSequence],
+    ) -> None:
+        """Sends a round of these sequences; the connection owes ``handle`` an answer."""
+        handle.waiting.add(self)
+        self._pending_rounds[round_id] = _PendingRound(
+            handle, sessions, sequences, time.monotonic()
+        )
+        self._event_loop.call_soon_threadsafe(self._rounds.put_nowait, message)
+
+    def send_chunk(
+        self, session: ClientSession, end: int, num_bytes: int, message: drafter_pb2.FeedRequest
+    ) -> None:
+        """Sends features up to position ``end``; the caller has looked at ``credit_bytes``."""
+        self._credit_bytes -= num_bytes
+        session.num_unacknowledged += 1
+        session.is_open = True
+        self._pending_chunks.append(_PendingChunk(session, end, num_bytes))
+        self._event_loop.call_soon_threadsafe(self._chunks.put_nowait, message)
+
+    def close_session(self, session: ClientSession) -> None:
+        """Forgets the session on the drafter, behind what is on its way to it."""
+        if not self.is_generation(session.generation):
+            return
+        if not session.is_closing:
+            session.is_closing = True
+            self.num_sessions -= 1
+        if session.is_open and session.num_unacknowledged == 0:
+            close = drafter_pb2.DraftRequest.Close(sessions=[encode_session(session.key)])
+            self._event_loop.call_soon_threadsafe(
+                self._rounds.put_nowait, drafter_pb2.DraftRequest(close=close)
+            )
+
+    def count_late(self) -> None:
+        """Notes that the drafter kept a round waiting too long."""
+        self._num_late_in_a_row += 1
+        if self.is_ready and self._num_late_in_a_row >= MAX_LATE_IN_A_ROW:
+            self._go_down(DrafterState.QUARANTINED, "too slow")
+            self._event_loop.call_soon_threadsafe(self._quarantined.set)
+
+    # What the event loop runs.
+
+    async def run(self) -> None:
+        """Keeps the streams until cancelled."""
+        delay_s = MIN_RECONNECT_S
+        try:
+            while True:
+                started_at = time.monotonic()
+                state, reason, delay_s = await self._serve_once(delay_s)
+                with self._changed:
+                    if time.monotonic() - started_at > _FORGIVEN_AFTER_S:
+                        self._num_quarantines = 0
+                    self._go_down(state, reason)
+                logger.info("drafter %s is %s: %s", self.drafter_id, state, reason)
+                await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+        finally:
+            with self._changed:
+                self._go_down(DrafterState.LOST, "removed")
+
+    async def _serve_once(self, last_delay_s: float) -> tuple[DrafterState, str, float]:
+        """One pair of streams; returns what became of it and how long to wait."""
+        try:
+            await self._serve()
+        except MismatchError as error:
+            self._stats.num_mismatched += 1
+            return DrafterState.MISMATCHED, str(error), MISMATCH_RETRY_S
+        except MalformedProposalError as error:
+            self._stats.num_malformed += 1
+            return DrafterState.QUARANTINED, str(error), self._quarantine(MALFORMED_QUARANTINE_S)
+        except _QuarantineError as error:
+            return DrafterState.QUARANTINED, str(error), self._quarantine(LATE_QUARANTINE_S)
+        except aio.AioRpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+        except TimeoutError:
+            reason = f"no greeting within {HANDSHAKE_TIMEOUT_S:g} s"
+        except EOFError as error:
+            reason = str(error)
+        was_ready = self._state is DrafterState.READY
+        delay_s = MIN_RECONNECT_S if was_ready else min(last_delay_s * 2, MAX_RECONNECT_S)
+        return DrafterState.LOST, reason, delay_s
+
+    def _quarantine(self, shortest_s: float) -> float:
+        delay_s = min(shortest_s * 2.0**self._num_quarantines, MAX_QUARANTINE_S)
+        self._num_quarantines += 1
+        return delay_s
+
+    async def _serve(self) -> None:
+        async with (
+            open_channel(self.address) as draft_channel,
+            open_channel(self.address) as feed_channel,
+        ):
+            draft = drafter_pb2_grpc.DrafterServiceStub(draft_channel).Draft()
+            feed = drafter_pb2_grpc.DrafterServiceStub(feed_channel).Feed()
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                welcome = await greet_draft(
+                    draft,
+                    replica_id=self._replica_id,
+                    digests=self._digests,
+                    vocab_size=self._vocab_size,
+                )
+                credit_bytes = await greet_feed(feed, replica_id=self._replica_id)
+            self._quarantined.clear()
+            self._rounds, self._chunks = asyncio.Queue(), asyncio.Queue()
+            with self._changed:
+                self._come_up(welcome, credit_bytes)
+            await run_until_first_ends(
+                self._read_answers(draft),
+                self._read_acknowledgements(feed),
+                _write(draft, self._rounds),
+                _write(feed, self._chunks),
+                self._until_quarantined(),
+            )
+
+    async def _read_answers(self, draft: aio.StreamStreamCall) -> None:
+        while True:
+            answer = (await read_message(draft, "proposals")).proposals
+            received_at = time.monotonic()
+            pending = self._pending_rounds.get(answer.round_id)
+            if pending is None:
+                raise MalformedProposalError("an answer to a round that is not outstanding")
+            results = decode_answer(
+                answer,
+                asked=pending.sequences,
+                samplings={key: session.sampling for key, session in pending.sessions.items()},
+                vocab_size=self._vocab_size,
+            )
+            server_s = answer.queue_seconds + answer.compute_seconds
+            with self._changed:
+                self._take_answer(answer.round_id, results, received_at, server_s)
+
+    def _take_answer(
+        self, round_id: int, results: list[DraftResult], received_at: float, server_s: float
+    ) -> None:
+        # Gone when the drafter was quarantined while its answer was being decoded.
+        pending = self._pending_rounds.pop(round_id, None)
+        if pending is None:
+            return
+        round_trip_s = received_at - pending.sent_at
+        self._round_trip_s = _average(self._round_trip_s, round_trip_s)
+        self._stats.round_trip_s = _average(self._stats.round_trip_s, round_trip_s)
+        self._stats.network_s = _average(self._stats.network_s, round_trip_s - server_s)
+        for result in results:
+            session = pending.sessions[result.session]
+            if result.outcome is DraftOutcome.UNKNOWN_SESSION:
+                session.is_lost = True
+            elif result.outcome is DraftOutcome.MISSING:
+                session.acknowledged_length = result.missing_from
+            else:
+                session.acknowledged_length = result.committed_length - 1
+        if self in pending.handle.waiting:  # else it was late, and nobody may see it any more
+            pending.handle.waiting.remove(self)
+            pending.handle.results.extend(results)
+            self._stats.num_rounds += 1
+            self._num_late_in_a_row = 0
+            self._changed.notify_all()
+
+    async def _read_acknowledgements(self, feed: aio.StreamStreamCall) -> None:
+        while True:
+            ack = (await read_message(feed, "ack")).ack
+            with self._changed:
+                self._take_acknowledgement(ack)
+
+    def _take_acknowledgement(self, ack: drafter_pb2.FeedResponse.Ack) -> None:
+        if not self._pending_chunks:
+            raise MalformedProposalError("an acknowledgement of nothing")
+        chunk = self._pending_chunks.popleft()
+        session = chunk.session
+        if (ack.session.request_id, ack.session.epoch) != session.key:
+            raise MalformedProposalError("an acknowledgement out of order")
+        if ack.credit_bytes != chunk.num_bytes or ack.length < 0:
+            raise MalformedProposalError("an acknowledgement with other numbers than were sent")
+        self._credit_bytes += chunk.num_bytes
+        session.num_unacknowledged -= 1
+        if ack.length < chunk.end:
+            session.is_lost = True
+        else:
+            session.acknowledged_length = max(session.acknowledged_length, ack.length)
+        if session.is_closing:
+            self.close_session(session)
+
+    async def _until_quarantined(self) -> None:
+        await self._quarantined.wait()
+        raise _QuarantineError(self._reason)
+
+    def _come_up(self, welcome: drafter_pb2.DraftResponse.Welcome, credit_bytes: int) -> None:
+        self._state = DrafterState.READY
+        self._reason = ""
+        self._generation += 1
+        self.block_size = welcome.block_size
+        self.num_sessions = 0
+        self._credit_bytes = credit_bytes
+        self._num_late_in_a_row = 0
+        self._changed.notify_all()
+
+    def _go_down(self, state: DrafterState, reason: str) -> None:
+        self._state, self._reason = state, reason
+        for pending in self._pending_rounds.values():
+            if self in pending.handle.waiting:
+                pending.handle.waiting.remove(self)
+                self._stats.num_lost += 1
+        self._pending_rounds.clear()
+        self._pending_chunks.clear()
+        self._changed.notify_all()
+
+
+async def _write(call: aio.StreamStreamCall, messages: asyncio.Queue[Any]) -> None:
+    while True:
+        await call.write(await messages.get())
+
+
+def _average(average: float, value: float) -> float:
+    return value if average == 0.0 else average + _AVERAGE_WEIGHT * (value - average)

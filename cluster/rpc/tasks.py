@@ -1,0 +1,24 @@
+"""Coroutines that belong together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+
+async def run_until_first_ends(*coroutines: Coroutine[Any, Any, None]) -> None:
+    """Runs coroutines side by side until one ends, and cancels the others.
+
+    Raises:
+        Exception: what the one that ended first raised.
+    """
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
