@@ -75,23 +75,21 @@ class DraftPass:
             generator=self._generator,
             device=self._device,
         )
-        tokens = self._anchors(sequences)
+        token_ids = [self._anchors(sequences)]
         state = None
-        token_ids: list[torch.Tensor] = []
-        confidences: list[torch.Tensor] = []
         law_token_ids: list[torch.Tensor] = []
         law_values: list[torch.Tensor] = []
         for index in range(num_tokens):
-            slot = hidden[:, index]
-            # Before the token is picked: a confidence must not know it (DESIGN, rule 3).
-            confidences.append(self._confidence(slot, tokens, state))
-            logits, state = self._drafter.markov_step(base_logits[:, index], tokens, slot, state)
+            logits, state = self._drafter.markov_step(
+                base_logits[:, index], token_ids[-1], hidden[:, index], state
+            )
             pick = sampler.pick(logits, index)
-            tokens = pick.token_ids
-            token_ids.append(tokens)
+            token_ids.append(pick.token_ids)
             if pick.prob_token_ids is not None and pick.prob_values is not None:
                 law_token_ids.append(pick.prob_token_ids)
                 law_values.append(pick.prob_values)
+        # From the tokens before each slot: a confidence must not know its own (DESIGN, rule 3).
+        confidences = self._confidences(hidden[:, :num_tokens], torch.stack(token_ids[:-1], dim=1))
         laws: list[tuple[Any, Any] | None] = [None] * len(sequences)
         if law_token_ids:
             columns, values = _on_host(law_token_ids), _on_host(law_values)
@@ -101,7 +99,7 @@ class DraftPass:
         return [
             _proposal(ids, chances, law, sequence.num_speculative_tokens)
             for ids, chances, law, sequence in zip(
-                _on_host(token_ids), _on_host(confidences), laws, sequences, strict=True
+                _on_host(token_ids[1:]), confidences.cpu().numpy(), laws, sequences, strict=True
             )
         ]
 
@@ -122,12 +120,11 @@ class DraftPass:
             self._anchors(sequences), positions, keys, values, context_lengths=positions
         )
 
-    def _confidence(
-        self, slot: torch.Tensor, tokens: torch.Tensor, state: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _confidences(self, hidden: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """Chances ``[B, K]`` that a token is accepted if all before it are."""
         if self._drafter.confidence_head is None:
-            return torch.ones(len(tokens), device=self._device)
-        return self._drafter.confidence_logit(slot, tokens, state).sigmoid()
+            return torch.ones(previous.shape, device=self._device)
+        return self._drafter.confidence_logit(hidden, previous).sigmoid()
 
     def _anchors(self, sequences: Sequence[DraftSequence]) -> torch.Tensor:
         return self._tensor([s.new_token_ids[-1] for s in sequences])
