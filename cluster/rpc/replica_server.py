@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 SERVICE_NAME = "cluster.v1.ReplicaService"
 LOAD_INTERVAL_S = 0.1  # at most so often with steps
 IDLE_LOAD_INTERVAL_S = 0.5  # at least so often without
+FLUSH_TIMEOUT_S = 0.5  # for what is written already when the server stops
 
 
 class EngineLoop(Protocol):
@@ -127,7 +128,9 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         while self._owners and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self._ticker.cancel()
-        await self._server.stop(0)
+        for stream in self._streams:
+            stream.end()
+        await self._server.stop(FLUSH_TIMEOUT_S)
 
     def on_outputs(self, outputs: Sequence[RequestOutput]) -> None:
         """Takes what one engine step changed; called in the engine's thread, never waits."""
@@ -294,15 +297,16 @@ class _RouterStream:
         self._wake.set()
 
     def end(self) -> None:
-        """Nothing more is wanted."""
+        """Nothing more comes; what is there may still be sent."""
         self._ended = True
         self._wake.set()
 
     async def wait(self) -> bool:
-        """Waits for something to send. Returns False when the stream has ended."""
-        await self._wake.wait()
-        self._wake.clear()
-        return not self._ended
+        """Waits for something to send. Returns False when all is sent and the stream has ended."""
+        if not self._ended:
+            await self._wake.wait()
+            self._wake.clear()
+        return not self._ended or bool(self._deltas)
 
     def take_deltas(self) -> list[replica_pb2.ConnectResponse.Delta]:
         """Hands over what is to be sent."""
