@@ -66,8 +66,8 @@ class LaunchedCluster:
         self._owns_ray = "RAY_ADDRESS" not in os.environ
         self._owns_serve = False
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        _connect(config, temp_dir)
         try:
+            _connect(config, temp_dir)
             self._deploy(schema)
         except BaseException:
             ray.shutdown()
@@ -149,9 +149,18 @@ def _serve_client() -> ServeControllerClient:
 
 
 def _connect(config: ClusterConfig, temp_dir: Path) -> None:
-    """Connects to the Ray cluster of ``RAY_ADDRESS``, or starts one that ends with this process."""
+    """Connects to the Ray cluster of ``RAY_ADDRESS``, or starts one that ends with this process.
+
+    Raises:
+        ClusterStateError: there is none at that address.
+    """
     if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ClusterStateError(
+                f"RAY_ADDRESS: {error} (one that wants a token needs RAY_AUTH_MODE=token here too)"
+            ) from None
         return
     # Ray runs workers as background work; ours answer people.
     os.environ.setdefault("RAY_worker_niceness", "0")

@@ -102,7 +102,7 @@ class RunningCluster:
         if self._cluster is not None:
             self._report("draining and stopping")
             self._cluster.stop()
-        wait_gone(children, _END_TIMEOUT_S)
+            wait_gone(children, _END_TIMEOUT_S)
         end_processes(children)
         if keep_logs:
             self._report(f"Ray's logs are in {self.temp_dir}")
