@@ -112,6 +112,7 @@ class EngineLoop:
         last_sign = time.monotonic()
         with self._wake:
             while not self._inbox and not self._stopping:
+                self._load = self.engine.load()  # drafters come and go without any step
                 self._wake.wait(_IDLE_WAIT_S)
                 self.last_progress = time.monotonic()
                 if self.last_progress - last_sign > _KEEP_ALIVE_S:
