@@ -365,6 +365,33 @@ def test_drain_ends_streams_and_sessions_move(loop):
         assert result.outcome is DraftOutcome.DRAFTED
 
 
+def test_a_restarted_drafter_is_found_again_without_its_old_state(loop):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    key = SessionKey("r", 0)
+    with client_of(f"127.0.0.1:{port}") as client:
+        for epoch in range(3):
+            engine = make_engine(make_drafter())
+            server = DrafterServer(
+                engine, drafter_id="d", digests=DIGESTS, config=DrafterConfig(port=port)
+            )
+            assert loop.run(server.start("127.0.0.1")) == port
+            assert client.wait_until_ready(10)
+            assert server.is_healthy
+            assert not client.has_session(key)
+            client.close_session(key)
+            key = SessionKey("r", epoch)
+            assert client.open_session(key, GREEDY)
+            assert client.feed(key, 0, features(9)) == 9
+            assert wait_for(lambda key=key: client.acknowledged_length(key) == 9)
+            (result,) = client.collect(client.start_round(round_of(sequence(key, 10))), 5.0)
+            assert result.outcome is DraftOutcome.DRAFTED
+            loop.run(server.drain(0.1))
+            assert wait_for(lambda: state_of(client) == "lost")
+            assert not server.is_healthy
+
+
 def test_nothing_is_left_behind(loop):
     threads = threading.active_count()
     engine = make_engine(make_drafter())

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 MAX_QUEUED_PER_REPLICA = 4
 MAX_QUEUED_CHUNKS_PER_REPLICA = 1024
+MAX_QUEUED_COMMANDS = 4096
 _EXPIRE_PERIOD_S = 5.0
 
 
@@ -85,6 +86,11 @@ class DraftLoop:
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="draft-loop", daemon=True)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread lives."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
@@ -127,12 +133,19 @@ class DraftLoop:
             self._changed.notify()
 
     def close_sessions(self, replica_id: str, sessions: list[SessionKey]) -> None:
-        """Forgets sessions soon; unknown ones are ignored."""
+        """Forgets sessions soon; unknown ones are ignored.
+
+        Raises:
+            QueueFullError: too much is waiting to be forgotten.
+        """
 
         def close(engine: DraftEngine) -> None:
             for session in sessions:
                 engine.close(replica_id, session)
 
+        with self._changed:
+            if len(self._commands) >= MAX_QUEUED_COMMANDS:
+                raise QueueFullError("too many sessions to close", retry_after_s=0.1)
         self._command(close)
 
     def drop_replica(self, replica_id: str) -> None:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_OUTSTANDING_ROUNDS = 2
+MAX_QUEUED_MESSAGES = 1024
 MAX_LATE_IN_A_ROW = 3
 LATE_QUARANTINE_S = 0.25
 MALFORMED_QUARANTINE_S = 2.0
@@ -192,7 +193,9 @@ class DrafterConnection:
         if not session.is_closing:
             session.is_closing = True
             self.num_sessions -= 1
-        if session.is_open and session.num_unacknowledged == 0:
+        # A drafter that does not read is told no more; unused sessions expire there.
+        can_tell = self._rounds.qsize() < MAX_QUEUED_MESSAGES
+        if session.is_open and session.num_unacknowledged == 0 and can_tell:
             close = drafter_pb2.DraftRequest.Close(sessions=[encode_session(session.key)])
             self._event_loop.call_soon_threadsafe(
                 self._rounds.put_nowait, drafter_pb2.DraftRequest(close=close)

@@ -95,6 +95,11 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         """``Draft`` streams of now."""
         return len(self._streams)
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether rounds that come in will be worked on."""
+        return self._loop.is_running
+
     async def start(self, host: str) -> int:
         """Serves on ``host`` and the first free port of the configured range; returns the port.
 
