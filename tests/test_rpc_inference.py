@@ -173,7 +173,7 @@ async def collect(stream: AsyncIterator[Chunk], token_ids: list[int]) -> None:
         token_ids += chunk.token_ids
 
 
-async def test_stream_is_ordered_and_complete():
+async def test_stream_is_ordered_and_complete() -> None:
     async with running_cluster(tokens_per_step=3) as cluster:
         chunks = await gather_chunks(
             cluster.client, [1, 2, 3], max_tokens=50, logprobs=2, request_id="mine", attempt=4
@@ -198,7 +198,7 @@ async def test_stream_is_ordered_and_complete():
     assert chunks[-1].usage.speculation.num_accepted_tokens_per_pos == [1]
 
 
-async def test_everything_asked_for_reaches_the_engine():
+async def test_everything_asked_for_reaches_the_engine() -> None:
     sampling = SamplingParams(
         temperature=0.5,
         top_k=5,
@@ -239,7 +239,7 @@ async def test_everything_asked_for_reaches_the_engine():
         assert cluster.replicas[0].loop.submitted[-1].sampling == SamplingParams()
 
 
-async def test_choices_of_one_request():
+async def test_choices_of_one_request() -> None:
     async with running_cluster(2, tokens_per_step=2) as cluster:
         completions = await cluster.client.complete([5], n=16, max_tokens=20)
         assert [c.choice_index for c in completions] == list(range(16))
@@ -249,7 +249,7 @@ async def test_choices_of_one_request():
         assert all(len(replica.loop.submitted) == 8 for replica in cluster.replicas)
 
 
-async def test_stop_strings_cut_alike_in_engine_and_router():
+async def test_stop_strings_cut_alike_in_engine_and_router() -> None:
     text = "x = '好の🎉' # END of it"
     ids = TOKENIZER.encode(text)
     async with running_cluster(
@@ -286,7 +286,7 @@ def _pushed(stop: list[str]) -> Any:
 
 
 NAN = float("nan")
-BAD_INPUT = [
+BAD_INPUT: list[tuple[Any, dict[str, Any], str]] = [
     ("", {}, "prompt"),
     ([], {}, "prompt"),
     ([1] * MAX_MODEL_LEN, {}, "prompt"),
@@ -332,7 +332,7 @@ BAD_INPUT = [
 ]
 
 
-async def test_bad_input_names_its_field_and_disturbs_nobody():
+async def test_bad_input_names_its_field_and_disturbs_nobody() -> None:
     async with running_cluster(step_s=0.01) as cluster:
         bystander = asyncio.create_task(gather_chunks(cluster.client, [9], max_tokens=60))
         for prompt, arguments, field_name in BAD_INPUT:
@@ -344,13 +344,14 @@ async def test_bad_input_names_its_field_and_disturbs_nobody():
         assert len(cluster.replicas[0].loop.submitted) == 1
 
 
-async def test_bad_input_on_the_wire():
+async def test_bad_input_on_the_wire() -> None:
     requests = [
         (inference_pb2.GenerateRequest(), "prompt"),
         (inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds()), "prompt"),
         (
             inference_pb2.GenerateRequest(
-                text="x", speculation=common_pb2.SpeculationParams(mode=99)
+                text="x",
+                speculation=common_pb2.SpeculationParams(mode=99),  # type: ignore[arg-type]
             ),
             "speculation.mode",
         ),
@@ -374,7 +375,7 @@ async def test_bad_input_on_the_wire():
             assert info.metadata["field"] == field_name
 
 
-async def test_engine_error_ends_only_its_request():
+async def test_engine_error_ends_only_its_request() -> None:
     secret = "the prompt's own words"
 
     def error_at(request: Request, index: int) -> Exception | None:
@@ -396,7 +397,7 @@ async def test_engine_error_ends_only_its_request():
         assert [t for chunk in await good for t in chunk.token_ids] == expected([1], 40)
 
 
-async def test_engine_queue_full_reaches_the_client():
+async def test_engine_queue_full_reaches_the_client() -> None:
     async with running_cluster(max_num_seqs=1, step_s=0.01) as cluster:
         first = asyncio.create_task(gather_chunks(cluster.client, [1], max_tokens=30))
         await until(lambda: cluster.replicas[0].loop.num_active == 1)
@@ -406,7 +407,7 @@ async def test_engine_queue_full_reaches_the_client():
         await first
 
 
-async def test_admission_is_bounded():
+async def test_admission_is_bounded() -> None:
     async with running_cluster(router={"max_queued_tokens": 100}, step_s=0.01) as cluster:
         first = asyncio.create_task(gather_chunks(cluster.client, [1], max_tokens=60))
         await until(lambda: cluster.router.num_queued_tokens == 61)
@@ -420,7 +421,7 @@ async def test_admission_is_bounded():
 
 
 @pytest.mark.parametrize("leave", ["close", "cancel", "break"])
-async def test_cancel_reaches_the_engine(leave: str):
+async def test_cancel_reaches_the_engine(leave: str) -> None:
     async with running_cluster(step_s=0.01) as cluster:
         loop = cluster.replicas[0].loop
         if leave == "cancel":
@@ -440,7 +441,7 @@ async def test_cancel_reaches_the_engine(leave: str):
         assert loop.num_active == 0
 
 
-async def test_deadline_reaches_the_engine():
+async def test_deadline_reaches_the_engine() -> None:
     async with running_cluster(step_s=0.01) as cluster:
         loop = cluster.replicas[0].loop
         started = time.monotonic()
@@ -455,7 +456,7 @@ async def test_deadline_reaches_the_engine():
 
 
 @pytest.mark.parametrize("how", ["killed", "drained", "engine"])
-async def test_stream_goes_on_when_its_replica_is_lost(how: str):
+async def test_stream_goes_on_when_its_replica_is_lost(how: str) -> None:
     def error_at(request: Request, index: int) -> Exception | None:
         is_first = how == "engine" and not request.resume_token_ids and index == 10
         return ReplicaLostError("the engine failed") if is_first else None
@@ -485,7 +486,7 @@ async def test_stream_goes_on_when_its_replica_is_lost(how: str):
         assert all(5 <= len(request.resume_token_ids) < 60 for request in resumed)
 
 
-async def test_only_replica_comes_back():
+async def test_only_replica_comes_back() -> None:
     async with running_cluster(step_s=0.01) as cluster:
         first = cluster.replicas[0]
         task = asyncio.create_task(gather_chunks(cluster.client, [3], max_tokens=50))
@@ -498,7 +499,7 @@ async def test_only_replica_comes_back():
         assert [t for chunk in await task for t in chunk.token_ids] == expected([3], 50)
 
 
-async def test_no_replica():
+async def test_no_replica() -> None:
     async with running_cluster(0, router={"wait_s": 0.3}) as cluster:
         started = time.monotonic()
         with pytest.raises(ReplicaLostError, match="no target replica is ready"):
@@ -516,7 +517,7 @@ async def test_no_replica():
         assert [t for chunk in await waiting for t in chunk.token_ids] == expected([1], 5)
 
 
-async def test_replica_lost_without_another():
+async def test_replica_lost_without_another() -> None:
     async with running_cluster(step_s=0.01, router={"wait_s": 0.3}) as cluster:
         stream = cluster.client.generate([1], max_tokens=400)
         await anext(stream)
@@ -526,7 +527,7 @@ async def test_replica_lost_without_another():
             await collect(stream, got)
 
 
-async def test_retired_replica_finishes_its_streams():
+async def test_retired_replica_finishes_its_streams() -> None:
     async with running_cluster(step_s=0.01) as cluster:
         task = asyncio.create_task(gather_chunks(cluster.client, [1], max_tokens=50))
         await until(lambda: cluster.replicas[0].loop.num_active == 1)
@@ -538,7 +539,7 @@ async def test_retired_replica_finishes_its_streams():
         await until(lambda: not cluster.router._pool.statuses())
 
 
-async def test_drain_lets_streams_finish():
+async def test_drain_lets_streams_finish() -> None:
     async with running_cluster(step_s=0.01) as cluster:
         task = asyncio.create_task(gather_chunks(cluster.client, [1], max_tokens=40))
         await until(lambda: cluster.replicas[0].loop.num_active == 1)
@@ -551,7 +552,7 @@ async def test_drain_lets_streams_finish():
         await stopping
 
 
-async def test_replica_stops_only_after_its_requests():
+async def test_replica_stops_only_after_its_requests() -> None:
     async with running_cluster(step_s=0.01) as cluster:
         replica = cluster.replicas[0]
         task = asyncio.create_task(gather_chunks(cluster.client, [1], max_tokens=40))
@@ -565,7 +566,7 @@ async def test_replica_stops_only_after_its_requests():
         await stopping
 
 
-async def test_many_streams_at_once():
+async def test_many_streams_at_once() -> None:
     async with running_cluster(2, step_s=0.01, tokens_per_step=4) as cluster:
         tasks = [
             asyncio.create_task(gather_chunks(cluster.client, [number], max_tokens=40))
@@ -578,7 +579,7 @@ async def test_many_streams_at_once():
         assert min(counts) > 80
 
 
-async def test_slow_client_gets_everything_in_bounded_memory():
+async def test_slow_client_gets_everything_in_bounded_memory() -> None:
     async with running_cluster(step_s=0.0, tokens_per_step=1) as cluster:
         tokens: list[int] = []
         num_chunks = 0
@@ -592,7 +593,7 @@ async def test_slow_client_gets_everything_in_bounded_memory():
         assert tokens == expected([1], 500)
 
 
-async def test_retry_takes_over_its_request():
+async def test_retry_takes_over_its_request() -> None:
     async with running_cluster(step_s=0.01) as cluster:
         old = asyncio.create_task(
             gather_chunks(cluster.client, [1], max_tokens=100, request_id="r", attempt=0)
@@ -616,7 +617,7 @@ async def test_retry_takes_over_its_request():
             await old
 
 
-async def test_status():
+async def test_status() -> None:
     async with running_cluster(2) as cluster:
         await cluster.client.complete([1], max_tokens=30)
         async with asyncio.timeout(5):
@@ -638,7 +639,7 @@ async def test_status():
             assert replica.speculation.num_accepted_tokens_per_pos == [2, 1]
 
 
-async def test_blocking_client():
+async def test_blocking_client() -> None:
     async with running_cluster(step_s=0.005) as cluster:
 
         def use() -> None:
@@ -648,6 +649,7 @@ async def test_blocking_client():
                 )
                 assert list(completion.token_ids) == expected([4], 20)
                 assert completion.finish_reason is FinishReason.LENGTH
+                client.complete([4], max_tokens=1, stop="END")
                 with pytest.raises(InvalidRequestError) as caught:
                     client.complete([4], temperature=NAN)
                 assert caught.value.field == "sampling.temperature"
@@ -662,6 +664,7 @@ async def test_blocking_client():
         loop = cluster.replicas[0].loop
         await until(lambda: len(loop.cancelled) == 2 and loop.num_active == 0)
         assert loop.submitted[0].speculation.is_off
+        assert loop.submitted[1].sampling.stop == ("END",)
 
     def use_nothing() -> None:
         with Client(cluster.address) as client, pytest.raises(ClusterStateError):
@@ -670,7 +673,7 @@ async def test_blocking_client():
     await asyncio.to_thread(use_nothing)
 
 
-async def test_health_and_reflection():
+async def test_health_and_reflection() -> None:
     async with running_cluster() as cluster:
         for address, service in [
             (cluster.address, "cluster.v1.InferenceService"),
@@ -690,7 +693,7 @@ async def test_health_and_reflection():
                 call.cancel()
 
 
-async def test_routers_share_a_port():
+async def test_routers_share_a_port() -> None:
     first, second = (
         RouterServer(
             tokenizer=TOKENIZER, model_name="m", vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN
@@ -705,7 +708,7 @@ async def test_routers_share_a_port():
     await second.stop()
 
 
-async def test_replica_refuses_what_is_no_router():
+async def test_replica_refuses_what_is_no_router() -> None:
     async with (
         running_cluster() as cluster,
         aio.insecure_channel(cluster.replicas[0].address) as channel,
@@ -723,7 +726,7 @@ async def test_replica_refuses_what_is_no_router():
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_two_routers_may_choose_the_same_ids():
+async def test_two_routers_may_choose_the_same_ids() -> None:
     async with running_cluster(step_s=0.01) as cluster:
         replica = cluster.replicas[0]
         async with aio.insecure_channel(replica.address) as channel:
@@ -747,7 +750,7 @@ async def test_two_routers_may_choose_the_same_ids():
             await until(lambda: replica.loop.num_active == 0)
 
 
-async def test_slow_router_is_not_waited_for():
+async def test_slow_router_is_not_waited_for() -> None:
     async with running_cluster(step_s=0.0) as cluster:
         replica = cluster.replicas[0]
         options = [("grpc.http2.bdp_probe", 0)]
@@ -823,7 +826,7 @@ class FaultyReplica(replica_pb2_grpc.ReplicaServiceServicer):
         await context.write(replica_pb2.ConnectResponse(step=step))
 
 
-async def test_nothing_repeated_or_skipped_is_passed_on():
+async def test_nothing_repeated_or_skipped_is_passed_on() -> None:
     faulty = FaultyReplica()
     server = aio.server()
     replica_pb2_grpc.add_ReplicaServiceServicer_to_server(faulty, server)
@@ -870,7 +873,7 @@ class Wire:
             writer.close()
 
 
-async def test_cut_wire():
+async def test_cut_wire() -> None:
     async with running_cluster(step_s=0.01) as cluster:
         replica = cluster.replicas[0]
         wire = Wire()

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -70,7 +70,7 @@ def stream_text(
 
 
 @pytest.mark.parametrize("make", [small_tokenizer, sentencepiece_tokenizer])
-def test_never_half_a_character(make):
+def test_never_half_a_character(make: Callable[[], PreTrainedTokenizerFast]) -> None:
     tokenizer = make()
     text = TEXT if make is small_tokenizer else "hello (你好) caf\u00e9 🎉 bye"
     ids = tokenizer.encode(text)
@@ -81,7 +81,7 @@ def test_never_half_a_character(make):
     assert len(ids) > len(text)  # or nothing was split
 
 
-def test_random_tokens_join_to_the_decoding(tokenizer):
+def test_random_tokens_join_to_the_decoding(tokenizer: PreTrainedTokenizerFast) -> None:
     chance = random.Random(0)
     for _ in range(300):
         ids = [chance.randrange(len(tokenizer)) for _ in range(chance.randrange(1, 60))]
@@ -89,14 +89,14 @@ def test_random_tokens_join_to_the_decoding(tokenizer):
         assert "".join(deltas) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_unfinished_character_comes_with_finish(tokenizer):
+def test_unfinished_character_comes_with_finish(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = tokenizer.encode("a🎉")[:-1]
     deltas, _ = stream_text(tokenizer, ids)
     assert "".join(deltas[:-1]) == "a"
     assert set(deltas[-1]) == {"\ufffd"}
 
 
-def test_stop_string_over_token_borders(tokenizer):
+def test_stop_string_over_token_borders(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = tokenizer.encode("x = 好の🎉END and more")
     for stop, text in [("🎉E", "x = 好の"), ("D a", "x = 好の🎉EN"), ("x", ""), ("の", "x = 好")]:
         deltas, num_taken = stream_text(tokenizer, ids, ["never there", stop])
@@ -106,7 +106,9 @@ def test_stop_string_over_token_borders(tokenizer):
         assert stop not in tokenizer.decode(ids[: num_taken - 1])
 
 
-def test_possible_beginning_of_a_stop_string_is_held_back(tokenizer):
+def test_possible_beginning_of_a_stop_string_is_held_back(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     stream = TextStream(tokenizer, ["abcabd", "\n\n"])
     ids = [tokenizer.convert_tokens_to_ids(c) for c in "abcabcabd"]
     out = [stream.push(token_id) for token_id in ids]
@@ -121,12 +123,12 @@ def test_possible_beginning_of_a_stop_string_is_held_back(tokenizer):
     assert "".join(deltas) == "abcab"
 
 
-def test_first_of_several_stop_strings_wins(tokenizer):
+def test_first_of_several_stop_strings_wins(tokenizer: PreTrainedTokenizerFast) -> None:
     deltas, _ = stream_text(tokenizer, tokenizer.encode("one two three"), ["three", "two", "wo"])
     assert "".join(deltas) == "one "
 
 
-def test_special_tokens(tokenizer):
+def test_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = [*tokenizer.encode("hello"), tokenizer.eos_token_id]
     deltas, _ = stream_text(tokenizer, ids)
     assert "".join(deltas) == "hello"
@@ -134,13 +136,15 @@ def test_special_tokens(tokenizer):
     assert "".join(stream.push(token_id).text for token_id in ids) == "hello" + END
 
 
-def test_tokens_outside_the_vocabulary_have_no_text(tokenizer):
+def test_tokens_outside_the_vocabulary_have_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
     """A model's logits are often padded beyond the tokenizer's last entry."""
     ids = [*tokenizer.encode("hel"), 100_000, *tokenizer.encode("lo")]
     assert "".join(stream_text(tokenizer, ids)[0]) == "hello"
 
 
-def test_resumed_stream_goes_on_where_the_broken_one_stood(tokenizer):
+def test_resumed_stream_goes_on_where_the_broken_one_stood(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     ids = tokenizer.encode(TEXT)
     whole = [TextStream(tokenizer, ["naïve\nX", "🎉🎉"]) for _ in range(len(ids) + 1)]
     for num_resumed, stream in enumerate(whole):
@@ -152,7 +156,7 @@ def test_resumed_stream_goes_on_where_the_broken_one_stood(tokenizer):
         assert sent + rest + stream.finish() == TEXT
 
 
-def test_stray_bytes_do_not_make_tokens_dearer(tokenizer):
+def test_stray_bytes_do_not_make_tokens_dearer(tokenizer: PreTrainedTokenizerFast) -> None:
     stray = tokenizer.convert_tokens_to_ids("ÿ")  # byte 0xFF
     assert tokenizer.decode([stray]) == "\ufffd"
     stream = TextStream(tokenizer, ["\ufffd" * 200])

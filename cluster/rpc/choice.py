@@ -28,7 +28,8 @@ class Choice:
     Guarantees: the client's tokens are a single unbroken sequence. When its replica is lost, the
     choice goes on elsewhere behind the tokens that were received; each submission has an id of its
     own, and a token offset that repeats or skips anything is never passed on. Holds at most one
-    chunk for the client, whose tokens are merged while it does not read.
+    chunk for the client, whose tokens are merged while it does not read. The speculation statistics
+    at the end are those of the last replica alone.
 
     Args:
         request: the validated request; its id is the client's.

@@ -82,7 +82,7 @@ class Client:
     Every call takes:
         prompt: text, or token ids.
         sampling: how tokens are chosen. Keyword arguments named as fields of ``SamplingParams``
-            (``temperature=0``, ``max_tokens=64``) override it, or the defaults.
+            (``temperature=0``, ``max_tokens=64``, ``stop="\\n"``) override it, or the defaults.
         speculation: ``SpeculationParams``, or False to decode plainly.
         n: number of choices, 1..16.
         timeout_s: the request's deadline from now; unset: none.
@@ -267,6 +267,9 @@ def _call(
     request_id: str,
     attempt: int,
 ) -> GenerateCall:
+    stop = sampling_fields.get("stop")
+    if isinstance(stop, str):  # else each of its characters would be a stop string
+        sampling_fields = {**sampling_fields, "stop": (stop,)}
     try:
         sampling = replace(sampling or SamplingParams(), **sampling_fields)
     except TypeError as error:
