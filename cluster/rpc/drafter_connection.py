@@ -245,6 +245,9 @@ class DrafterConnection:
             reason = f"no greeting within {HANDSHAKE_TIMEOUT_S:g} s"
         except EOFError as error:
             reason = str(error)
+        except Exception as error:  # our own mistake must not cost the drafter for good
+            logger.exception("the connection to drafter %s failed", self.drafter_id)
+            reason = f"{type(error).__name__}: {error}"
         was_ready = self._state is DrafterState.READY
         delay_s = MIN_RECONNECT_S if was_ready else min(last_delay_s * 2, MAX_RECONNECT_S)
         return DrafterState.LOST, reason, delay_s

@@ -11,7 +11,8 @@ async def run_until_first_ends(*coroutines: Coroutine[Any, Any, None]) -> None:
     """Runs coroutines side by side until one ends, and cancels the others.
 
     Raises:
-        Exception: what the one that ended first raised.
+        EOFError: gRPC cancelled the call under the one that ended first.
+        Exception: what it raised else.
     """
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
@@ -21,4 +22,6 @@ async def run_until_first_ends(*coroutines: Coroutine[Any, Any, None]) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in done:
+        if task.cancelled():  # not by us: to the caller it must not look like its own end
+            raise EOFError("the call was cancelled")
         task.result()
