@@ -364,9 +364,9 @@ def test_a_stopped_then_killed_drafter(drafter_process):
         killer.start()
         started = time.monotonic()
         assert client.collect(handle, 10.0) == []
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 5.0
         killer.join()
-        assert wait_for(lambda: state_of(client) == "lost", 2)
+        assert wait_for(lambda: state_of(client) == "lost", 5)
         assert "UNAVAILABLE" in client.status()[0].reason
         assert not client.has_session(key)
         assert client.block_size == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -37,3 +39,12 @@ def test_tensors_keep_their_bits(dtype):
 def test_tensors_that_lie_are_refused(message):
     with pytest.raises(InvalidRequestError, match="x: "):
         decode_tensor(message, name="x", dtypes=(torch.float32,), shape=(None, None))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_not_finite_are_refused(dtype, value):
+    tensor = torch.ones(3, 5, dtype=dtype)
+    tensor[1, 2] = value
+    with pytest.raises(InvalidRequestError, match="finite"):
+        decode_tensor(encode_tensor(tensor), name="x", dtypes=(dtype,), shape=(3, 5))
