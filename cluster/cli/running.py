@@ -23,14 +23,16 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.1
 _END_TIMEOUT_S = 10.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RunningCluster:
     """Starts a cluster on entering, with every part ready, and stops it on leaving.
 
     Guarantees: behind the block nothing that it started lives any more, whatever happened inside;
-    SIGTERM leaves the block as Ctrl-C does, and while the cluster is being stopped both are
-    ignored. Ray's log files are removed, except after a failed start.
+    SIGTERM leaves the block as Ctrl-C does, while the cluster is being stopped both are ignored,
+    and behind the block both do what they did before. Ray's log files are removed, except after a
+    failed start.
     """
 
     def __init__(
@@ -57,10 +59,14 @@ class RunningCluster:
         self._timeout_s = timeout_s
         self._report = report
         self._cluster: LaunchedCluster | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> RunningCluster:
         started = time.monotonic()
         deadline = started + self._timeout_s
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._handlers[number] = signal.getsignal(number)
         _raise_on_sigterm()
         try:
             self._start(deadline)
@@ -95,9 +101,8 @@ class RunningCluster:
         wait_ready(self.address, self._config, deadline)
 
     def _stop(self, *, keep_logs: bool) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in self._handlers:
+            signal.signal(number, signal.SIG_IGN)
         children = find_descendants(os.getpid())
         if self._cluster is not None:
             self._report("draining and stopping")
@@ -108,6 +113,8 @@ class RunningCluster:
             self._report(f"Ray's logs are in {self.temp_dir}")
         else:
             shutil.rmtree(self.temp_dir, ignore_errors=True)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
 
 def wait_ready(address: str, config: ClusterConfig, deadline: float) -> None:
