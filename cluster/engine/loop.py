@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cluster.engine.engine import Engine, EngineLoad
 from cluster.errors import DsparkError, ReplicaLostError
@@ -18,6 +19,18 @@ _KEEP_ALIVE_S = 5.0
 _IDLE_WAIT_S = 0.5
 
 OnOutputs = Callable[[list[RequestOutput]], None]
+
+
+@dataclass(frozen=True)
+class _Cancellation:
+    """A request that is to end with ``error``."""
+
+    request_id: str
+    error: Exception
+
+
+def _lost(request_id: str, reason: str) -> RequestOutput:
+    return RequestOutput(request_id=request_id, token_offset=0, error=ReplicaLostError(reason))
 
 
 class EngineLoop:
@@ -37,10 +50,11 @@ class EngineLoop:
         self.failure: BaseException | None = None
         self.last_progress = time.monotonic()
         self._on_outputs = on_outputs
-        self._inbox: deque[Callable[[], list[RequestOutput]]] = deque()
+        self._inbox: deque[Request | _Cancellation] = deque()
         self._active: set[str] = set()
         self._wake = threading.Condition()
         self._stopping = False
+        self._end_reason: str | None = None
         self._load = engine.load()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -58,11 +72,19 @@ class EngineLoop:
 
     def submit(self, request: Request) -> None:
         """Hands over a request; every answer, refusals included, comes through ``on_outputs``."""
-        self._post(lambda: self._add(request))
+        with self._wake:
+            reason = self._end_reason
+            if reason is None:
+                self._inbox.append(request)
+                self._wake.notify()
+        if reason is not None:
+            self._on_outputs([_lost(request.request_id, reason)])
 
     def cancel(self, request_id: str, error: Exception) -> None:
         """Ends a request with ``error`` before the next pass; unknown ids are ignored."""
-        self._post(lambda: self._cancel(request_id, error))
+        with self._wake:
+            self._inbox.append(_Cancellation(request_id, error))
+            self._wake.notify()
 
     def load(self) -> EngineLoad:
         """The load after the last step."""
@@ -76,11 +98,6 @@ class EngineLoop:
     def predicted_step_s(self) -> float:
         """Seconds that the largest pass is expected to take, for watchdogs."""
         return float(self.engine.cost_model.verify_seconds(self.engine.max_batch_tokens))
-
-    def _post(self, action: Callable[[], list[RequestOutput]]) -> None:
-        with self._wake:
-            self._inbox.append(action)
-            self._wake.notify()
 
     def _run(self) -> None:
         try:
@@ -97,7 +114,7 @@ class EngineLoop:
     def _turn(self) -> None:
         outputs: list[RequestOutput] = []
         while self._inbox:
-            outputs += self._inbox.popleft()()
+            outputs += self._take_in(self._inbox.popleft())
         if self.engine.has_work:
             outputs += self.engine.step()
         else:
@@ -119,16 +136,15 @@ class EngineLoop:
                     self.engine.keep_alive()
                     last_sign = self.last_progress
 
-    def _add(self, request: Request) -> list[RequestOutput]:
+    def _take_in(self, message: Request | _Cancellation) -> list[RequestOutput]:
+        if isinstance(message, _Cancellation):
+            self.engine.cancel(message.request_id, message.error)
+            return []
         try:
-            self.engine.add_request(request)
+            self.engine.add_request(message)
         except DsparkError as error:
-            return [RequestOutput(request_id=request.request_id, token_offset=0, error=error)]
-        self._active.add(request.request_id)
-        return []
-
-    def _cancel(self, request_id: str, error: Exception) -> list[RequestOutput]:
-        self.engine.cancel(request_id, error)
+            return [RequestOutput(request_id=message.request_id, token_offset=0, error=error)]
+        self._active.add(message.request_id)
         return []
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
@@ -138,15 +154,11 @@ class EngineLoop:
         self._on_outputs(outputs)
 
     def _fail_all(self, reason: str) -> None:
-        for action in list(self._inbox):
-            try:
-                self._deliver(action())
-            except Exception:
-                logger.exception("a request could not be taken in while the engine ends")
-        error = ReplicaLostError(reason)
-        self._deliver(
-            [RequestOutput(request_id=r, token_offset=0, error=error) for r in self._active]
-        )
+        with self._wake:
+            self._end_reason = reason
+        waiting = [m.request_id for m in self._inbox if isinstance(m, Request)]
+        self._inbox.clear()
+        self._deliver([_lost(request_id, reason) for request_id in [*waiting, *self._active]])
 
     def _close_engine(self) -> None:
         try:
