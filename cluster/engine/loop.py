@@ -117,7 +117,7 @@ class EngineLoop:
             outputs += self._take_in(self._inbox.popleft())
         if self.engine.has_work:
             outputs += self.engine.step()
-        else:
+        elif not outputs:
             self._wait()
         self._load = self.engine.load()
         self.last_progress = time.monotonic()
