@@ -82,21 +82,38 @@ class Drafting:
             group: has no round under way.
             sequences: those of the finished pass that go on.
         """
-        if not self._client.is_ready():
+        block_size = self._client.block_size
+        if block_size == 0:
             return
-        chosen = [s for s in sequences if self._prepare(s)]
-        if not chosen:
+        bulk: list[Sequence] = []
+        joining: list[tuple[Sequence, int]] = []
+        for sequence in sequences:
+            if sequence.request.speculation.is_off or not self._open(sequence):
+                continue
+            lacking = sequence.num_computed_tokens - sequence.num_fed_features
+            if lacking <= 0:
+                continue
+            is_decoding = sequence.num_missing_tokens == 1
+            is_first = sequence.num_fed_features == 0
+            if is_first or lacking > _MAX_INLINE_FEATURES or not is_decoding:
+                bulk.append(sequence)
+            elif self._is_acknowledged(sequence):
+                num_drafts = self._num_drafts(sequence, block_size)
+                if num_drafts > 0:
+                    joining.append((sequence, num_drafts))
+        ranges = [
+            (s, s.num_fed_features, s.num_computed_tokens)
+            for s in (*bulk, *(member for member, _ in joining))
+        ]
+        if not ranges:
             return
-        ranges = [(s, s.num_fed_features, s.num_computed_tokens) for s in chosen]
-        entries = tuple(self._entry(s) for s in chosen)
-        members: dict[SessionKey, Sequence] = {}
-        for sequence, entry in zip(chosen, entries, strict=True):
-            sequence.num_fed_features = sequence.num_computed_tokens
-            sequence.num_announced_tokens = len(sequence.token_ids)
-            members[entry.session] = sequence
-        handle = self._client.start_round(DraftRound(entries, self._read_features(ranges)))
-        deadline = time.monotonic() + self._config.draft_timeout_ms / 1e3
-        self._pending[group] = _Pending(handle, deadline, members)
+        features = self._read_features(ranges)
+        row = 0
+        for sequence, start, end in ranges[: len(bulk)]:
+            self._feed(sequence, start, features[row : row + end - start])
+            row += end - start
+        if joining:
+            self._start_round(group, joining, features[row:])
 
     def collect(self, group: int) -> None:
         """Waits for the group's round, within its deadline, and hands out its proposals."""
@@ -138,26 +155,30 @@ class Drafting:
         else:
             sequence.proposal = result.proposal
 
-    def _prepare(self, sequence: Sequence) -> bool:
-        """Feeds what must go in bulk. Returns whether the sequence joins the next round."""
-        if sequence.request.speculation.is_off or not self._open(sequence):
+    def _feed(self, sequence: Sequence, start: int, rows: torch.Tensor) -> None:
+        if sequence.session is None:
+            raise RuntimeError("a sequence without a session cannot be fed")
+        sequence.num_fed_features += self._client.feed(sequence.session, start, rows)
+        sequence.num_bulk_features = sequence.num_fed_features
+
+    def _start_round(
+        self, group: int, joining: list[tuple[Sequence, int]], features: torch.Tensor
+    ) -> None:
+        entries = tuple(_entry(sequence, num_drafts) for sequence, num_drafts in joining)
+        members: dict[SessionKey, Sequence] = {}
+        for (sequence, _), entry in zip(joining, entries, strict=True):
+            sequence.num_fed_features = sequence.num_computed_tokens
+            sequence.num_announced_tokens = len(sequence.token_ids)
+            members[entry.session] = sequence
+        handle = self._client.start_round(DraftRound(entries, features))
+        deadline = time.monotonic() + self._config.draft_timeout_ms / 1e3
+        self._pending[group] = _Pending(handle, deadline, members)
+
+    def _is_acknowledged(self, sequence: Sequence) -> bool:
+        if sequence.session is None:
             return False
-        session = sequence.session
-        if session is None:
-            return False
-        lacking = sequence.num_computed_tokens - sequence.num_fed_features
-        if lacking <= 0:
-            return False
-        is_decoding = sequence.num_missing_tokens == 1
-        acknowledged = self._client.acknowledged_length(session) >= sequence.num_bulk_features
-        is_first = sequence.num_fed_features == 0
-        if is_first or lacking > _MAX_INLINE_FEATURES or not is_decoding:
-            start = sequence.num_fed_features
-            rows = self._read_features([(sequence, start, sequence.num_computed_tokens)])
-            sequence.num_fed_features += self._client.feed(session, start, rows)
-            sequence.num_bulk_features = sequence.num_fed_features
-            return False
-        return acknowledged and self._num_drafts(sequence) > 0
+        acknowledged = self._client.acknowledged_length(sequence.session)
+        return acknowledged >= sequence.num_bulk_features
 
     def _open(self, sequence: Sequence) -> bool:
         if sequence.session is not None and self._client.has_session(sequence.session):
@@ -183,32 +204,36 @@ class Drafting:
         sequence.num_announced_tokens = 0
         return True
 
-    def _num_drafts(self, sequence: Sequence) -> int:
+    def _num_drafts(self, sequence: Sequence, block_size: int) -> int:
         """Guesses worth asking for: the bonus token takes the last place that is left."""
         room = min(sequence.room, self._max_model_len - len(sequence.token_ids)) - 1
         caps = (
             self._config.num_speculative_tokens,
             sequence.request.speculation.num_speculative_tokens,
         )
-        return min(self._client.block_size, room, *(cap for cap in caps if cap is not None))
+        return min(block_size, room, *(cap for cap in caps if cap is not None))
 
-    def _entry(self, sequence: Sequence) -> DraftSequence:
-        if sequence.session is None:
-            raise RuntimeError("a sequence without a session cannot join a round")
-        return DraftSequence(
-            session=sequence.session,
-            committed_length=len(sequence.token_ids),
-            num_features=sequence.num_computed_tokens - sequence.num_fed_features,
-            new_token_ids=tuple(sequence.token_ids[sequence.num_announced_tokens :]),
-            num_speculative_tokens=self._num_drafts(sequence),
-        )
+
+def _entry(sequence: Sequence, num_drafts: int) -> DraftSequence:
+    if sequence.session is None:
+        raise RuntimeError("a sequence without a session cannot join a round")
+    return DraftSequence(
+        session=sequence.session,
+        committed_length=len(sequence.token_ids),
+        num_features=sequence.num_computed_tokens - sequence.num_fed_features,
+        new_token_ids=tuple(sequence.token_ids[sequence.num_announced_tokens :]),
+        num_speculative_tokens=num_drafts,
+    )
 
 
 def feature_slots(ranges: list[tuple[Sequence, int, int]], page_size: int) -> np.ndarray:
     """Cache slots of ``(sequence, first position, end)`` ranges, one behind the other; int64."""
-    parts = []
-    for sequence, start, end in ranges:
-        positions = np.arange(start, end)
-        pages = np.asarray(sequence.pages, dtype=np.int64)[positions // page_size]
-        parts.append(pages * page_size + positions % page_size)
-    return np.concatenate(parts)
+    starts = np.asarray([start for _, start, _ in ranges], dtype=np.int64)
+    lengths = np.asarray([end - start for _, start, end in ranges], dtype=np.int64)
+    tables = np.zeros((len(ranges), max(len(s.pages) for s, _, _ in ranges)), dtype=np.int64)
+    for row, (sequence, _, _) in enumerate(ranges):
+        tables[row, : len(sequence.pages)] = sequence.pages
+    owner = np.repeat(np.arange(len(ranges)), lengths)
+    positions = np.arange(lengths.sum()) - (np.cumsum(lengths) - lengths - starts)[owner]
+    slots: np.ndarray = tables[owner, positions // page_size] * page_size + positions % page_size
+    return slots

@@ -90,8 +90,9 @@ class Sampler:
         num_drafts = np.asarray([len(entry.draft_token_ids) for entry in inputs])
         first_rows = np.cumsum(num_drafts + 1) - num_drafts - 1
         outputs: dict[int, SampleOutput] = {}
-        picked = [i for i, e in enumerate(inputs) if e.params.is_greedy or _is_seeded(e)]
-        drawn = [i for i in range(len(inputs)) if i not in set(picked)]
+        is_picked = [e.params.is_greedy or e.params.seed is not None for e in inputs]
+        picked = [i for i, wanted in enumerate(is_picked) if wanted]
+        drawn = [i for i, wanted in enumerate(is_picked) if not wanted]
         for members, verify in ((picked, self._verify_picks), (drawn, self._verify_rejection)):
             if not members:
                 continue
@@ -101,11 +102,12 @@ class Sampler:
             verification = verify(logits[torch.as_tensor(rows, device=logits.device)], block)
             for member, output in zip(members, _to_outputs(verification, block), strict=True):
                 outputs[member] = output
-        result = [outputs[i] for i in range(len(inputs))]
-        return [
-            self._with_logprobs(output, entry, logits[first:])
-            for output, entry, first in zip(result, inputs, first_rows, strict=True)
-        ]
+        for i, entry in enumerate(inputs):
+            if entry.params.logprobs is not None:
+                outputs[i] = _with_logprobs(
+                    outputs[i], entry.params.logprobs, logits[first_rows[i] :]
+                )
+        return [outputs[i] for i in range(len(inputs))]
 
     def _verify_picks(self, logits: torch.Tensor, block: _Block) -> Verification:
         """Greedy and seeded sequences: the target's own pick at every position.
@@ -187,25 +189,6 @@ class Sampler:
             extra["prompt_mask"] = prompts.to(device).repeat_interleave(positions, dim=0)
         return batch.expand(positions), extra
 
-    def _with_logprobs(
-        self, output: SampleOutput, entry: SampleInput, logits: torch.Tensor
-    ) -> SampleOutput:
-        """Adds the target's own log-probabilities, of the unprocessed logits, where asked for."""
-        top = entry.params.logprobs
-        if top is None:
-            return output
-        logprobs = logits[: len(output.token_ids)].log_softmax(dim=-1)
-        best = logprobs.topk(top, dim=-1) if top else None
-        positions = []
-        for row, token_id in enumerate(output.token_ids):
-            tops: tuple[TokenLogprob, ...] = ()
-            if best is not None:
-                pairs = zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
-                tops = tuple(TokenLogprob(i, v) for i, v in pairs)
-            chosen = TokenLogprob(token_id, float(logprobs[row, token_id]))
-            positions.append(PositionLogprobs(chosen, tops))
-        return SampleOutput(output.token_ids, output.token_sources, tuple(positions))
-
 
 class _Block:
     """The drafted blocks of R sequences, padded to K columns."""
@@ -260,10 +243,6 @@ class _Block:
         return torch.from_numpy(token_ids).to(device), dequantize_draft_probs(wire_values)
 
 
-def _is_seeded(entry: SampleInput) -> bool:
-    return entry.params.seed is not None
-
-
 def _padded_rows(first_rows: np.ndarray, num_drafts: np.ndarray) -> np.ndarray:
     """``[R * (K+1)]`` rows of the flat logits; columns behind a block repeat its last row."""
     columns = np.arange(num_drafts.max() + 1)
@@ -293,3 +272,18 @@ def _to_outputs(verification: Verification, block: _Block) -> list[SampleOutput]
         sources = (TokenSource.ACCEPTED,) * num_accepted + (last,)
         outputs.append(SampleOutput(tuple(row[: num_accepted + 1]), sources, ()))
     return outputs
+
+
+def _with_logprobs(output: SampleOutput, num_top: int, logits: torch.Tensor) -> SampleOutput:
+    """Adds the target's own log-probabilities, of its unprocessed logits ``[rows, V]``."""
+    logprobs = logits[: len(output.token_ids)].log_softmax(dim=-1)
+    best = logprobs.topk(num_top, dim=-1) if num_top else None
+    positions = []
+    for row, token_id in enumerate(output.token_ids):
+        tops: tuple[TokenLogprob, ...] = ()
+        if best is not None:
+            pairs = zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
+            tops = tuple(TokenLogprob(i, v) for i, v in pairs)
+        chosen = TokenLogprob(token_id, float(logprobs[row, token_id]))
+        positions.append(PositionLogprobs(chosen, tops))
+    return SampleOutput(output.token_ids, output.token_sources, tuple(positions))

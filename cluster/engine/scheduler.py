@@ -42,7 +42,7 @@ class Scheduler:
         self._pages = pages
         self._num_groups = num_groups
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.running: dict[Sequence, None] = {}  # a set that keeps its order
         self.num_preemptions = 0
 
     @property
@@ -65,7 +65,7 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out and frees its pages; it must not be in flight."""
         if sequence in self.running:
-            self.running.remove(sequence)
+            del self.running[sequence]
         else:
             self.waiting.remove(sequence)
         self._pages.shrink(sequence.pages, 0)
@@ -96,25 +96,27 @@ class Scheduler:
             if chosen is not None:
                 scheduled.append(chosen)
                 budget -= chosen.num_tokens + len(chosen.draft_token_ids)
+        sizes = self._group_sizes()
         while self.waiting and budget > 0 and len(self.running) < self._config.max_num_seqs:
             sequence = self.waiting[0]
-            if self._smallest_group() != group:
+            if sizes.index(min(sizes)) != group:
                 break
             num_tokens = min(sequence.num_missing_tokens, budget)
             if not self._pages.grow(sequence.pages, sequence.num_computed_tokens + num_tokens):
                 break
             self.waiting.popleft()
             sequence.group = group
-            self.running.append(sequence)
+            sizes[group] += 1
+            self.running[sequence] = None
             scheduled.append(ScheduledSequence(sequence, num_tokens, ()))
             budget -= num_tokens
         return scheduled
 
-    def _smallest_group(self) -> int:
+    def _group_sizes(self) -> list[int]:
         sizes = [0] * self._num_groups
         for sequence in self.running:
             sizes[sequence.group] += 1
-        return sizes.index(min(sizes))
+        return sizes
 
     def _fit(
         self,
@@ -142,7 +144,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Frees a running sequence's pages; it is computed again from the front of the queue."""
-        self.running.remove(sequence)
+        del self.running[sequence]
         self._pages.shrink(sequence.pages, 0)
         sequence.num_computed_tokens = 0
         sequence.proposal = None
