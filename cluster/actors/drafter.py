@@ -46,6 +46,11 @@ class Drafter:
         """What target replicas get to know of this drafter."""
         return {"address": self._address}
 
+    def check_health(self) -> None:
+        """Raises when nothing is drafted any more."""
+        if not self._server.is_healthy:
+            raise RuntimeError("the drafter's thread has ended")
+
     async def __del__(self) -> None:
         await self._server.drain()
 

@@ -24,9 +24,9 @@ from cluster.request import SpeculationStats
 if TYPE_CHECKING:
     from cluster.rpc.client import Chunk, Client
 
-_MAX_TOKENS = 128
+_MAX_TOKENS = 96
 _WARM_UP_TOKENS = 32
-_START_TIMEOUT_S = 180.0
+_START_TIMEOUT_S = 300.0
 _PLAIN_WIDTH = 110  # columns of the table where there is no terminal to ask
 
 

@@ -57,13 +57,14 @@ class RunningCluster:
         self._document = document
         self._config = config
         self._timeout_s = timeout_s
-        self._report = report
+        self._say = report
+        self._started = time.monotonic()
         self._cluster: LaunchedCluster | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> RunningCluster:
-        started = time.monotonic()
-        deadline = started + self._timeout_s
+        self._started = time.monotonic()
+        deadline = self._started + self._timeout_s
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._handlers[number] = signal.getsignal(number)
@@ -73,7 +74,7 @@ class RunningCluster:
         except BaseException as error:
             self._stop(keep_logs=isinstance(error, ClusterStateError))
             raise
-        self.startup_s = time.monotonic() - started
+        self.startup_s = time.monotonic() - self._started
         return self
 
     def __exit__(
@@ -83,6 +84,9 @@ class RunningCluster:
         traceback: TracebackType | None,
     ) -> None:
         self._stop(keep_logs=False)
+
+    def _report(self, what: str) -> None:
+        self._say(f"{time.monotonic() - self._started:5.1f} s  {what}")
 
     def _start(self, deadline: float) -> None:
         self._report("starting Ray and Serve")

@@ -27,7 +27,7 @@ from cluster.cli.state import (
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterStateError
 
-_START_TIMEOUT_S = 180.0
+_START_TIMEOUT_S = 300.0
 _POLL_S = 0.2
 _TAIL_LINES = 20
 
