@@ -235,15 +235,15 @@ class Engine:
     def _choose_drafts(self, group: int) -> dict[Sequence, tuple[int, ...]]:
         """How much of each proposal to verify in the group's next pass."""
         members = self._scheduler.group_members(group)
-        drafted = [s for s in members if s.proposal is not None]
-        if not drafted:
+        limits = self._scheduler.draft_limits(group)
+        if not limits:
             return {}
-        proposals = [s.proposal for s in drafted if s.proposal is not None]
-        widths = np.asarray([p.num_draft_tokens for p in proposals])
+        proposals = [s.proposal for s in limits if s.proposal is not None]
+        widths = np.asarray(list(limits.values()))
         planner = self._budget or FixedBudget(int(widths.max()))
-        confidences = np.zeros((len(drafted), int(widths.max())))
-        for row, proposal in enumerate(proposals):
-            confidences[row, : widths[row]] = proposal.confidences
+        confidences = np.zeros((len(proposals), int(widths.max())))
+        for row, (proposal, width) in enumerate(zip(proposals, widths, strict=True)):
+            confidences[row, :width] = proposal.confidences[:width]
         admitted = planner.plan(
             confidences,
             widths,
@@ -253,7 +253,7 @@ class Engine:
         )
         return {
             sequence: proposal.draft_token_ids[:count]
-            for sequence, proposal, count in zip(drafted, proposals, admitted, strict=True)
+            for sequence, proposal, count in zip(limits, proposals, admitted, strict=True)
         }
 
     def _launch(self, group: int, entries: list[ScheduledSequence]) -> None:

@@ -2,8 +2,9 @@
 
 There is no prefill or decode phase: every sequence's computed tokens catch up with its committed
 ones, guesses included. Decoding sequences go first, prompts fill what is left of the token budget
-in chunks, so a long prompt never stalls the rest. When pages run out, guesses are dropped first;
-then the youngest sequence that is not in flight gives its pages back and is computed again later.
+in chunks, so a long prompt never stalls the rest. Guesses only get what every decoding sequence
+leaves of tokens and pages. When pages still run out, the youngest sequence that is not in flight
+gives its pages back and is computed again later.
 """
 
 from __future__ import annotations
@@ -74,6 +75,29 @@ class Scheduler:
         """Running sequences of one group, oldest first."""
         return [s for s in self.running if s.group == group]
 
+    def draft_limits(self, group: int) -> dict[Sequence, int]:
+        """How many guesses of each proposal the group's next pass can hold.
+
+        To be asked before guesses are chosen, and it looks at lengths only. If a guess could lose
+        its place because of others that are verified in the same pass, then by the competition in
+        a plan also because of itself (DESIGN, rule 3).
+        """
+        decoding = [s for s in self.group_members(group) if s.num_missing_tokens == 1]
+        widths = {s: s.proposal.num_draft_tokens for s in decoding if s.proposal is not None}
+        if not widths:
+            return {}
+        share = (self._config.max_num_batched_tokens - len(decoding)) // len(widths)
+        free = self._pages.num_free - sum(self._missing_pages(s, 0) for s in decoding)
+        limits = {}
+        for sequence, width in widths.items():
+            limit = min(width, share)
+            extra = self._missing_pages(sequence, limit) - self._missing_pages(sequence, 0)
+            if extra > free:
+                limit = extra = 0
+            free -= extra
+            limits[sequence] = limit
+        return limits
+
     def schedule(
         self, group: int, drafts: dict[Sequence, tuple[int, ...]]
     ) -> list[ScheduledSequence]:
@@ -81,7 +105,7 @@ class Scheduler:
 
         Args:
             group: none of its sequences may be in flight.
-            drafts: draft tokens to verify, by sequence (as far as there are any).
+            drafts: draft tokens to verify, by sequence, within ``draft_limits``.
         """
         budget = self._config.max_num_batched_tokens
         scheduled: list[ScheduledSequence] = []
@@ -127,12 +151,7 @@ class Scheduler:
     ) -> ScheduledSequence | None:
         """Gets pages for a running sequence, preempting younger ones if it must."""
         num_tokens = min(sequence.num_missing_tokens, budget)
-        if num_tokens < sequence.num_missing_tokens:
-            drafts = ()
-        drafts = drafts[: budget - num_tokens]
-        end = sequence.num_computed_tokens + num_tokens
-        if drafts and not self._pages.grow(sequence.pages, end + len(drafts)):
-            drafts = ()
+        end = sequence.num_computed_tokens + num_tokens + len(drafts)
         while not self._pages.grow(sequence.pages, end):
             busy = {entry.sequence for entry in scheduled}
             candidates = [s for s in self.running if not s.is_in_flight and s not in busy]
@@ -141,6 +160,11 @@ class Scheduler:
             if victim is sequence:
                 return None
         return ScheduledSequence(sequence, num_tokens, drafts)
+
+    def _missing_pages(self, sequence: Sequence, num_drafts: int) -> int:
+        """Pages that a decoding sequence lacks for its own next token and so many guesses."""
+        needed = self._pages.pages_for(len(sequence.token_ids) + num_drafts)
+        return max(needed - len(sequence.pages), 0)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Frees a running sequence's pages; it is computed again from the front of the queue."""

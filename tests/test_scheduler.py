@@ -1,0 +1,83 @@
+"""Places in a pass: who gets tokens and pages, and that guesses only get what is left over."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.config import TargetConfig
+from cluster.engine.pages import PagePool
+from cluster.engine.scheduler import ScheduledSequence, Scheduler
+from cluster.engine.sequence import Sequence
+from cluster.request import Request
+from cluster.speculation.proposal import DraftProposal
+
+PAGE_SIZE = 4
+BLOCK = 3
+
+
+def make_scheduler(*, num_pages: int = 64, max_tokens: int = 64) -> tuple[Scheduler, PagePool]:
+    config = TargetConfig(
+        model="none", max_num_seqs=4, max_num_batched_tokens=max_tokens, page_size=PAGE_SIZE
+    )
+    pages = PagePool(num_pages + 1, PAGE_SIZE)  # one page is padding
+    return Scheduler(config, pages, num_groups=1), pages
+
+
+def decoding(scheduler: Scheduler, *lengths: int) -> list[Sequence]:
+    """Sequences of so many committed tokens, computed but for the last, each with a proposal."""
+    sequences = []
+    for index, length in enumerate(lengths):
+        request = Request(request_id=f"r{index}", prompt_token_ids=(0,) * (length - 1))
+        tokens = list(request.prompt_token_ids)
+        sequences.append(Sequence(request, tokens, len(tokens), max_output_tokens=100))
+        scheduler.add(sequences[-1])
+    for entry in scheduler.schedule(0, {}):
+        assert entry.samples
+        entry.sequence.num_computed_tokens += entry.num_tokens
+        entry.sequence.token_ids.append(0)
+        entry.sequence.proposal = DraftProposal((1,) * BLOCK, (0.5,) * BLOCK)
+    return sequences
+
+
+def schedule_whole_blocks(scheduler: Scheduler) -> list[ScheduledSequence]:
+    limits = scheduler.draft_limits(0)
+    return scheduler.schedule(0, {s: (1,) * limit for s, limit in limits.items()})
+
+
+@pytest.mark.parametrize(("max_tokens", "limit"), [(16, 3), (15, 2), (8, 1), (7, 0), (4, 0)])
+def test_guesses_share_the_tokens_that_every_sequence_leaves(max_tokens: int, limit: int) -> None:
+    scheduler, _ = make_scheduler()
+    sequences = decoding(scheduler, 5, 6, 7, 8)
+    scheduler._config = scheduler._config.model_copy(update={"max_num_batched_tokens": max_tokens})
+    assert scheduler.draft_limits(0) == dict.fromkeys(sequences, limit)
+    entries = schedule_whole_blocks(scheduler)
+    assert [entry.sequence for entry in entries] == sequences
+    assert [len(entry.draft_token_ids) for entry in entries] == [limit] * 4
+
+
+def test_guesses_leave_pages_to_every_sequence() -> None:
+    # The first's guesses would need the page that the second needs for its own token.
+    scheduler, pages = make_scheduler(num_pages=4)
+    first, second = decoding(scheduler, 8, 5)
+    assert pages.num_free == 1
+    assert scheduler.draft_limits(0) == {first: 0, second: BLOCK}
+    assert len(schedule_whole_blocks(scheduler)) == 2
+    assert scheduler.num_preemptions == 0
+
+
+def test_limits_do_not_depend_on_what_is_chosen_or_drafted() -> None:
+    scheduler, _ = make_scheduler(num_pages=8)
+    sequences = decoding(scheduler, 5, 8, 7)
+    limits = scheduler.draft_limits(0)
+    for sequence in sequences:
+        sequence.proposal = DraftProposal((2,) * BLOCK, (0.1,) * BLOCK)
+    assert scheduler.draft_limits(0) == limits
+
+
+def test_sequences_without_a_proposal_have_no_limit() -> None:
+    scheduler, _ = make_scheduler()
+    sequences = decoding(scheduler, 5, 6)
+    sequences[0].proposal = None
+    assert scheduler.draft_limits(0) == {sequences[1]: BLOCK}
+    sequences[1].proposal = None
+    assert scheduler.draft_limits(0) == {}
