@@ -23,26 +23,38 @@ MAX_SHORT_QUERY = 16
 
 
 class KVCache:
-    """Keys and values of some layers, ``[num_pages, page_size, kv_heads, head_dim]`` each."""
+    """Keys and values of this shard's layers, ``[num_pages, page_size, kv_heads, head_dim]`` each.
+
+    A layer's room is made when it first stores something, as only then its shape is known for any
+    model; the profile that runs at start-up does that.
+    """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def allocate(
-        self, layer: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Makes the room of one layer."""
-        shape = (self.num_pages, self.page_size, kv_heads, head_dim)
-        self._layers[layer] = (
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(shape, dtype=dtype, device=device),
-        )
+    def store(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes tokens' keys and values to their slots.
 
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer."""
-        return self._layers[layer]
+        Args:
+            key, value: ``[N, kv_heads, head_dim]``.
+            slots: ``[N]`` int64, page * page_size + offset.
+
+        Returns:
+            The layer's whole keys and values.
+        """
+        if layer not in self._layers:
+            self._layers[layer] = (self._room(key), self._room(value))
+        keys, values = self._layers[layer]
+        keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, key)
+        values.view(-1, *values.shape[2:]).index_copy_(0, slots, value)
+        return keys, values
+
+    def _room(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_zeros(self.num_pages, self.page_size, *like.shape[1:])
 
 
 @dataclass
@@ -117,18 +129,18 @@ def paged_attention(
     Returns:
         ``[1, N, heads, head_dim]`` and ``None`` (no weights).
     """
-    keys, values = paged.cache.layer(cast(int, module.layer_idx))
-    page_size = paged.cache.page_size
-    keys.view(-1, *keys.shape[2:]).index_copy_(0, paged.slots, key[0].transpose(0, 1))
-    values.view(-1, *values.shape[2:]).index_copy_(0, paged.slots, value[0].transpose(0, 1))
+    cache = paged.cache
+    keys, values = cache.store(
+        cast(int, module.layer_idx), key[0].transpose(0, 1), value[0].transpose(0, 1), paged.slots
+    )
+    page_size = cache.page_size
     flat_query = query[0].transpose(0, 1)
-    output = torch.empty_like(flat_query, memory_format=torch.contiguous_format)
+    output = flat_query.new_empty(*flat_query.shape[:2], values.shape[3])
     for group in paged.groups:
         pages = group.block_table.reshape(-1)
         length = group.key_length or group.block_table.shape[1] * page_size
-        shape = (group.batch_size, -1, *keys.shape[2:])
-        group_keys = keys.index_select(0, pages).view(shape)[:, :length]
-        group_values = values.index_select(0, pages).view(shape)[:, :length]
+        group_keys = _gathered(keys, pages, group.batch_size)[:, :length]
+        group_values = _gathered(values, pages, group.batch_size)[:, :length]
         queries = flat_query.index_select(0, group.gather_index)
         queries = queries.view(group.batch_size, group.query_length, *flat_query.shape[1:])
         attended = scaled_dot_product_attention(
@@ -139,9 +151,14 @@ def paged_attention(
             scale=scaling,
             enable_gqa=flat_query.shape[1] != keys.shape[2],
         )
-        flat = attended.transpose(1, 2).reshape(-1, *flat_query.shape[1:])
+        flat = attended.transpose(1, 2).reshape(-1, *attended.shape[1::2])
         output.index_copy_(0, group.token_index, flat.index_select(0, group.padded_index))
     return output.unsqueeze(0), None
+
+
+def _gathered(cached: torch.Tensor, pages: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """``[B, P * page_size, kv_heads, head_dim]`` of the given pages, ``[B * P]``."""
+    return cached.index_select(0, pages).view(batch_size, -1, *cached.shape[2:])
 
 
 def _make_group(

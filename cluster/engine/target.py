@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -79,16 +80,10 @@ class TargetShard:
         self._feature_size = projection.weight.shape[0] if projection else 0
         model.to(self.device).eval()
         self.page_size = config.page_size
-        self.num_pages = config.num_pages or self._pages_for_memory(config)
+        self.num_pages = config.num_pages or self._pages_for_memory(config, text_config)
         if mesh is not None:
             self.num_pages = mesh.minimum(self.num_pages)
         self.cache = KVCache(self.num_pages, self.page_size)
-        for layer in self._base.layers:
-            attention = layer.self_attn
-            kv_heads = attention.k_proj.out_features // attention.head_dim
-            self.cache.allocate(
-                attention.layer_idx, kv_heads, attention.head_dim, self.dtype, self.device
-            )
         self.features = torch.zeros(0)
         if projection is not None and (mesh is None or mesh.rank == 0):
             shape = (self.num_pages * self.page_size, self._feature_size)
@@ -261,13 +256,15 @@ class TargetShard:
 
         return capture
 
-    def _pages_for_memory(self, config: TargetConfig) -> int:
-        element = torch.empty(0, dtype=self.dtype).element_size()
-        per_token = self._feature_size * element
-        for layer in self._base.layers:
-            attention = layer.self_attn
-            per_token += 2 * attention.k_proj.out_features * element
-        fitting = config.kv_cache_memory_mb * 2**20 // (per_token * config.page_size)
+    def _pages_for_memory(self, config: TargetConfig, text_config: Any) -> int:
+        """Pages that fit the configured memory, and no more than can be used at once."""
+        heads = text_config.num_attention_heads
+        kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
+        head_dim = getattr(text_config, "head_dim", None) or self.hidden_size // heads
+        kv_size = 2 * len(self.layers) * kv_heads * head_dim // config.tensor_parallel_size
+        element_bytes = torch.empty(0, dtype=self.dtype).element_size()
+        page_bytes = (kv_size + self._feature_size) * element_bytes * config.page_size
+        fitting = config.kv_cache_memory_mb * 2**20 // page_bytes
         context = config.max_model_len or self.max_model_len
         useful = config.max_num_seqs * -(-context // config.page_size) + 1
         return max(2, min(fitting, useful))
@@ -283,7 +280,7 @@ def _load_model(config: TargetConfig, dtype: torch.dtype) -> PreTrainedModel:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(config.model, None, str(error).split("\n")[0]) from error
     for kind in ("missing_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in info.get(kind, ()))

@@ -1,0 +1,140 @@
+"""Any Hugging Face causal LM with a plan: other architectures than the project's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from cluster.bench.judge import Judgement, judge
+from cluster.engine.sharding import cut_tensor_parallel, stage_layers
+from cluster.errors import CheckpointError, ConfigError
+from cluster.request import Request, SamplingParams
+from tests.engine_tools import Completion, make_config, make_engine, run, run_sharded
+from tests.test_text import small_tokenizer
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 80,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL),
+    "llama-with-biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "qwen2": Qwen2Config(**SMALL),
+    "mistral-sliding-window": MistralConfig(**SMALL, sliding_window=12),
+}
+
+
+def save(config: PretrainedConfig, folder: Path) -> str:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def make_requests() -> list[Request]:
+    params = SamplingParams(temperature=0.0, max_tokens=20)
+    return [
+        Request(
+            request_id=f"r{n}",
+            prompt_token_ids=tuple((3 * n + k) % 80 for k in range(n)),
+            sampling=params,
+        )
+        for n in (1, 5, 17, 40)
+    ]
+
+
+def judge_all(model: str, done: dict[str, Completion]) -> Judgement:
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    total = Judgement()
+    for request in make_requests():
+        total += judge(
+            reference,
+            prompt_token_ids=list(request.prompt_token_ids),
+            output_token_ids=done[request.request_id].token_ids,
+            params=request.sampling,
+        )
+    return total
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs_agree_with_transformers(tmp_path: Path, name: str) -> None:
+    model = save(CONFIGS[name], tmp_path)
+    verdict = judge_all(model, run(make_engine(make_config(model)), make_requests()))
+    assert verdict.num_positions == 80
+    assert verdict.num_mismatches == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "pipeline"),
+    [("llama-with-biases", 2, 1), ("mistral-sliding-window", 1, 3), ("qwen2", 2, 2)],
+)
+@pytest.mark.slow
+def test_shards_agree_with_transformers(
+    tmp_path: Path, name: str, tensor: int, pipeline: int
+) -> None:
+    model = save(CONFIGS[name], tmp_path)
+    config = make_config(model, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+    verdict = judge_all(model, run_sharded(config, make_requests()))
+    assert verdict.num_positions == 80
+    assert verdict.num_mismatches == 0
+
+
+def test_models_that_cannot_be_cut_are_refused_by_name(tmp_path: Path) -> None:
+    def unused(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    cut = {"tensor_rank": 0, "all_reduce": unused}
+    llama = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    with pytest.raises(ConfigError, match="num_attention_heads"):
+        cut_tensor_parallel(llama, tensor_parallel_size=3, **cut)
+    with pytest.raises(ConfigError, match="num_key_value_heads"):
+        cut_tensor_parallel(llama, tensor_parallel_size=4, **cut)
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2))
+    with pytest.raises(ConfigError, match="no tensor-parallel plan"):
+        cut_tensor_parallel(gpt2, tensor_parallel_size=2, **cut)
+    with pytest.raises(ConfigError, match="has 3 layers"):
+        stage_layers(3, 4, 0)
+
+
+def test_stages_share_the_layers_without_gap_or_overlap() -> None:
+    for num_layers in range(1, 12):
+        for num_stages in range(1, num_layers + 1):
+            stages = [stage_layers(num_layers, num_stages, s) for s in range(num_stages)]
+            assert [layer for stage in stages for layer in stage] == list(range(num_layers))
+            sizes = [len(stage) for stage in stages]
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_broken_checkpoints_are_refused_by_file(tmp_path: Path) -> None:
+    model = save(CONFIGS["llama"], tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match="model"):
+        make_engine(make_config(model))
+    with pytest.raises(CheckpointError, match=r"config\.json|nowhere"):
+        make_engine(make_config(str(tmp_path / "nowhere")))
