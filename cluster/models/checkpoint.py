@@ -25,6 +25,7 @@ from cluster.models.dspark_config import DSparkConfig
 from cluster.models.dspark_config import (
     check_drafter_matches_target as check_drafter_matches_target,
 )
+from cluster.models.hub import local_folder
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -50,7 +51,8 @@ def load_drafter_config(path: str | Path) -> DSparkConfig:
     Raises:
         CheckpointError: the file is missing, is not JSON, or describes no DSpark drafter.
     """
-    return DSparkConfig.from_dict(_read_json(Path(path) / _CONFIG), str(Path(path) / _CONFIG))
+    file = local_folder(path) / _CONFIG
+    return DSparkConfig.from_dict(_read_json(file), str(file))
 
 
 def load_drafter(
@@ -67,7 +69,7 @@ def load_drafter(
     config = load_drafter_config(path)
     with torch.device("meta"):
         expected = {name: value.shape for name, value in DSparkDrafter(config).state_dict().items()}
-    tensors = _read_tensors(Path(path), expected)
+    tensors = _read_tensors(local_folder(path), expected)
     drafter = DSparkDrafter(config)
     drafter.load_state_dict(tensors)
     drafter.requires_grad_(False)
@@ -89,7 +91,7 @@ def load_projection(
     expected = {
         _PROJECTION_KEY: torch.Size((width, len(config.target_layer_ids) * width)),
     }
-    tensors = _read_tensors(Path(path), expected, others_allowed=True)
+    tensors = _read_tensors(local_folder(path), expected, others_allowed=True)
     weight = tensors[_PROJECTION_KEY].to(device=device, dtype=dtype)
     return Projection(weight, config.target_layer_ids)
 
@@ -115,17 +117,19 @@ def save_drafter(
 
 def target_digest(path: str | Path) -> str:
     """Identity of a target: SHA-256 (hex) over its configuration and weights."""
-    return _digest(Path(path), [_CONFIG, *_weight_files(Path(path))])
+    folder = local_folder(path)
+    return _digest(folder, [_CONFIG, *_weight_files(folder)])
 
 
 def tokenizer_digest(path: str | Path) -> str:
     """Identity of a tokenizer: SHA-256 (hex) over ``tokenizer.json``."""
-    return _digest(Path(path), ["tokenizer.json"])
+    return _digest(local_folder(path), ["tokenizer.json"])
 
 
 def drafter_digest(path: str | Path) -> str:
     """Identity of a drafter: SHA-256 (hex) over its configuration and weights."""
-    return _digest(Path(path), [_CONFIG, *_weight_files(Path(path))])
+    folder = local_folder(path)
+    return _digest(folder, [_CONFIG, *_weight_files(folder)])
 
 
 def projection_digest(path: str | Path) -> str:
