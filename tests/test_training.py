@@ -252,3 +252,17 @@ def test_workers_share_rows_and_mean_gradients():
     alone = Worker()
     assert alone.leads
     assert alone.agree(0.3) == 0.3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_workers_trains_on_its_rows(target_folder, tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(Worker, "agree", lambda self, value: value)
+    monkeypatch.setattr(Worker, "average_gradients", lambda self, parameters: None)
+    out = tmp_path / "out"
+    options = ["--out", str(out), "--steps", "4", "--batch", "4"]
+    worker = Worker(rank, 2)
+    draft = ["--target", str(target_folder), "--anchors", "8", *options]
+    drafter.train(drafter.parse_arguments(draft), worker)
+    assert (out / "model.safetensors").exists() == worker.leads
+    target.train(target.parse_arguments(["--out", str(target_folder), *options[2:]]), worker)
+    assert (target_folder / "training.json").exists() == worker.leads

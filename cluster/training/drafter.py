@@ -132,7 +132,7 @@ def train(arguments: argparse.Namespace, worker: Worker) -> None:
         tokens = worker.share(stream.batch(step, arguments.batch))
         anchors_each = arguments.anchors
         if progress < SHORT_PHASE:
-            tokens = tokens.view(-1, SEQUENCE_LENGTH // 2)
+            tokens = tokens.reshape(-1, SEQUENCE_LENGTH // 2)
             anchors_each //= 2
         generator = torch.Generator().manual_seed(step * worker.count + worker.rank)
         rows, length = tokens.shape
