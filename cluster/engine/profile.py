@@ -11,6 +11,7 @@ from cluster.engine.runner import Runner
 from cluster.engine.step_input import StepInput
 
 _REPEATS = 2
+_MAX_DETERMINISTIC_TOKENS = 16  # one pass a token: the curve is a straight line
 
 
 def profile_verify_curve(runner: Runner, config: TargetConfig) -> dict[int, float]:
@@ -22,8 +23,11 @@ def profile_verify_curve(runner: Runner, config: TargetConfig) -> dict[int, floa
         Seconds of the fastest of the counted runs, by number of tokens.
     """
     curve: dict[int, float] = {}
+    largest = min(config.max_num_batched_tokens, config.max_num_seqs * config.page_size)
+    if config.deterministic:
+        largest = min(largest, _MAX_DETERMINISTIC_TOKENS)
     size = 1
-    while size <= min(config.max_num_batched_tokens, config.max_num_seqs * config.page_size):
+    while size <= largest:
         step = _dummy_step(size, config)
         seconds = []
         for _ in range(1 + _REPEATS):
