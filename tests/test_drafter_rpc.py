@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 
 from cluster.config import DrafterConfig
 from cluster.engine.draft_client import DraftOutcome, DraftSampling, SessionKey
+from cluster.engine.draft_loop import MAX_QUEUED_CHUNKS_PER_REPLICA
 from cluster.rpc.channels import PROTOCOL_VERSION, channel_options
 from cluster.rpc.draft_messages import encode_digests
 from cluster.rpc.drafter_server import DrafterServer
@@ -161,6 +162,21 @@ def test_sessions_spread_over_drafters_and_rounds_are_split(loop):
         assert wait_for(lambda: sum(client.has_session(key) for key in keys) == 2)
         results = client.collect(client.start_round(draft_round), 5.0)
         assert len(results) == 2
+
+
+def test_feed_takes_no_more_chunks_than_a_drafter_queues(loop):
+    engine = make_engine(make_drafter(), max_sessions=4096)
+    with served(loop, engine) as (_, address), client_of(address) as client:
+        assert client.wait_until_ready(10)
+        keys = [SessionKey(f"r{i}", 0) for i in range(MAX_QUEUED_CHUNKS_PER_REPLICA + 500)]
+        assert all(client.open_session(key, GREEDY) for key in keys)
+        rows = features(2)
+        left, deadline = keys, time.monotonic() + 60
+        while left and time.monotonic() < deadline:
+            left = [key for key in left if client.feed(key, 0, rows) == 0]
+            time.sleep(0.01)
+        assert not left
+        assert wait_for(lambda: all(client.acknowledged_length(key) == 2 for key in keys), 60)
 
 
 def test_feed_takes_no_more_than_the_credit(loop):

@@ -147,8 +147,8 @@ class GrpcDraftClient:
         A session's first features start at position 0.
 
         Returns:
-            How many rows were taken: fewer, also none, when the byte credit is used up or the
-            session is gone.
+            How many rows were taken: fewer, also none, when the byte credit is used up, the
+            drafter has too many chunks to acknowledge, or the session is gone.
 
         Raises:
             ValueError: the session's first features start elsewhere.
@@ -165,6 +165,8 @@ class GrpcDraftClient:
             # The first chunk opens the session on the drafter, even when it holds nothing.
             is_opening = not found.is_open and len(features) == 0
             for first in [0] if is_opening else range(0, num_rows, chunk_rows):
+                if not found.connection.can_send_chunk:
+                    return first
                 rows = features[first : min(first + chunk_rows, num_rows)]
                 chunk = FeatureChunk(
                     session=session,

@@ -16,6 +16,7 @@ from typing import Any
 from grpc import aio
 
 from cluster.engine.draft_client import DraftOutcome, DraftResult, DraftSequence, SessionKey
+from cluster.engine.draft_loop import MAX_QUEUED_CHUNKS_PER_REPLICA
 from cluster.errors import DsparkError, MalformedProposalError
 from cluster.rpc.channels import MAX_RECONNECT_S, MIN_RECONNECT_S, open_channel
 from cluster.rpc.cluster_status import DrafterStatus
@@ -145,6 +146,11 @@ class DrafterConnection:
     def credit_bytes(self) -> int:
         """Feature bytes that may be sent now."""
         return self._credit_bytes
+
+    @property
+    def can_send_chunk(self) -> bool:
+        """Whether the drafter has acknowledged enough of the earlier features."""
+        return self.is_ready and len(self._pending_chunks) < MAX_QUEUED_CHUNKS_PER_REPLICA
 
     @property
     def can_send_round(self) -> bool:
