@@ -115,6 +115,10 @@ class Drafting:
         if joining:
             self._start_round(group, joining, features[row:])
 
+    def is_under_way(self, group: int) -> bool:
+        """Whether the group's round has been sent and not yet collected."""
+        return group in self._pending
+
     def collect(self, group: int) -> None:
         """Waits for the group's round, within its deadline, and hands out its proposals."""
         pending = self._pending.pop(group, None)

@@ -22,9 +22,8 @@ from cluster.engine.pages import PagePool
 from cluster.engine.profile import profile_verify_curve
 from cluster.engine.runner import Runner
 from cluster.engine.sampler import SampleInput, SampleOutput, Sampler
-from cluster.engine.scheduler import ScheduledSequence, Scheduler
+from cluster.engine.scheduler import ScheduledSequence, Scheduler, flatten
 from cluster.engine.sequence import Sequence
-from cluster.engine.step_input import StepInput
 from cluster.engine.text import TextStream
 from cluster.errors import ConfigError, DeadlineExceededError, InvalidRequestError
 from cluster.request import FinishReason, Request, RequestOutput, SpeculationStats, Usage
@@ -223,14 +222,20 @@ class Engine:
             group = (self._next_group + offset) % self._num_groups
             if group in busy:
                 continue
-            if self._drafting is not None:
-                self._drafting.collect(group)
+            self._collect_drafts(group)
             entries = self._scheduler.schedule(group, self._choose_drafts(group))
             if entries:
                 self._launch(group, entries)
                 self._next_group = (group + 1) % self._num_groups
                 return True
         return False
+
+    def _collect_drafts(self, group: int) -> None:
+        """Takes the group's proposals; what is waited for is the visible time of drafting."""
+        if self._drafting is not None and self._drafting.is_under_way(group):
+            start = time.monotonic()
+            self._drafting.collect(group)
+            self.cost_model.observe_draft(time.monotonic() - start)
 
     def _choose_drafts(self, group: int) -> dict[Sequence, tuple[int, ...]]:
         """How much of each proposal to verify in the group's next pass."""
@@ -257,7 +262,7 @@ class Engine:
         }
 
     def _launch(self, group: int, entries: list[ScheduledSequence]) -> None:
-        step = _step_input(entries, self._pages.page_size)
+        step = flatten(entries, self._pages.page_size)
         for entry in entries:
             entry.sequence.is_in_flight = True
         now = time.monotonic()
@@ -366,40 +371,4 @@ def _sample_input(entry: ScheduledSequence) -> SampleInput:
         choice_index=sequence.request.choice_index,
         draft_token_ids=entry.draft_token_ids,
         proposal=sequence.proposal,
-    )
-
-
-def _step_input(entries: list[ScheduledSequence], page_size: int) -> StepInput:
-    """Flattens the scheduled tokens of all sequences into one pass."""
-    token_ids: list[int] = []
-    logit_rows: list[int] = []
-    query_lens, starts = [], []
-    for entry in entries:
-        sequence = entry.sequence
-        start = sequence.num_computed_tokens
-        end = start + entry.num_tokens
-        token_ids += sequence.token_ids[start:end]
-        if entry.samples:
-            first = len(token_ids) - 1
-            logit_rows += range(first, first + len(entry.draft_token_ids) + 1)
-        token_ids += entry.draft_token_ids
-        starts.append(start)
-        query_lens.append(entry.num_tokens + len(entry.draft_token_ids))
-    lengths = np.asarray(query_lens, dtype=np.int64)
-    first_positions = np.asarray(starts, dtype=np.int64)
-    firsts = np.cumsum(lengths) - lengths
-    owner = np.repeat(np.arange(len(entries)), lengths)
-    positions = np.arange(len(token_ids)) - firsts[owner] + first_positions[owner]
-    width = max(len(entry.sequence.pages) for entry in entries)
-    tables = np.zeros((len(entries), width), dtype=np.int64)
-    for row, entry in enumerate(entries):
-        tables[row, : len(entry.sequence.pages)] = entry.sequence.pages
-    return StepInput(
-        token_ids=np.asarray(token_ids, dtype=np.int64),
-        positions=positions,
-        slots=tables[owner, positions // page_size] * page_size + positions % page_size,
-        query_lens=lengths,
-        context_lens=first_positions + lengths,
-        block_tables=tables,
-        logit_rows=np.asarray(logit_rows, dtype=np.int64),
     )

@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
+
 from cluster.config import TargetConfig
 from cluster.engine.pages import PagePool
 from cluster.engine.sequence import Sequence
+from cluster.engine.step_input import StepInput
 from cluster.errors import QueueFullError
 
 
@@ -174,3 +177,39 @@ class Scheduler:
         sequence.proposal = None
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
+
+
+def flatten(entries: list[ScheduledSequence], page_size: int) -> StepInput:
+    """Lays the scheduled tokens of all sequences, guesses included, one behind the other."""
+    token_ids: list[int] = []
+    logit_rows: list[int] = []
+    query_lens, starts = [], []
+    for entry in entries:
+        sequence = entry.sequence
+        start = sequence.num_computed_tokens
+        end = start + entry.num_tokens
+        token_ids += sequence.token_ids[start:end]
+        if entry.samples:
+            first = len(token_ids) - 1
+            logit_rows += range(first, first + len(entry.draft_token_ids) + 1)
+        token_ids += entry.draft_token_ids
+        starts.append(start)
+        query_lens.append(entry.num_tokens + len(entry.draft_token_ids))
+    lengths = np.asarray(query_lens, dtype=np.int64)
+    first_positions = np.asarray(starts, dtype=np.int64)
+    firsts = np.cumsum(lengths) - lengths
+    owner = np.repeat(np.arange(len(entries)), lengths)
+    positions = np.arange(len(token_ids)) - firsts[owner] + first_positions[owner]
+    width = max(len(entry.sequence.pages) for entry in entries)
+    tables = np.zeros((len(entries), width), dtype=np.int64)
+    for row, entry in enumerate(entries):
+        tables[row, : len(entry.sequence.pages)] = entry.sequence.pages
+    return StepInput(
+        token_ids=np.asarray(token_ids, dtype=np.int64),
+        positions=positions,
+        slots=tables[owner, positions // page_size] * page_size + positions % page_size,
+        query_lens=lengths,
+        context_lens=first_positions + lengths,
+        block_tables=tables,
+        logit_rows=np.asarray(logit_rows, dtype=np.int64),
+    )
