@@ -108,6 +108,9 @@ class RouterConfig(_Section):
     host: str = Field(default="127.0.0.1", description="address that the gRPC server binds")
     port: int = Field(default=50051, ge=0, le=65535, description="0: any free one")
     max_queued_tokens: int = Field(default=1_000_000, ge=1)
+    replica_wait_s: float = Field(
+        default=60.0, ge=0, description="how long a request waits for a ready target replica"
+    )
     max_message_mb: int = Field(default=16, ge=1)
 
 

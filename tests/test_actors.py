@@ -24,14 +24,14 @@ from tests.models import DRAFTER, TARGET
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(400),
     pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20"),  # Ray Serve's own
 ]
 
 PROMPT = "def main(arguments):\n"
 SEEDED: dict[str, Any] = {"temperature": 0.8, "seed": 7, "ignore_eos": True}
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
-RECOVERY_S = 90.0
+RECOVERY_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ClusterConfig:
             },
             "speculative": {"model": Path(DRAFTER).name},
             "drafter": {"dtype": "float32"},
-            "router": {"port": 0},
+            "router": {"port": 0, "replica_wait_s": 120},
             "drain_timeout_s": 5,
         },
         base_dir=models,
@@ -72,7 +72,7 @@ def cluster(config: ClusterConfig) -> Iterator[RunningCluster]:
             }
         ],
     }
-    with RunningCluster(document, config, timeout_s=240, report=print) as cluster:
+    with RunningCluster(document, config, timeout_s=360, report=print) as cluster:
         yield cluster
     assert not find_descendants(os.getpid()), "processes of the cluster outlive it"
     assert not cluster.temp_dir.exists()

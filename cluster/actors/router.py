@@ -73,5 +73,6 @@ def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
         max_model_len=min(target.max_model_len or context, context),
         router_id=router_id,
         max_queued_tokens=config.router.max_queued_tokens,
+        wait_s=config.router.replica_wait_s,
         max_message_bytes=config.router.max_message_mb << 20,
     )
