@@ -1,0 +1,397 @@
+"""Many short generations through the real engine, scheduler and sampler, and a drafter over gRPC.
+
+For ``tests/test_engine_law.py``: a target of six tokens with its exact law from plain transformers,
+an ill-fitting drafter that is served from a process of its own, and mistakes to plant in both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import functools
+import itertools
+import multiprocessing
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cluster.config import ClusterConfig
+from cluster.engine.draft_client import SessionKey
+from cluster.engine.draft_engine import DraftEngine
+from cluster.engine.draft_pass import DraftPass
+from cluster.engine.engine import Engine
+from cluster.engine.sampler import Sampler
+from cluster.models.checkpoint import load_drafter, save_drafter
+from cluster.request import Request, SamplingParams, TokenSource
+from cluster.rpc.drafter_client import GrpcDraftClient
+from cluster.rpc.drafter_server import DrafterServer
+from cluster.speculation.cost_model import CostModel
+from cluster.speculation.proposal import DraftProposal, dequantize_draft_probs
+from cluster.speculation.sampling import sample_from_probs
+from cluster.speculation.verification import Verification, verify_rejection
+from tests.engine_tools import make_config, make_engine
+from tests.law import Floats, exact_law, reference_next_token_law
+from tests.models import save_tiny_drafter, save_tiny_target
+from tests.speculative_rounds import RetrospectiveBudget
+
+VOCAB_SIZE = 6
+HIDDEN_SIZE = 16
+BLOCK_SIZE = 3
+PROMPT = (1, 4, 2)
+# The first token comes with the prompt, the second while the prompt's features travel to the
+# drafter. The law of the next four is tested; the first round has room to guess three of them.
+NUM_PLAIN_TOKENS = 2
+NUM_TOKENS = 4
+MAX_NUM_SEQS = 512
+PATIENCE_S = 120.0
+DIGESTS = {"target": "t", "tokenizer": "k", "drafter": "d", "projection": "p"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of request; ``is_coupled`` gives every request a seed of its own."""
+
+    name: str
+    params: SamplingParams
+    is_coupled: bool = False
+
+
+class Fault(enum.Enum):
+    """Mistakes that the law test must catch; see also ``tests.law.shift_law``."""
+
+    SHARED_NOISE = enum.auto()  # one noise for drafting and accepting
+    NOT_RENORMALISED = enum.auto()  # verifies with truncated q, sampled from renormalised q
+    DRAFT_PROB_AS_CONFIDENCE = enum.auto()  # admission by q(x_k)
+    RETROSPECTIVE = enum.auto()  # admission of x_k by c_k+1
+
+
+# ------------------------------------------------------------------------- the models and the law
+
+
+def save_pair(folder: Path) -> tuple[str, str]:
+    """A target whose law depends on the tokens before, and a drafter that knows it badly."""
+    target = save_tiny_target(
+        folder / "target",
+        seed=2,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
+    weak = save_tiny_drafter(
+        folder / "weak", target, block_size=BLOCK_SIZE, target_layer_ids=[-1, 0], num_anchors=4
+    )
+    # As initialised it hardly looks at anything: its laws and confidences would be nearly constant.
+    drafter = load_drafter(weak, torch.float32, "cpu")
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        parameters = dict(drafter.named_parameters())
+        for name, parameter in parameters.items():
+            if parameter.ndim > 1 and not name.startswith(("embed_tokens", "lm_head")):
+                parameter.normal_(0, 0.4, generator=generator)
+        # A confidence that tells much of the token before it: what an illegal planner would use.
+        parameters["markov_head.markov_w1.weight"].mul_(3)
+        parameters["confidence_head.proj.weight"][:, HIDDEN_SIZE:].mul_(4)
+    save_drafter(drafter, folder / "drafter", dtype=torch.float32)
+    return target, str(folder / "drafter")
+
+
+@functools.cache
+def _logits_by_output(target: str) -> dict[tuple[int, ...], list[float]]:
+    """Plain transformers' next-token logits after the prompt and every possible output."""
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    logits: dict[tuple[int, ...], list[float]] = {}
+    for length in range(NUM_PLAIN_TOKENS + NUM_TOKENS):
+        outputs = list(itertools.product(range(VOCAB_SIZE), repeat=length))
+        with torch.inference_mode():
+            rows = model(torch.tensor([PROMPT + output for output in outputs])).logits[:, -1]
+        logits.update(zip(outputs, rows.tolist(), strict=True))
+    return logits
+
+
+def target_law(target: str, params: SamplingParams) -> Floats:
+    """Exact joint law of the tested tokens, whatever the plain ones before them are."""
+    logits = _logits_by_output(target)
+
+    def next_token_law(output: tuple[int, ...]) -> Floats:
+        return reference_next_token_law(logits[output], params, prompt=PROMPT, output=output)
+
+    num_tokens = NUM_PLAIN_TOKENS + NUM_TOKENS
+    law = exact_law(next_token_law, vocab_size=VOCAB_SIZE, num_tokens=num_tokens)
+    return law.sum(axis=tuple(range(NUM_PLAIN_TOKENS)))
+
+
+# ------------------------------------------------------------------------------------- generating
+
+
+@dataclass
+class Samples:
+    """What one case's requests produced; ``tokens`` is ``[samples, NUM_TOKENS]``."""
+
+    tokens: npt.NDArray[np.int64]
+    sources: Counter[TokenSource] = field(default_factory=Counter)
+    num_draft_tokens: int = 0
+    num_late_proposals: int = 0
+
+
+def generate(
+    target: str,
+    drafter: str,
+    cases: Sequence[Case],
+    *,
+    num_samples: int,
+    fault: Fault | None = None,
+    **speculative: Any,
+) -> dict[str, Samples]:
+    """``num_samples`` outputs of each case, all cases side by side in every batch.
+
+    Args:
+        speculative: keys of the configuration's ``speculative`` part.
+    """
+    config = make_config(
+        target,
+        drafter,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=MAX_NUM_SEQS * (BLOCK_SIZE + 1),
+        page_size=4,
+        max_model_len=16,
+        # A late round would decode plainly, and so test nothing.
+        speculative={"draft_timeout_ms": 1e3 * PATIENCE_S, **speculative},
+    )
+    limits = {"max_sessions": 4 * MAX_NUM_SEQS, "page_size": 4, "kv_cache_memory_mb": 4}
+    config = config.model_copy(update={"drafter": config.drafter.model_copy(update=limits)})
+    with _served_drafter(config, fault) as client, _faulty_engine(fault):
+        engine = make_engine(config, client)
+        engine.cost_model = _SteepCostModel()
+        if fault is Fault.RETROSPECTIVE:
+            engine._budget = _Retrospective()
+        samples = _run(engine, cases, num_samples)
+        engine.check()
+    return samples
+
+
+class _SteepCostModel(CostModel):
+    """A pass's every token counts, so that admission must choose; it stays as it is."""
+
+    def __init__(self) -> None:
+        sizes = (1, MAX_NUM_SEQS * (BLOCK_SIZE + 1))
+        super().__init__({size: float(MAX_NUM_SEQS + size) for size in sizes})
+
+    def observe_verify(self, num_tokens: int, seconds: float) -> None:
+        pass
+
+    def observe_draft(self, seconds: float) -> None:
+        pass
+
+
+def _run(engine: Engine, cases: Sequence[Case], num_samples: int) -> dict[str, Samples]:
+    length = NUM_PLAIN_TOKENS + NUM_TOKENS
+    results = {case.name: Samples(np.full((num_samples, length), -1)) for case in cases}
+    waiting = itertools.product(range(num_samples), cases)
+    places: dict[str, tuple[Samples, int]] = {}
+    while True:
+        for number, case in itertools.islice(waiting, 2 * MAX_NUM_SEQS - len(places)):
+            request = _request(case, number, length)
+            places[request.request_id] = results[case.name], number
+            engine.add_request(request)
+        if not places:
+            break
+        for output in engine.step():
+            assert output.error is None
+            samples, number = places[output.request_id]
+            end = output.token_offset + len(output.token_ids)
+            samples.tokens[number, output.token_offset : end] = output.token_ids
+            samples.sources.update(output.token_sources)
+            if output.usage is not None:
+                del places[output.request_id]
+                stats = output.usage.speculation
+                samples.num_draft_tokens += stats.num_draft_tokens
+                samples.num_late_proposals += stats.num_late_proposals
+    for samples in results.values():
+        samples.tokens = samples.tokens[:, NUM_PLAIN_TOKENS:]
+    return results
+
+
+def _request(case: Case, number: int, length: int) -> Request:
+    seed = number if case.is_coupled else None
+    return Request(
+        request_id=f"{case.name}-{number}",
+        prompt_token_ids=PROMPT,
+        sampling=replace(case.params, seed=seed, max_tokens=length, ignore_eos=True),
+    )
+
+
+class _PatientDraftClient(GrpcDraftClient):
+    """The real client, but it waits for acknowledgements before it tells of them.
+
+    The engine would not wait: on a busy machine these short requests would be over, decoded
+    plainly, before their drafter knows their prompts.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._fed: dict[SessionKey, int] = {}
+
+    def feed(self, session: SessionKey, start: int, features: torch.Tensor) -> int:
+        num_rows = super().feed(session, start, features)
+        self._fed[session] = start + num_rows
+        return num_rows
+
+    def acknowledged_length(self, session: SessionKey) -> int:
+        deadline = time.monotonic() + PATIENCE_S
+        while (length := super().acknowledged_length(session)) < self._fed[session]:
+            assert time.monotonic() < deadline, "the drafter does not acknowledge"
+            time.sleep(0.0005)
+        return length
+
+    def close_session(self, session: SessionKey) -> None:
+        self._fed.pop(session, None)
+        super().close_session(session)
+
+
+@contextmanager
+def _served_drafter(config: ClusterConfig, fault: Fault | None) -> Iterator[GrpcDraftClient]:
+    """A client of a ``DrafterServer`` in a process of its own."""
+    assert config.speculative is not None
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve_drafter, args=(config, fault, theirs), daemon=True)
+    process.start()
+    client = _PatientDraftClient(
+        replica_id="replica", digests=DIGESTS, vocab_size=VOCAB_SIZE, config=config.speculative
+    )
+    try:
+        assert ours.poll(PATIENCE_S), "the drafter did not start"
+        client.set_drafters([("d0", f"127.0.0.1:{ours.recv()}")])
+        assert client.wait_until_ready(PATIENCE_S)
+        yield client
+        assert (client.stats.num_late, client.stats.num_lost, client.stats.num_dropped) == (0, 0, 0)
+    finally:
+        client.close()
+        ours.close()
+        process.join(PATIENCE_S)
+        process.kill()
+
+
+def _serve_drafter(config: ClusterConfig, fault: Fault | None, connection: Connection) -> None:
+    assert config.speculative is not None
+    torch.set_num_threads(1)
+    _plant_in_drafter(fault)
+    drafter = load_drafter(config.speculative.model, torch.float32, "cpu")
+    engine = DraftEngine(drafter, config.drafter, config.speculative.draft_top_k)
+    asyncio.run(_serve(engine, config, connection))
+
+
+async def _serve(engine: DraftEngine, config: ClusterConfig, connection: Connection) -> None:
+    server = DrafterServer(engine, drafter_id="d0", digests=DIGESTS, config=config.drafter)
+    connection.send(await server.start("127.0.0.1"))
+    try:
+        await asyncio.to_thread(connection.recv)
+    except EOFError:  # the test is done
+        await server.drain(0.1)
+
+
+# ----------------------------------------------------------------------------------------- faults
+
+
+def _plant_in_drafter(fault: Fault | None) -> None:
+    """Lets the drafter send something else for confidences; rows must all be sampled ones."""
+    patch = pytest.MonkeyPatch()  # never undone: the process has no other work
+    original_run, original_sample = DraftPass.run, sample_from_probs
+    uniforms: list[torch.Tensor] = []
+
+    def sample(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        chosen = original_sample(probs, noise)
+        uniforms.append(1 - torch.exp(-noise.gather(1, chosen.unsqueeze(1)).squeeze(1)))
+        return chosen
+
+    def run(self: DraftPass, sessions: Any, sequences: Any) -> list[DraftProposal]:
+        uniforms.clear()
+        proposals = original_run(self, sessions, sequences)
+        if fault is Fault.SHARED_NOISE:
+            rows = torch.stack(uniforms, dim=1).tolist()
+        else:
+            rows = [_draft_probs(proposal) for proposal in proposals]
+        return [
+            replace(proposal, confidences=tuple(values[: proposal.num_draft_tokens]))
+            for proposal, values in zip(proposals, rows, strict=True)
+        ]
+
+    if fault is Fault.SHARED_NOISE:
+        patch.setattr("cluster.engine.draft_sampling.sample_from_probs", sample)
+    if fault in (Fault.SHARED_NOISE, Fault.DRAFT_PROB_AS_CONFIDENCE):
+        patch.setattr(DraftPass, "run", run)
+
+
+def _draft_probs(proposal: DraftProposal) -> list[float]:
+    """q(x_k) of each drafted token."""
+    assert proposal.draft_prob_token_ids is not None
+    probs = dequantize_draft_probs(torch.from_numpy(proposal.draft_prob_values))
+    is_drafted = proposal.draft_prob_token_ids == np.array(proposal.draft_token_ids)[:, None]
+    return [float(value) for value in (probs.numpy() * is_drafted).sum(axis=1).clip(max=1)]
+
+
+class _Retrospective(RetrospectiveBudget):
+    """For blocks that are shorter than ``BLOCK_SIZE`` too."""
+
+    def plan(
+        self,
+        confidences: Floats,
+        num_candidates: npt.NDArray[np.int64],
+        *,
+        cost_model: CostModel,
+        num_requests: int,
+        num_base_tokens: int,
+    ) -> npt.NDArray[np.int64]:
+        whole = np.zeros((len(confidences), BLOCK_SIZE))
+        whole[:, : confidences.shape[1]] = confidences
+        whole[np.arange(BLOCK_SIZE) >= num_candidates[:, None]] = 0.0
+        return super().plan(
+            whole,
+            num_candidates,
+            cost_model=cost_model,
+            num_requests=num_requests,
+            num_base_tokens=num_base_tokens,
+        )
+
+
+@contextmanager
+def _faulty_engine(fault: Fault | None) -> Iterator[None]:
+    """Plants the fault's part on the target's side."""
+    original_verify = Sampler._verify_rejection
+    blocks: list[Any] = []
+
+    def remember_block(self: Sampler, logits: torch.Tensor, block: Any) -> Verification:
+        blocks[:] = [block]
+        return original_verify(self, logits, block)
+
+    def verify(*, accept_uniforms: torch.Tensor, **arguments: Any) -> Verification:
+        for row, entry in enumerate(blocks[0].entries):
+            if entry.proposal is not None:
+                noise = entry.proposal.confidences[: len(entry.draft_token_ids)]
+                accept_uniforms[row, : len(noise)] = torch.tensor(noise)
+        return verify_rejection(accept_uniforms=accept_uniforms, **arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if fault is Fault.SHARED_NOISE:
+            patch.setattr(Sampler, "_verify_rejection", remember_block)
+            patch.setattr("cluster.engine.sampler.verify_rejection", verify)
+        if fault is Fault.NOT_RENORMALISED:
+            patch.setattr(
+                "cluster.engine.sampler.dequantize_draft_probs", lambda values: values.float()
+            )
+        yield

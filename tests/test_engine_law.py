@@ -1,0 +1,116 @@
+"""The engine is lossless: engine, scheduler, sampler and a drafter over gRPC keep the target's law.
+
+What ``tests/test_verification_law.py`` shows of the pure functions is shown here of the real parts:
+the joint law of four successive tokens, each from whatever round produced it, against the law
+enumerated from plain transformers. Requests of several cases share every batch. All cases together
+raise a false alarm with a probability of at most 0.001.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.request import SamplingParams, TokenSource
+from tests.engine_law import NUM_TOKENS, Case, Fault, Samples, generate, save_pair, target_law
+from tests.law import law_p_value, shift_law
+
+NUM_SAMPLES = 200_000
+NUM_FAST_SAMPLES = 10_000
+NUM_FAULTY_SAMPLES = 15_000
+
+PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.4,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.7,
+}
+PLAIN = Case("plain", SamplingParams())
+FAST_CASES = [
+    Case(
+        "everything",
+        SamplingParams(temperature=0.9, top_k=5, top_p=0.95, min_p=0.02, **PENALTIES),
+    ),
+    Case("coupled", SamplingParams(temperature=1.2), is_coupled=True),
+]
+# Cases by what the engine is configured with; those of one configuration run side by side.
+SLOW_CASES: dict[str, tuple[dict[str, Any], list[Case]]] = {
+    "full": (
+        {"scheduler": "full"},
+        [
+            Case("cold", SamplingParams(temperature=0.5)),
+            Case("top-k-penalties", SamplingParams(top_k=3, **PENALTIES)),
+        ],
+    ),
+    "prefix": (
+        {"scheduler": "prefix"},
+        [
+            Case("hot-min-p", SamplingParams(temperature=1.5, min_p=0.1)),
+            Case("top-p-penalties", SamplingParams(temperature=0.7, top_p=0.9, **PENALTIES)),
+            Case("coupled", SamplingParams(top_p=0.85, **PENALTIES), is_coupled=True),
+        ],
+    ),
+    "untrusted": (
+        {"scheduler": "prefix", "trust_drafter": False},
+        [Case("one-hot-top-k", SamplingParams(temperature=0.8, top_k=4))],
+    ),
+}
+ALPHA = 0.001 / (len(FAST_CASES) + sum(len(cases) for _, cases in SLOW_CASES.values()))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return save_pair(tmp_path_factory.mktemp("law"))
+
+
+def check_speculation(samples: Samples) -> None:
+    """Without it the test would only be one of plain decoding."""
+    num_samples = len(samples.tokens)
+    assert samples.num_late_proposals == 0
+    assert samples.num_draft_tokens > num_samples
+    for source in (TokenSource.ACCEPTED, TokenSource.RECOVERED, TokenSource.BONUS):
+        assert samples.sources[source] > num_samples / 50, source
+
+
+@pytest.mark.timeout(600)
+def test_output_has_the_target_law(pair: tuple[str, str]) -> None:
+    samples = generate(*pair, FAST_CASES, num_samples=NUM_FAST_SAMPLES, scheduler="prefix")
+    for case in FAST_CASES:
+        check_speculation(samples[case.name])
+        law = target_law(pair[0], case.params)
+        assert law_p_value(samples[case.name].tokens, law) > ALPHA, case.name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", SLOW_CASES)
+def test_output_has_the_target_law_everywhere(pair: tuple[str, str], name: str) -> None:
+    speculative, cases = SLOW_CASES[name]
+    samples = generate(*pair, cases, num_samples=NUM_SAMPLES, **speculative)
+    for case in cases:
+        check_speculation(samples[case.name])
+        tokens, law = samples[case.name].tokens, target_law(pair[0], case.params)
+        assert law_p_value(tokens, law) > ALPHA, case.name
+        for position in range(NUM_TOKENS):
+            shifted = shift_law(tokens, law, position=position, total_variation=0.01)
+            assert law_p_value(shifted, law) < ALPHA, (case.name, position)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("fault", "speculative"),
+    [
+        (Fault.SHARED_NOISE, {"scheduler": "full"}),
+        (Fault.NOT_RENORMALISED, {"scheduler": "full", "draft_top_k": 3}),
+        (Fault.DRAFT_PROB_AS_CONFIDENCE, {"scheduler": "prefix"}),
+        (Fault.RETROSPECTIVE, {"scheduler": "prefix"}),
+    ],
+    ids=lambda value: value.name if isinstance(value, Fault) else "",
+)
+def test_planted_fault_is_caught(
+    pair: tuple[str, str], fault: Fault, speculative: dict[str, Any]
+) -> None:
+    samples = generate(*pair, [PLAIN], num_samples=NUM_FAULTY_SAMPLES, fault=fault, **speculative)
+    check_speculation(samples[PLAIN.name])
+    assert law_p_value(samples[PLAIN.name].tokens, target_law(pair[0], PLAIN.params)) < ALPHA
