@@ -18,7 +18,7 @@ from tests.law import law_p_value, shift_law
 
 NUM_SAMPLES = 200_000
 NUM_FAST_SAMPLES = 10_000
-NUM_FAULTY_SAMPLES = 15_000
+NUM_FAULTY_SAMPLES = 20_000
 
 PENALTIES: dict[str, Any] = {
     "repetition_penalty": 1.4,
@@ -102,7 +102,7 @@ def test_output_has_the_target_law_everywhere(pair: tuple[str, str], name: str) 
     ("fault", "speculative"),
     [
         (Fault.SHARED_NOISE, {"scheduler": "full"}),
-        (Fault.NOT_RENORMALISED, {"scheduler": "full", "draft_top_k": 3}),
+        (Fault.NOT_RENORMALISED, {"scheduler": "full", "draft_top_k": 2}),
         (Fault.DRAFT_PROB_AS_CONFIDENCE, {"scheduler": "prefix"}),
         (Fault.RETROSPECTIVE, {"scheduler": "prefix"}),
     ],
