@@ -51,7 +51,11 @@ class TargetConfig(_Section):
         default=False, description="bit-identical outputs whatever the batch (slow)"
     )
     trust_remote_code: bool = False
-    collective_timeout_s: float = Field(default=60.0, gt=0)
+    collective_timeout_s: float = Field(
+        default=60.0,
+        ge=15,
+        description="a shard that waits longer for another is lost; idle ones are told every 5 s",
+    )
 
     @property
     def num_shards(self) -> int:
@@ -78,14 +82,16 @@ class SpeculativeConfig(_Section):
         default=64, ge=1, le=1024, description="entries of the draft distribution on the wire"
     )
     draft_timeout_ms: float = Field(
-        default=200.0, gt=0, description="a round later than this decodes plainly"
+        default=200.0, gt=0, le=1000, description="a round later than this decodes plainly"
     )
 
 
 class DrafterConfig(_Section):
     """The pool of drafters."""
 
-    num_replicas: int = Field(default=1, ge=0)
+    num_replicas: int = Field(
+        default=1, ge=0, description="0: as if `speculative` was unset, plain decoding"
+    )
     dtype: DType = "bfloat16"
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: int = Field(default=1, ge=1)

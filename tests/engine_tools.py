@@ -123,6 +123,9 @@ def _shard(
         else:
             engine = worker.build_engine(make_draft_client(config))
             completions = run(engine, requests)
+            mesh = worker._mesh
+            if mesh is not None:
+                assert len(mesh._pending) <= mesh._max_pending  # sends are freed as it runs
             engine.close()
             results.put((rank, completions))
         worker.close()

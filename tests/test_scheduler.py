@@ -57,8 +57,9 @@ def test_guesses_share_the_tokens_that_every_sequence_leaves(max_tokens: int, li
 
 def test_guesses_leave_pages_to_every_sequence() -> None:
     # The first's guesses would need the page that the second needs for its own token.
-    scheduler, pages = make_scheduler(num_pages=4)
+    scheduler, pages = make_scheduler(num_pages=5)
     first, second = decoding(scheduler, 8, 5)
+    pages.grow([], PAGE_SIZE)  # somebody else's
     assert pages.num_free == 1
     assert scheduler.draft_limits(0) == {first: 0, second: BLOCK}
     assert len(schedule_whole_blocks(scheduler)) == 2
@@ -81,3 +82,36 @@ def test_sequences_without_a_proposal_have_no_limit() -> None:
     assert scheduler.draft_limits(0) == {sequences[1]: BLOCK}
     sequences[1].proposal = None
     assert scheduler.draft_limits(0) == {}
+
+
+def test_a_preempted_sequence_waits_until_it_fits_as_a_whole() -> None:
+    """Two requests that do not fit together are served one behind the other, without thrashing."""
+    config = TargetConfig(model="m", max_num_batched_tokens=256, max_num_seqs=8)
+    pages = PagePool(num_pages=101, page_size=16)
+    scheduler = Scheduler(config, pages, num_groups=1)
+    sequences = [
+        Sequence(
+            request=Request(request_id=str(i), prompt_token_ids=(1,) * 700),
+            token_ids=[1] * 700,
+            num_prompt_tokens=700,
+            max_output_tokens=324,
+        )
+        for i in range(2)
+    ]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    num_computed = 0
+    while scheduler.running or scheduler.waiting:
+        entries = scheduler.schedule(0, {})
+        assert entries
+        for entry in entries:
+            num_computed += entry.num_tokens
+            sequence, samples = entry.sequence, entry.samples
+            sequence.num_computed_tokens += entry.num_tokens
+            if samples:
+                sequence.token_ids.append(2)
+            if sequence.room == 0:
+                scheduler.remove(sequence)
+    assert scheduler.num_preemptions <= 1
+    assert num_computed <= 2 * 1024 + 1024  # at most one of them is computed a second time
+    pages.check([])

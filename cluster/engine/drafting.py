@@ -27,6 +27,7 @@ from cluster.engine.draft_client import (
     SessionKey,
 )
 from cluster.engine.sequence import Sequence
+from cluster.request import SpeculationStats
 
 _MAX_INLINE_FEATURES = 16
 
@@ -53,6 +54,7 @@ class Drafting:
         config: caps and deadlines.
         read_features: reads cached features of ``(sequence, first position, end)`` ranges, stacked.
         max_model_len: no guess goes beyond it.
+        stats: the engine's totals, in which late and stale proposals are counted.
     """
 
     def __init__(
@@ -61,14 +63,15 @@ class Drafting:
         config: SpeculativeConfig,
         read_features: FeatureReader,
         max_model_len: int,
+        stats: SpeculationStats,
     ) -> None:
         self._client = client
         self._config = config
+        self.timeout_s = config.draft_timeout_ms / 1e3
         self._read_features = read_features
         self._max_model_len = max_model_len
         self._pending: dict[int, _Pending] = {}
-        self.num_late = 0
-        self.num_stale = 0
+        self._stats = stats
 
     @property
     def is_ready(self) -> bool:
@@ -134,7 +137,7 @@ class Drafting:
                 self._take(sequence, result)
         for session, sequence in pending.sequences.items():
             if session not in answered:
-                self.num_late += 1
+                self._stats.num_late_proposals += 1
                 sequence.stats.num_late_proposals += 1
 
     def forget(self, sequence: Sequence) -> None:
@@ -154,7 +157,7 @@ class Drafting:
             sequence.num_fed_features = min(result.missing_from, sequence.num_fed_features)
             sequence.num_bulk_features = sequence.num_fed_features
         elif result.committed_length != len(sequence.token_ids):
-            self.num_stale += 1
+            self._stats.num_stale_proposals += 1
             sequence.stats.num_stale_proposals += 1
         else:
             sequence.proposal = result.proposal
@@ -175,7 +178,7 @@ class Drafting:
             sequence.num_announced_tokens = len(sequence.token_ids)
             members[entry.session] = sequence
         handle = self._client.start_round(DraftRound(entries, features))
-        deadline = time.monotonic() + self._config.draft_timeout_ms / 1e3
+        deadline = time.monotonic() + self.timeout_s
         self._pending[group] = _Pending(handle, deadline, members)
 
     def _is_acknowledged(self, sequence: Sequence) -> bool:

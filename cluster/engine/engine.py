@@ -52,7 +52,7 @@ class _Pass:
     group: int
     entries: list[ScheduledSequence]
     num_tokens: int
-    launched_at: float
+    started_s: float  # of the engine's clock, which stands still while drafts are waited for
 
 
 class Engine:
@@ -87,7 +87,7 @@ class Engine:
         self.max_model_len = min(
             config.target.max_model_len or shard.max_model_len, shard.max_model_len
         )
-        self.max_batch_tokens = config.target.max_num_batched_tokens
+        self._max_batch_tokens = config.target.max_num_batched_tokens
         self._runner = runner
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -107,11 +107,13 @@ class Engine:
             device=shard.device,
             seed=seed,
         )
+        self._stats = SpeculationStats()
+        self._waited_s = 0.0
         self._drafting: Drafting | None = None
         self._budget: BudgetPlanner | None = None
         if draft_client is not None and speculative is not None:
             self._drafting = Drafting(
-                draft_client, speculative, self._read_features, self.max_model_len
+                draft_client, speculative, self._read_features, self.max_model_len, self._stats
             )
             if speculative.scheduler == "prefix":
                 self._budget = GreedyBudget()
@@ -120,7 +122,6 @@ class Engine:
         self._in_flight: deque[_Pass] = deque()
         self._next_group = 0
         self._num_output_tokens = 0
-        self._stats = SpeculationStats()
 
     @property
     def has_work(self) -> bool:
@@ -189,6 +190,13 @@ class Engine:
             stats=self._stats,
         )
 
+    def predicted_step_s(self) -> float:
+        """Seconds that the longest step should take: the largest pass, every round too late."""
+        draft_s = 0.0
+        if self._drafting is not None:
+            draft_s = self._drafting.timeout_s * self._num_groups
+        return draft_s + float(self.cost_model.verify_seconds(self._max_batch_tokens))
+
     def check(self) -> None:
         """Verifies that no page is leaked or held twice. Raises: RuntimeError."""
         self._pages.check([s.pages for s in self._sequences.values()])
@@ -230,12 +238,17 @@ class Engine:
                 return True
         return False
 
+    def _clock(self) -> float:
+        return time.monotonic() - self._waited_s
+
     def _collect_drafts(self, group: int) -> None:
         """Takes the group's proposals; what is waited for is the visible time of drafting."""
         if self._drafting is not None and self._drafting.is_under_way(group):
             start = time.monotonic()
             self._drafting.collect(group)
-            self.cost_model.observe_draft(time.monotonic() - start)
+            waited_s = time.monotonic() - start
+            self._waited_s += waited_s
+            self.cost_model.observe_draft(waited_s)
 
     def _choose_drafts(self, group: int) -> dict[Sequence, tuple[int, ...]]:
         """How much of each proposal to verify in the group's next pass."""
@@ -265,14 +278,14 @@ class Engine:
         step = flatten(entries, self._pages.page_size)
         for entry in entries:
             entry.sequence.is_in_flight = True
-        now = time.monotonic()
+        started_s = self._clock()
         self._runner.launch(step)
-        self._in_flight.append(_Pass(group, entries, step.num_tokens, now))
+        self._in_flight.append(_Pass(group, entries, step.num_tokens, started_s))
 
     def _finish(self, done: _Pass) -> list[RequestOutput]:
         """Samples a pass's tokens, commits them, ends what is done and announces what goes on."""
         logits = self._runner.collect()
-        self.cost_model.observe_verify(done.num_tokens, time.monotonic() - done.launched_at)
+        self.cost_model.observe_verify(done.num_tokens, self._clock() - done.started_s)
         sampling = [entry for entry in done.entries if entry.samples]
         samples = iter(self._sampler.sample(logits, [_sample_input(e) for e in sampling]))
         outputs: list[RequestOutput] = []

@@ -90,14 +90,9 @@ class EngineLoop:
         """The load after the last step."""
         return self._load
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is being served or waits to be taken in."""
-        return not self._active and not self._inbox
-
     def predicted_step_s(self) -> float:
-        """Seconds that the largest pass is expected to take, for watchdogs."""
-        return float(self.engine.cost_model.verify_seconds(self.engine.max_batch_tokens))
+        """Seconds that the longest step is expected to take, for watchdogs."""
+        return self.engine.predicted_step_s()
 
     def _run(self) -> None:
         try:
@@ -112,16 +107,15 @@ class EngineLoop:
             self._close_engine()
 
     def _turn(self) -> None:
-        outputs: list[RequestOutput] = []
         while self._inbox:
-            outputs += self._take_in(self._inbox.popleft())
+            self._deliver(self._take_in(self._inbox.popleft()))
         if self.engine.has_work:
-            outputs += self.engine.step()
-        elif not outputs:
+            outputs = self.engine.step()
+            self._load = self.engine.load()
+            self.last_progress = time.monotonic()
+            self._deliver(outputs)
+        else:
             self._wait()
-        self._load = self.engine.load()
-        self.last_progress = time.monotonic()
-        self._deliver(outputs)
 
     def _wait(self) -> None:
         """Sleeps until something is posted; checks the cache and keeps the shards company."""

@@ -63,6 +63,8 @@ class Mesh:
             for s in range(pipeline_parallel_size)
         ]
         self._tensor_group = groups[self.stage]
+        # What may be under way without anybody being late: a few messages a shard and stage.
+        self._max_pending = 8 + 4 * self.num_stages * self.world_size
         self._pending: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     @property
@@ -139,8 +141,10 @@ class Mesh:
             dist.destroy_process_group()
 
     def _send(self, tensor: torch.Tensor, rank: int) -> None:
-        while self._pending and self._pending[0][0].is_completed():
-            self._pending.popleft()
+        """Starts a send. Raises: RuntimeError: an earlier one failed."""
+        # Gloo's sends never report completion by themselves: only ``wait`` tells, and frees.
+        while len(self._pending) >= self._max_pending:
+            self._pending.popleft()[0].wait()
         if tensor.numel():
             work = dist.isend(tensor, dst=rank)
             if work is not None:

@@ -49,11 +49,6 @@ class Scheduler:
         self.running: dict[Sequence, None] = {}  # a set that keeps its order
         self.num_preemptions = 0
 
-    @property
-    def has_work(self) -> bool:
-        """Whether some sequence is waiting or running."""
-        return bool(self.waiting or self.running)
-
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence.
 
@@ -128,9 +123,10 @@ class Scheduler:
             sequence = self.waiting[0]
             if sizes.index(min(sizes)) != group:
                 break
-            num_tokens = min(sequence.num_missing_tokens, budget)
-            if not self._pages.grow(sequence.pages, sequence.num_computed_tokens + num_tokens):
+            if not self._admits(sequence):
                 break
+            num_tokens = min(sequence.num_missing_tokens, budget)
+            self._pages.grow(sequence.pages, len(sequence.token_ids))
             self.waiting.popleft()
             sequence.group = group
             sizes[group] += 1
@@ -138,6 +134,14 @@ class Scheduler:
             scheduled.append(ScheduledSequence(sequence, num_tokens, ()))
             budget -= num_tokens
         return scheduled
+
+    def _admits(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence fits as a whole, with a page to spare for each running one.
+
+        Without that it would be computed in part, preempted and computed again, over and over.
+        """
+        needed = self._pages.pages_for(len(sequence.token_ids) + 1)
+        return not self.running or needed + len(self.running) <= self._pages.num_free
 
     def _group_sizes(self) -> list[int]:
         sizes = [0] * self._num_groups

@@ -6,6 +6,7 @@ rank runs ``follow``.
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -29,7 +30,8 @@ from cluster.models.checkpoint import (
 
 
 class ShardWorker:
-    """One rank of a replica. All calls but ``close`` come from one thread.
+    """One rank of a replica. Collectives have one caller at a time: first whoever calls ``start``
+    and ``build_engine``, then the engine's thread on rank 0 and ``follow`` on the others.
 
     Args:
         config: the cluster's configuration.
@@ -62,8 +64,8 @@ class ShardWorker:
             ConfigError: the model cannot be cut as configured.
         """
         target = self.config.target
-        if target.num_threads is not None:
-            torch.set_num_threads(target.num_threads)
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(target.num_threads or max(1, cores // target.num_shards))
         device = torch.device(target.device)
         if target.num_shards > 1:
             timeout_s = target.collective_timeout_s
