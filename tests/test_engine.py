@@ -162,7 +162,12 @@ def incremental_greedy(
 
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "speculate"),
-    [(2, 1, True), (1, 2, True), (1, 2, False), (2, 2, True)],
+    [
+        (2, 1, True),
+        (1, 2, True),
+        pytest.param(1, 2, False, marks=pytest.mark.slow),
+        pytest.param(2, 2, True, marks=pytest.mark.slow),
+    ],
     ids=["tensor-2", "pipeline-2", "pipeline-2-plain", "tensor-2-pipeline-2"],
 )
 def test_shards_agree_with_one(
