@@ -40,6 +40,7 @@ from cluster.speculation.cost_model import CostModel
 from cluster.speculation.proposal import DraftProposal, dequantize_draft_probs
 from cluster.speculation.sampling import sample_from_probs
 from cluster.speculation.verification import Verification, verify_rejection
+from tests.drafter_rpc_tools import wait_for
 from tests.engine_tools import make_config, make_engine
 from tests.law import Floats, exact_law, reference_next_token_law
 from tests.models import save_tiny_drafter, save_tiny_target
@@ -277,7 +278,7 @@ def _served_drafter(config: ClusterConfig, fault: Fault | None) -> Iterator[Grpc
     try:
         assert ours.poll(PATIENCE_S), "the drafter did not start"
         client.set_drafters([("d0", f"127.0.0.1:{ours.recv()}")])
-        assert client.wait_until_ready(PATIENCE_S)
+        assert wait_for(client.is_ready, PATIENCE_S)
         yield client
         assert (client.stats.num_late, client.stats.num_lost, client.stats.num_dropped) == (0, 0, 0)
     finally:

@@ -23,6 +23,7 @@ from tests.drafter_rpc_tools import (
     open_with,
     state_of,
     tensor_of,
+    wait_for,
 )
 
 
@@ -150,7 +151,7 @@ MALFORMED = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_proposal_quarantines_its_drafter(loop, name):
     with fake_drafter(loop, MALFORMED[name]) as (_, address), client_of(address) as client:
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         key = open_with(client, "r", 9, SAMPLED)
         started = time.monotonic()
         handle = client.start_round(round_of(sequence(key, 10, count=2)))
@@ -165,7 +166,7 @@ def test_a_malformed_proposal_quarantines_its_drafter(loop, name):
 
 def test_the_fakes_answer_would_be_good(loop):
     with fake_drafter(loop, answer_with()) as (_, address), client_of(address) as client:
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         key = open_with(client, "r", 9, SAMPLED)
         (result,) = client.collect(client.start_round(round_of(sequence(key, 10, count=2))), 5.0)
         assert result.proposal.draft_token_ids == (4, 5)
@@ -177,7 +178,7 @@ def test_quarantine_ends_and_grows(loop, monkeypatch):
         times = []
         for index in range(3):
             started = time.monotonic()
-            assert client.wait_until_ready(10)
+            assert wait_for(client.is_ready)
             times.append(time.monotonic() - started)
             key = open_with(client, f"r{index}", 9, SAMPLED)
             handle = client.start_round(round_of(sequence(key, 10, count=2)))
@@ -189,7 +190,7 @@ def test_quarantine_ends_and_grows(loop, monkeypatch):
 
 def test_late_rounds_are_dropped_and_three_quarantine(loop):
     with fake_drafter(loop, None) as (_, address), client_of(address) as client:
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         key = open_with(client, "r", 9)
         for index in range(2):
             started = time.monotonic()
@@ -204,7 +205,7 @@ def test_late_rounds_are_dropped_and_three_quarantine(loop):
         assert state_of(client) == "quarantined"
         assert (client.stats.num_late, client.stats.num_dropped) == (2, 1)
         assert not client.has_session(key)
-        assert client.wait_until_ready(10)  # it is tried again
+        assert wait_for(client.is_ready)  # it is tried again
 
 
 def test_a_late_answer_is_never_used(loop):
@@ -215,7 +216,7 @@ def test_a_late_answer_is_never_used(loop):
         return answer_with()(request)
 
     with fake_drafter(loop, answer) as (_, address), client_of(address) as client:
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         key = open_with(client, "r", 9, SAMPLED)
         late = client.start_round(round_of(sequence(key, 10, count=2)))
         assert client.collect(late, 0.05) == []

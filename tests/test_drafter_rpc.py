@@ -52,7 +52,7 @@ def test_a_round_over_grpc_equals_one_in_process(loop):
     engine = make_engine(make_drafter())
     samplings = [GREEDY, DraftSampling(temperature=0.7, seed=5), GREEDY]
     with served(loop, engine) as (_, address), client_of(address) as client:
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         assert client.block_size == BLOCK
         keys = [open_with(client, f"r{i}", 9 + i, s) for i, s in enumerate(samplings)]
         for i, key in enumerate(keys):
@@ -82,7 +82,7 @@ def test_a_round_over_grpc_equals_one_in_process(loop):
 def test_the_law_arrives_bit_for_bit(loop):
     engine = make_engine(make_drafter())
     with served(loop, engine) as (_, address), client_of(address) as client:
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         key = open_with(client, "r", 9, SAMPLED)
         draft_round = round_of(sequence(key, 10, count=3))
         (result,) = client.collect(client.start_round(draft_round), 5.0)
@@ -101,8 +101,8 @@ def test_two_replicas_share_a_drafter_and_nothing_else(loop):
         client_of(address, replica_id="a") as one,
         client_of(address, replica_id="b") as two,
     ):
-        assert one.wait_until_ready(10)
-        assert two.wait_until_ready(10)
+        assert wait_for(one.is_ready)
+        assert wait_for(two.is_ready)
         key = open_with(one, "r", 9)
         assert open_with(two, "r", 12) == key
         for _ in range(3):
@@ -125,7 +125,7 @@ def test_two_replicas_share_a_drafter_and_nothing_else(loop):
 def test_missing_features_are_asked_for_and_fed(loop):
     engine = make_engine(make_drafter())
     with served(loop, engine) as (_, address), client_of(address) as client:
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         key = open_with(client, "r", 9)
         draft_round = round_of(sequence(key, 20, features=features(2)))
         (result,) = client.collect(client.start_round(draft_round), 5.0)
@@ -167,7 +167,7 @@ def test_sessions_spread_over_drafters_and_rounds_are_split(loop):
 def test_feed_takes_no_more_chunks_than_a_drafter_queues(loop):
     engine = make_engine(make_drafter(), max_sessions=4096)
     with served(loop, engine) as (_, address), client_of(address) as client:
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         keys = [SessionKey(f"r{i}", 0) for i in range(MAX_QUEUED_CHUNKS_PER_REPLICA + 500)]
         assert all(client.open_session(key, GREEDY) for key in keys)
         rows = features(2)
@@ -186,7 +186,7 @@ def test_feed_takes_no_more_than_the_credit(loop):
         served(loop, engine, feed_credit_bytes=64 * row_bytes) as (_, address),
         client_of(address) as client,
     ):
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         key = SessionKey("r", 0)
         rows = features(3000)
         assert client.open_session(key, GREEDY)
@@ -206,7 +206,7 @@ def test_feed_takes_no_more_than_the_credit(loop):
 def test_closing_in_the_middle_of_a_feed_leaves_no_session_behind(loop):
     engine = make_engine(make_drafter(max_positions=8192), kv_cache_memory_mb=8)
     with served(loop, engine) as (_, address), client_of(address) as client:
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         for index in range(20):
             key = SessionKey(f"r{index}", 0)
             assert client.open_session(key, GREEDY)
@@ -287,7 +287,7 @@ def test_drain_ends_streams_and_sessions_move(loop):
         served(loop, engines[1]) as (_, two),
         client_of(one) as client,
     ):
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         key = open_with(client, "r", 9)
         client.set_drafters([("d0", one), ("d1", two)])
         assert wait_for(lambda: sum(s.state == "ready" for s in client.status()) == 2)
@@ -315,7 +315,7 @@ def test_a_restarted_drafter_is_found_again_without_its_old_state(loop):
                 engine, drafter_id="d", digests=DIGESTS, config=DrafterConfig(port=port)
             )
             assert loop.run(server.start("127.0.0.1")) == port
-            assert client.wait_until_ready(10)
+            assert wait_for(client.is_ready)
             assert server.is_healthy
             assert not client.has_session(key)
             client.close_session(key)
@@ -336,7 +336,7 @@ def test_nothing_is_left_behind(loop):
     with served(loop, engine) as (server, address):
         for _ in range(3):
             with client_of(address) as client:
-                assert client.wait_until_ready(10)
+                assert wait_for(client.is_ready)
                 open_with(client, "r", 9)
         assert wait_for(lambda: server.num_streams == 0)
     assert wait_for(lambda: threading.active_count() <= threads + 1)  # gRPC's poller stays
@@ -346,7 +346,7 @@ def test_nothing_is_left_behind(loop):
 def test_a_client_may_share_an_event_loop(loop):
     engine = make_engine(make_drafter())
     with served(loop, engine) as (_, address), client_of(address, event_loop=loop.loop) as client:
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         key = open_with(client, "r", 9)
         (result,) = client.collect(client.start_round(round_of(sequence(key, 10))), 5.0)
         assert result.outcome is DraftOutcome.DRAFTED
@@ -369,7 +369,7 @@ def drafter_process(tmp_path) -> Iterator[tuple[subprocess.Popen, str]]:
 def test_a_stopped_then_killed_drafter(drafter_process):
     process, address = drafter_process
     with client_of(address) as client:
-        assert client.wait_until_ready(20)
+        assert wait_for(client.is_ready, 20)
         key = open_with(client, "r", 9)
         (result,) = client.collect(client.start_round(round_of(sequence(key, 10))), 5.0)
         assert result.outcome is DraftOutcome.DRAFTED

@@ -26,6 +26,7 @@ from tests.drafter_rpc_tools import (
     open_with,
     served,
     tensor_of,
+    wait_for,
 )
 
 
@@ -127,7 +128,7 @@ def field_of(error: grpc.RpcError) -> str:
 def test_bad_rounds_end_their_stream_with_the_fields_name(loop):
     engine = make_engine(make_drafter())
     with served(loop, engine) as (_, address), client_of(address) as client:
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         key = open_with(client, "r", 9)
         with grpc.insecure_channel(address) as channel:
             stub = drafter_pb2_grpc.DrafterServiceStub(channel)
@@ -204,6 +205,28 @@ def test_more_than_the_credit_or_four_rounds_end_the_stream(loop):
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+def test_a_replica_that_comes_back_leaves_nothing_of_its_last_stream(loop):
+    engine = make_engine(make_drafter())
+    with (
+        served(loop, engine, session_grace_s=60) as (server, address),
+        client_of(address, replica_id="other") as other,
+    ):
+        assert wait_for(other.is_ready)
+        kept = open_with(other, "r", 9)
+        with client_of(address) as client:
+            assert wait_for(client.is_ready)
+            open_with(client, "r", 9)
+        assert wait_for(lambda: server.num_streams == 1)
+        assert engine.num_sessions == 2  # for the grace
+        with client_of(address) as client:
+            assert wait_for(client.is_ready)
+            key = open_with(client, "new", 9)
+            assert engine.num_sessions == 2
+            assert engine.length_of("replica", key) == 9
+            assert engine.length_of("other", kept) == 9
+            engine.check_integrity()
+
+
 def test_a_failing_pass_ends_the_streams_it_hit_only(loop):
     class BrokenEngine(DraftEngine):
         def draft(self, rounds):
@@ -214,7 +237,7 @@ def test_a_failing_pass_ends_the_streams_it_hit_only(loop):
     engine = make_engine(make_drafter())
     engine.__class__ = BrokenEngine
     with served(loop, engine) as (_, address), client_of(address) as client:
-        assert client.wait_until_ready(10)
+        assert wait_for(client.is_ready)
         key = open_with(client, "r", 9)
         with grpc.insecure_channel(address) as channel:
             stub = drafter_pb2_grpc.DrafterServiceStub(channel)

@@ -113,11 +113,6 @@ class GrpcDraftClient:
         with self._changed:
             return bool(self._ready_connections())
 
-    def wait_until_ready(self, timeout_s: float) -> bool:
-        """Waits for a first ready drafter, at start-up; returns whether there is one."""
-        with self._changed:
-            return self._changed.wait_for(lambda: bool(self._ready_connections()), timeout_s)
-
     def open_session(self, session: SessionKey, sampling: DraftSampling) -> bool:
         """Assigns the session to the ready drafter with the fewest; False when there is none.
 

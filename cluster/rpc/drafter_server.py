@@ -45,8 +45,8 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
     Guarantees: rounds of all replicas that wait together share one pass; features never stand in
     front of a round for longer than one chunk takes; a stream that breaks the protocol is ended
     with a status that names the field, and nothing else is disturbed; memory is bounded (rounds
-    and feature bytes by stream, sessions and pages by the engine); a replica's sessions are
-    forgotten ``session_grace_s`` after its last ``Draft`` stream ended.
+    and feature bytes by stream, sessions and pages by the engine); what a replica has here is
+    forgotten ``session_grace_s`` after its last ``Draft`` stream ended, or when it opens the next.
 
     Use: construct, then ``start`` in the event loop that serves, then ``drain``.
 
@@ -137,16 +137,18 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
     ) -> None:
         """Rounds of one replica."""
         hello = await _read_hello(context)
-        # Before anything is refused, so that the replica sees what it does not fit.
-        await context.write(self._welcome)
         mismatches = mismatched_digests(self._digests, hello.digests)
         if hello.protocol_version != PROTOCOL_VERSION:
             mismatches.insert(0, "protocol_version")
         if mismatches:
+            # Welcomed all the same, so that the replica sees what it does not fit.
+            await context.write(self._welcome)
             await _abort_mismatch(context, mismatches)
         stream = DraftStream(context, hello.replica_id, self._engine, self._loop)
         self._enter(hello.replica_id, stream)
         try:
+            # Only now, so that nothing of this stream is forgotten with what was before it.
+            await context.write(self._welcome)
             await self._run(context, stream)
         finally:
             self._leave(hello.replica_id, stream)
@@ -192,8 +194,9 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         self._streams.add(stream)
         self._num_streams[replica_id] += 1
         grace = self._graces.pop(replica_id, None)
-        if grace is not None:
+        if grace is not None:  # its last stream has ended, and nobody asks for its sessions again
             grace.cancel()
+            self._loop.drop_replica(replica_id)
 
     def _leave(self, replica_id: str, stream: DraftStream) -> None:
         self._streams.remove(stream)
