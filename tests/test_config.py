@@ -81,6 +81,11 @@ def test_args_that_travel_through_serve_give_the_same_configuration() -> None:
         ),
         ({"target": {"model": "m", "num_replicas": 0}}, "target.num_replicas", "got 0"),
         ({"target": {"model": "m", "dtype": "int8"}}, "target.dtype", "got 'int8'"),
+        (
+            {"target": {"model": "m", "collective_timeout_s": 14}},
+            "target.collective_timeout_s",
+            "greater than or equal to 15, got 14",
+        ),
         ({"target": {"model": "m"}, "drain_timeout_s": -1}, "drain_timeout_s", "got -1"),
         (
             {"target": {"model": "m", "max_num_seqs": 64, "max_num_batched_tokens": 8}},

@@ -31,6 +31,8 @@ def build(args: dict[str, Any]) -> Application:
         ConfigError: a bad value in ``args``.
     """
     config = ClusterConfig.parse(args)
+    if config.drafter.num_replicas == 0:  # Serve has no deployment of none; nobody would draft
+        config = config.model_copy(update={"speculative": None})
     common: dict[str, Any] = {
         "health_check_period_s": _HEALTH_CHECK_PERIOD_S,
         "health_check_timeout_s": _HEALTH_CHECK_TIMEOUT_S,
