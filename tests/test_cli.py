@@ -90,6 +90,14 @@ def test_json_says_errors_as_one_object(capsys: pytest.CaptureFixture[str]) -> N
     assert "no cluster to stop" in json.loads(capsys.readouterr().out)["error"]
 
 
+def test_a_detached_start_that_fails_is_said_as_one_object(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "false")  # what holds the cluster ends at once, with 1
+    assert cli.main(["up", str(LOCAL), "--detach", "--json"]) == 1
+    assert "did not start" in json.loads(capsys.readouterr().out)["error"]
+
+
 # ------------------------------------------------------------------------------------- state
 
 

@@ -131,7 +131,10 @@ def _start_detached(path: Path, args: argparse.Namespace) -> int:
         raise
     lines = log_path.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
     print("\n".join(lines), file=sys.stderr)
-    print(f"dspark: the cluster did not start; its log is {log_path}", file=sys.stderr)
+    failure = f"the cluster did not start; its log is {log_path}"
+    print(f"dspark: {failure}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"error": failure}))
     return child.returncode if child.returncode > 0 else 1
 
 
