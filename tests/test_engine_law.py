@@ -39,14 +39,12 @@ SLOW_CASES: dict[str, tuple[dict[str, Any], list[Case]]] = {
         {"scheduler": "full"},
         [
             Case("cold", SamplingParams(temperature=0.5)),
-            Case("top-k-penalties", SamplingParams(top_k=3, **PENALTIES)),
         ],
     ),
     "prefix": (
         {"scheduler": "prefix"},
         [
-            Case("hot-min-p", SamplingParams(temperature=1.5, min_p=0.1)),
-            Case("top-p-penalties", SamplingParams(temperature=0.7, top_p=0.9, **PENALTIES)),
+            Case("hot-min-p-penalties", SamplingParams(temperature=1.5, min_p=0.1, **PENALTIES)),
             Case("coupled", SamplingParams(top_p=0.85, **PENALTIES), is_coupled=True),
         ],
     ),
