@@ -19,7 +19,7 @@ import ray
 
 from cluster.actors.digests import read_digests
 from cluster.config import ClusterConfig
-from cluster.rpc.cluster_status import DrafterStatus, ShardStatus
+from cluster.rpc.cluster_status import ReplicaParts, ShardStatus
 
 if TYPE_CHECKING:
     from cluster.engine.loop import EngineLoop
@@ -58,6 +58,7 @@ class Shard:
         self._replica_id = replica_id
         self._rank = rank
         self._places: Sequence[ShardStatus] = ()
+        self._digests: dict[str, str] = {}
         self._worker: ShardWorker | None = None
         # The worker wants one thread for all its calls.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard")
@@ -74,16 +75,20 @@ class Shard:
     async def start(self, host: str, port: int, generation: int) -> ShardStatus:
         """Joins the other ranks, which start at the same time, and loads this rank's part.
 
+        Rank 0 reads the digests of the models meanwhile: behind this, the others wait for it no
+        longer than for any step.
+
         Raises:
             CheckpointError: the model cannot be loaded.
             ConfigError: it cannot be cut as configured.
         """
         worker = await self._run(self._make_worker)
-        await self._run(lambda: worker.start(host, port, generation))
-        if self._rank > 0:
-            self._following = asyncio.get_running_loop().run_in_executor(
-                self._thread, worker.follow
-            )
+        loading = self._run(lambda: worker.start(host, port, generation))
+        if self._rank == 0:
+            reading = asyncio.to_thread(read_digests, self._config)
+            _, self._digests = await asyncio.gather(loading, reading)
+        else:
+            await loading
         stage, tensor_rank = divmod(self._rank, self._config.target.tensor_parallel_size)
         return ShardStatus(
             rank=self._rank,
@@ -92,6 +97,11 @@ class Shard:
             pipeline_stage=stage,
             tensor_rank=tensor_rank,
         )
+
+    async def follow(self) -> None:
+        """Other ranks, when every shard has started: begins to do what rank 0 says."""
+        worker = self._make_worker()
+        self._following = asyncio.get_running_loop().run_in_executor(self._thread, worker.follow)
 
     async def serve(self, places: Sequence[ShardStatus]) -> str:
         """Rank 0, when every shard has started: begins to serve routers.
@@ -106,15 +116,14 @@ class Shard:
         from cluster.rpc.replica_server import ReplicaServer
 
         self._places = places
-        digests = await self._run(lambda: read_digests(self._config))
         worker = self._make_worker()
-        self._draft_client = self._make_draft_client(digests)
+        self._draft_client = self._make_draft_client()
         engine = await self._run(lambda: worker.build_engine(self._draft_client))
         self._server = ReplicaServer(
             self._replica_id,
             max_model_len=engine.max_model_len,
             vocab_size=engine.vocab_size,
-            model_digests=digests,
+            model_digests=self._digests,
             describe=self._describe,
         )
         self._loop = EngineLoop(engine, self._server.on_outputs)
@@ -171,17 +180,12 @@ class Shard:
 
     def _make_worker(self) -> ShardWorker:
         if self._worker is None:
-            import torch
-
             from cluster.engine.worker import ShardWorker
 
-            target = self._config.target
-            cores = os.cpu_count() or 1
-            torch.set_num_threads(target.num_threads or max(1, cores // target.num_shards))
             self._worker = ShardWorker(self._config, self._rank)
         return self._worker
 
-    def _make_draft_client(self, digests: dict[str, str]) -> GrpcDraftClient | None:
+    def _make_draft_client(self) -> GrpcDraftClient | None:
         if self._config.speculative is None:
             return None
         from cluster.engine.target import load_text_config
@@ -191,15 +195,20 @@ class Shard:
         model = load_text_config(target.model, trust_remote_code=target.trust_remote_code)
         return GrpcDraftClient(
             replica_id=self._replica_id,
-            digests=digests,
+            digests=self._digests,
             vocab_size=model.vocab_size,
             config=self._config.speculative,
             event_loop=asyncio.get_running_loop(),
         )
 
-    def _describe(self) -> tuple[Sequence[ShardStatus], Sequence[DrafterStatus]]:
-        drafters = self._draft_client.status() if self._draft_client is not None else ()
-        return self._places, drafters
+    def _describe(self) -> ReplicaParts:
+        if self._draft_client is None:
+            return ReplicaParts(shards=self._places)
+        return ReplicaParts(
+            shards=self._places,
+            drafters=self._draft_client.status(),
+            num_malformed_proposals=self._draft_client.stats.num_malformed,
+        )
 
 
 def _node_address() -> str:

@@ -74,6 +74,8 @@ class ShardGroup:
         places = await asyncio.gather(
             *(shard.start.remote(host, port, generation) for shard in self._shards)
         )
+        # Only now does anybody wait for another without a word from it.
+        await asyncio.gather(*(shard.follow.remote() for shard in self._shards[1:]))
         return await self._shards[0].serve.remote(places)
 
     def set_drafters(self, drafters: list[tuple[str, str]]) -> None:

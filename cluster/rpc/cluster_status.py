@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cluster.request import SpeculationStats
@@ -35,6 +36,19 @@ class DrafterStatus:
     state: str
     reason: str = ""
     round_trip_ms: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaParts:
+    """What a replica's load report says beside the engine's load.
+
+    Attributes:
+        num_malformed_proposals: answers of drafters that broke the protocol, since the start.
+    """
+
+    shards: Sequence[ShardStatus] = ()
+    drafters: Sequence[DrafterStatus] = ()
+    num_malformed_proposals: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -219,15 +219,20 @@ class DrafterConnection:
     async def run(self) -> None:
         """Keeps the streams until cancelled."""
         delay_s = MIN_RECONNECT_S
+        last_state = DrafterState.CONNECTING
         try:
             while True:
-                started_at = time.monotonic()
+                started_at, generation = time.monotonic(), self._generation
                 state, reason, delay_s = await self._serve_once(delay_s)
                 with self._changed:
                     if time.monotonic() - started_at > _FORGIVEN_AFTER_S:
                         self._num_quarantines = 0
                     self._go_down(state, reason)
-                logger.info("drafter %s is %s: %s", self.drafter_id, state, reason)
+                if state is not last_state or generation != self._generation:
+                    logger.warning(
+                        "drafter %s is %s: %s; %s", self.drafter_id, state, reason, self._stats
+                    )
+                last_state = state
                 await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
         finally:
             with self._changed:

@@ -19,12 +19,7 @@ from cluster.errors import (
 )
 from cluster.request import Request, RequestOutput
 from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, PROTOCOL_VERSION, server_options
-from cluster.rpc.cluster_status import (
-    DrafterStatus,
-    ShardStatus,
-    drafter_to_proto,
-    shard_to_proto,
-)
+from cluster.rpc.cluster_status import ReplicaParts, drafter_to_proto, shard_to_proto
 from cluster.rpc.convert import add_output, stats_to_proto, submit_from_proto
 from cluster.rpc.serving import ServingState, bind
 from cluster.rpc.status import abort, to_request_error
@@ -70,7 +65,7 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         max_model_len: the engine's context in tokens.
         vocab_size: ids that the engine accepts are below it.
         model_digests: hex SHA-256 by name (``target``, ``tokenizer``, ``drafter``, ``projection``).
-        describe: called in the event loop for each load report: the shards and drafters of now.
+        describe: called in the event loop for each load report: shards and drafters of now.
         max_message_bytes: the largest message sent or received.
     """
 
@@ -81,7 +76,7 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         max_model_len: int,
         vocab_size: int,
         model_digests: dict[str, str] | None = None,
-        describe: Callable[[], tuple[Sequence[ShardStatus], Sequence[DrafterStatus]]] | None = None,
+        describe: Callable[[], ReplicaParts] = ReplicaParts,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         self._replica_id = replica_id
@@ -103,13 +98,18 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         return len(self._owners)
 
     async def start(self, loop: EngineLoop, host: str, port: int = 0) -> int:
-        """Serves ``loop`` on ``host`` and returns the port. Raises: ConfigError."""
+        """Serves ``loop`` on ``host`` and returns the port.
+
+        Raises:
+            ConfigError: the address cannot be bound; ``key`` is ``ReplicaService``, since a
+                replica's address is not configured.
+        """
         self._loop = loop
         self._event_loop = asyncio.get_running_loop()
         self._server = aio.server(options=server_options(self._max_message_bytes))
         replica_pb2_grpc.add_ReplicaServiceServicer_to_server(self, self._server)
         self._serving = ServingState(self._server, SERVICE_NAME)
-        port = bind(self._server, host, port, key="target.host")
+        port = bind(self._server, host, port, key="ReplicaService")
         await self._server.start()
         await self._serving.set_serving(True)
         self._ticker = asyncio.create_task(self._tick())
@@ -246,7 +246,9 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
 
     def _load(self) -> inference_pb2.ReplicaStatus:
         load = self._loop.load()
-        shards, drafters = self._describe() if self._describe is not None else ((), ())
+        parts = self._describe()
+        speculation = stats_to_proto(load.stats)
+        speculation.num_malformed_proposals += parts.num_malformed_proposals
         return inference_pb2.ReplicaStatus(
             replica_id=self._replica_id,
             state="draining" if self._draining else "ready",
@@ -256,9 +258,9 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             num_output_tokens=load.num_output_tokens,
             speculation_state=load.speculation_state,
             speculation_reason=load.speculation_reason,
-            speculation=stats_to_proto(load.stats),
-            shards=map(shard_to_proto, shards),
-            drafters=map(drafter_to_proto, drafters),
+            speculation=speculation,
+            shards=map(shard_to_proto, parts.shards),
+            drafters=map(drafter_to_proto, parts.drafters),
         )
 
 
