@@ -19,7 +19,7 @@ from cluster.rpc.replica_server import ReplicaServer
 from cluster.rpc.router import RouterServer
 from tests.engine_tools import make_config, make_engine, run
 from tests.models import save_tiny_drafter, save_tiny_target
-from tests.test_rpc_inference import until
+from tests.rpc_tools import until
 from tests.test_text import small_tokenizer
 
 SEEDED = SamplingParams(temperature=0.9, top_k=40, seed=5, max_tokens=60)

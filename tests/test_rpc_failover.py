@@ -1,0 +1,241 @@
+"""Replicas that are lost, drained or faulty while they serve."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from grpc import aio
+
+from cluster.errors import (
+    ClusterStateError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    ReplicaLostError,
+)
+from cluster.request import Request
+from cluster.rpc.channels import PROTOCOL_VERSION
+from cluster.rpc.client import AsyncClient
+from cluster.v1 import replica_pb2, replica_pb2_grpc
+from tests.rpc_tools import VOCAB_SIZE, collect, expected, gather_chunks, running_cluster, until
+
+
+@pytest.mark.parametrize("how", ["killed", "drained", "engine"])
+async def test_stream_goes_on_when_its_replica_is_lost(how: str) -> None:
+    def error_at(request: Request, index: int) -> Exception | None:
+        is_first = how == "engine" and not request.resume_token_ids and index == 10
+        return ReplicaLostError("the engine failed") if is_first else None
+
+    async with running_cluster(step_s=0.01, error_at=error_at) as cluster:
+        first = cluster.replicas[0]
+        prompts = [[number] for number in range(20)]
+        tasks = [
+            asyncio.create_task(gather_chunks(cluster.client, prompt, max_tokens=60, n=n))
+            for prompt, n in zip(prompts, [1, 2] * 10, strict=True)
+        ]
+        await until(lambda: first.loop.num_active == 30)
+        await cluster.add_replica(step_s=0.002)
+        await cluster.wait_ready(2)
+        await asyncio.sleep(0.1)
+        if how != "engine":
+            await first.stop(0.05 if how == "drained" else 0.0)
+        for prompt, task in zip(prompts, tasks, strict=True):
+            tokens: dict[int, list[int]] = {}
+            for chunk in await task:
+                got = tokens.setdefault(chunk.choice_index, [])
+                assert chunk.offset == len(got)
+                got += chunk.token_ids
+            assert tokens == {index: expected(prompt, 60, index) for index in tokens}
+        resumed = cluster.replicas[1].loop.submitted
+        assert len(resumed) == 30
+        assert all(5 <= len(request.resume_token_ids) < 60 for request in resumed)
+
+
+async def test_only_replica_comes_back() -> None:
+    async with running_cluster(step_s=0.01) as cluster:
+        first = cluster.replicas[0]
+        task = asyncio.create_task(gather_chunks(cluster.client, [3], max_tokens=50))
+        await until(lambda: first.loop.num_active == 1)
+        await asyncio.sleep(0.1)
+        await first.stop()
+        await asyncio.sleep(0.3)
+        cluster.replicas.clear()
+        await cluster.add_replica(port=int(first.address.rsplit(":", 1)[1]))
+        assert [t for chunk in await task for t in chunk.token_ids] == expected([3], 50)
+
+
+async def test_no_replica() -> None:
+    async with running_cluster(0, router={"wait_s": 0.3}) as cluster:
+        started = time.monotonic()
+        with pytest.raises(ReplicaLostError, match="no target replica is ready"):
+            await gather_chunks(cluster.client, [1])
+        assert 0.25 < time.monotonic() - started < 1
+        with pytest.raises(DeadlineExceededError):
+            await gather_chunks(cluster.client, [1], timeout_s=0.1)
+        # Bad input is told at once all the same.
+        with pytest.raises(InvalidRequestError):
+            await gather_chunks(cluster.client, [1], max_tokens=0)
+        # A request waits for a replica that is on its way.
+        waiting = asyncio.create_task(gather_chunks(cluster.client, [1], max_tokens=5))
+        await asyncio.sleep(0.05)
+        await cluster.add_replica()
+        assert [t for chunk in await waiting for t in chunk.token_ids] == expected([1], 5)
+
+
+async def test_replica_lost_without_another() -> None:
+    async with running_cluster(step_s=0.01, router={"wait_s": 0.3}) as cluster:
+        stream = cluster.client.generate([1], max_tokens=400)
+        await anext(stream)
+        await cluster.replicas[0].stop()
+        got: list[int] = []
+        with pytest.raises(ReplicaLostError):
+            await collect(stream, got)
+
+
+async def test_retired_replica_finishes_its_streams() -> None:
+    async with running_cluster(step_s=0.01) as cluster:
+        task = asyncio.create_task(gather_chunks(cluster.client, [1], max_tokens=50))
+        await until(lambda: cluster.replicas[0].loop.num_active == 1)
+        cluster.router.set_replicas([])
+        status = await cluster.client.status()
+        assert [replica.state for replica in status.replicas] == ["draining"]
+        assert [t for chunk in await task for t in chunk.token_ids] == expected([1], 50)
+        assert not cluster.replicas[0].loop.cancelled
+        await until(lambda: not cluster.router._pool.statuses())
+
+
+async def test_drain_lets_streams_finish() -> None:
+    async with running_cluster(step_s=0.01) as cluster:
+        task = asyncio.create_task(gather_chunks(cluster.client, [1], max_tokens=40))
+        await until(lambda: cluster.replicas[0].loop.num_active == 1)
+        stopping = asyncio.create_task(cluster.router.stop(5.0))
+        await asyncio.sleep(0.05)
+        async with AsyncClient(cluster.address) as late:
+            with pytest.raises(ClusterStateError):
+                await late.status(timeout_s=2.0)
+        assert [t for chunk in await task for t in chunk.token_ids] == expected([1], 40)
+        await stopping
+
+
+async def test_replica_stops_only_after_its_requests() -> None:
+    async with running_cluster(step_s=0.01) as cluster:
+        replica = cluster.replicas[0]
+        task = asyncio.create_task(gather_chunks(cluster.client, [1], max_tokens=40))
+        await until(lambda: replica.loop.num_active == 1)
+        stopping = asyncio.create_task(replica.stop(5.0))
+        await asyncio.sleep(0.05)
+        status = await cluster.client.status()
+        assert [r.state for r in status.replicas] == ["draining"]
+        assert [t for chunk in await task for t in chunk.token_ids] == expected([1], 40)
+        assert len(replica.loop.submitted) == 1
+        await stopping
+
+
+class FaultyReplica(replica_pb2_grpc.ReplicaServiceServicer):
+    """Repeats tokens, then skips some, and behaves when it is asked again."""
+
+    def __init__(self) -> None:
+        self.submits: list[replica_pb2.ConnectRequest.Submit] = []
+        self.cancelled: list[str] = []
+
+    async def Connect(self, request_iterator: Any, context: aio.ServicerContext) -> None:
+        welcome = replica_pb2.ConnectResponse.Welcome(
+            protocol_version=PROTOCOL_VERSION, max_model_len=64, vocab_size=VOCAB_SIZE
+        )
+        await context.write(replica_pb2.ConnectResponse(welcome=welcome))
+        async for message in request_iterator:
+            if message.HasField("cancel"):
+                self.cancelled.append(message.cancel.request_id)
+            if not message.HasField("submit"):
+                continue
+            self.submits.append(message.submit)
+            name = message.submit.request_id
+            if not message.submit.resume_token_ids:
+                await self.send(context, (name, 0, [1, 2, 3]), ("unknown", 0, [9]))
+                await self.send(context, (name, 1, [2, 3, 4]))
+                await self.send(context, (name, 0, [1, 2]))
+                await self.send(context, (name, 6, [7]))
+                await self.send(context, (name, 7, [8]))  # of the submission that was given up
+                return  # and the stream breaks
+            start = len(message.submit.resume_token_ids)
+            await self.send(context, (name, start, range(start + 1, 11)), finish_reason=2)
+
+    async def send(self, context: aio.ServicerContext, *deltas: Any, **last: Any) -> None:
+        step = replica_pb2.ConnectResponse.StepUpdate()
+        for request_id, offset, token_ids in deltas:
+            step.deltas.add(request_id=request_id, token_offset=offset, token_ids=token_ids, **last)
+        await context.write(replica_pb2.ConnectResponse(step=step))
+
+
+async def test_nothing_repeated_or_skipped_is_passed_on() -> None:
+    faulty = FaultyReplica()
+    server = aio.server()
+    replica_pb2_grpc.add_ReplicaServiceServicer_to_server(faulty, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with running_cluster(0) as cluster:
+        cluster.router.set_replicas([("faulty", f"127.0.0.1:{port}")])
+        chunks = await gather_chunks(cluster.client, [1], max_tokens=10)
+        assert [t for chunk in chunks for t in chunk.token_ids] == list(range(1, 11))
+        first, second = faulty.submits
+        assert list(second.resume_token_ids) == [1, 2, 3, 4]
+        assert second.request_id != first.request_id
+        await server.stop(0)
+
+
+class Wire:
+    """A TCP connection in between, that can be cut without a word."""
+
+    async def start(self, address: str) -> str:
+        self._host, port = address.rsplit(":", 1)
+        self._port = int(port)
+        self._writers: list[asyncio.StreamWriter] = []
+        self._server = await asyncio.start_server(self._join, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def cut(self) -> None:
+        self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
+        self._writers += [writer, far_writer]
+        await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass  # cut
+        finally:
+            writer.close()
+
+
+async def test_cut_wire() -> None:
+    async with running_cluster(step_s=0.01) as cluster:
+        replica = cluster.replicas[0]
+        wire = Wire()
+        cluster.router.set_replicas([("replica-0", await wire.start(replica.address))])
+        async with asyncio.timeout(5):
+            while [r.state for r in (await cluster.client.status()).replicas] != ["ready"]:
+                await asyncio.sleep(0.01)
+        task = asyncio.create_task(gather_chunks(cluster.client, [3], n=2, max_tokens=50))
+        await until(lambda: replica.loop.num_active == 2)
+        await asyncio.sleep(0.1)
+        wire.cut()
+        cut_at = time.monotonic()
+        # The replica frees the pages, and the other way to it serves the rest.
+        await until(lambda: len(replica.loop.cancelled) == 2)
+        assert time.monotonic() - cut_at < 0.2
+        cluster.router.set_replicas([("replica-0", replica.address)])
+        tokens: dict[int, list[int]] = {0: [], 1: []}
+        for chunk in await task:
+            assert chunk.offset == len(tokens[chunk.choice_index])
+            tokens[chunk.choice_index] += chunk.token_ids
+        assert tokens == {index: expected([3], 50, index) for index in (0, 1)}
+        assert len(replica.loop.submitted) == 4
