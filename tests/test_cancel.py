@@ -1,0 +1,173 @@
+"""A client that leaves, or whose deadline passes, through every real part down to the drafter."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.config import ClusterConfig
+from cluster.engine.draft_engine import DraftEngine
+from cluster.engine.engine import Engine
+from cluster.engine.loop import EngineLoop
+from cluster.errors import DeadlineExceededError
+from cluster.models.checkpoint import load_drafter
+from cluster.request import RequestOutput, SamplingParams
+from cluster.rpc.client import AsyncClient
+from cluster.rpc.drafter_client import GrpcDraftClient
+from cluster.rpc.drafter_server import DrafterServer
+from cluster.rpc.replica_server import ReplicaServer
+from cluster.rpc.router import RouterServer
+from tests.drafter_rpc_tools import DIGESTS
+from tests.engine_tools import make_config, make_engine
+from tests.models import save_tiny_drafter, save_tiny_target
+from tests.rpc_tools import until
+from tests.test_text import small_tokenizer
+
+NUM_CHOICES = 4
+SAMPLING = SamplingParams(temperature=0.9, seed=5, max_tokens=250)
+STEP_S = 0.02  # at least: 250 tokens take longer than any request here lives
+DEADLINE_S = 1.5
+
+
+class _HeldDraftEngine(DraftEngine):
+    """Takes features only while its gate is open."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.is_holding = threading.Event()
+
+    def append_features(self, *args: Any) -> int | None:
+        if not self.gate.is_set():
+            self.is_holding.set()
+            self.gate.wait(20)
+        return super().append_features(*args)
+
+
+@dataclass
+class _Cluster:
+    client: AsyncClient
+    server: ReplicaServer
+    loop: EngineLoop
+    draft_engine: _HeldDraftEngine
+
+    @property
+    def num_drafts(self) -> int:
+        return self.loop.load().stats.num_drafts
+
+    @property
+    def is_serving(self) -> bool:
+        return self.server.num_active_requests > 0 or self.loop.load().kv_cache_usage > 0
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ClusterConfig:
+    folder = tmp_path_factory.mktemp("pair")
+    target = save_tiny_target(folder / "target")
+    drafter = save_tiny_drafter(folder / "drafter", target)
+    # A busy machine must not make the drafter late, or it is quarantined.
+    return make_config(target, drafter, speculative={"draft_timeout_ms": 1000})
+
+
+def _slow_down(engine: Engine) -> None:
+    step = engine.step
+
+    def slow_step() -> list[RequestOutput]:
+        time.sleep(STEP_S)
+        return step()
+
+    engine.step = slow_step  # type: ignore[method-assign]
+
+
+@asynccontextmanager
+async def _running(config: ClusterConfig) -> AsyncIterator[_Cluster]:
+    assert config.speculative is not None
+    drafter = load_drafter(config.speculative.model, torch.float32, "cpu")
+    draft_engine = _HeldDraftEngine(drafter, config.drafter, config.speculative.draft_top_k)
+    drafter_server = DrafterServer(
+        draft_engine, drafter_id="d0", digests=DIGESTS, config=config.drafter
+    )
+    drafter_port = await drafter_server.start("127.0.0.1")
+    draft_client = GrpcDraftClient(
+        replica_id="replica",
+        digests=DIGESTS,
+        vocab_size=96,
+        config=config.speculative,
+        event_loop=asyncio.get_running_loop(),
+    )
+    draft_client.set_drafters([("d0", f"127.0.0.1:{drafter_port}")])
+    await until(draft_client.is_ready)
+    engine = make_engine(config, draft_client)
+    _slow_down(engine)
+    server = ReplicaServer(
+        "replica", max_model_len=engine.max_model_len, vocab_size=engine.vocab_size
+    )
+    loop = EngineLoop(engine, server.on_outputs)
+    loop.start()
+    router = RouterServer(
+        tokenizer=small_tokenizer(), model_name="tiny", vocab_size=96, max_model_len=256
+    )
+    port = await router.start("127.0.0.1")
+    router.set_replicas([("replica", f"127.0.0.1:{await server.start(loop, '127.0.0.1')}")])
+    try:
+        async with AsyncClient(f"127.0.0.1:{port}") as client:
+            yield _Cluster(client, server, loop, draft_engine)
+    finally:
+        draft_engine.gate.set()
+        await router.stop()
+        await server.stop()
+        await asyncio.to_thread(loop.stop)
+        await drafter_server.drain(0.1)
+
+
+async def _leave(cluster: _Cluster, ready_to_leave: Any) -> None:
+    stream = cluster.client.generate([1, 2, 3], sampling=SAMPLING, n=NUM_CHOICES)
+    async with aclosing(stream) as chunks:
+        await anext(chunks)
+        await until(ready_to_leave)
+
+
+async def _pass_the_deadline(cluster: _Cluster, ready_to_leave: Any) -> None:
+    with pytest.raises(DeadlineExceededError):
+        await cluster.client.complete(
+            [1, 2, 3], sampling=SAMPLING, n=NUM_CHOICES, timeout_s=DEADLINE_S
+        )
+    assert ready_to_leave()
+
+
+@pytest.mark.parametrize("end", [_leave, _pass_the_deadline])
+async def test_the_end_of_a_request_frees_pages_and_draft_sessions(
+    config: ClusterConfig, end: Any
+) -> None:
+    async with _running(config) as cluster:
+        draft_engine = cluster.draft_engine
+        # In the middle of its rounds.
+        await end(cluster, lambda: cluster.num_drafts > 0)
+        await until(lambda: not cluster.is_serving)
+        await until(lambda: draft_engine.num_sessions == 0)
+
+        # With features on their way that the drafter has not acknowledged.
+        draft_engine.gate.clear()
+        num_drafts = cluster.num_drafts
+        await end(cluster, draft_engine.is_holding.is_set)
+        await until(lambda: not cluster.is_serving)
+        assert draft_engine.num_sessions == 1  # the one whose features are held
+        assert cluster.num_drafts == num_drafts
+        draft_engine.gate.set()
+        await until(lambda: draft_engine.num_sessions == 0)
+        draft_engine.check_integrity()
+
+        # Nobody was quarantined or lost for it: the next request is drafted for.
+        await end(cluster, lambda: cluster.num_drafts > num_drafts)
+        await until(lambda: not cluster.is_serving)
+        await until(lambda: draft_engine.num_sessions == 0)
+        assert cluster.loop.failure is None
