@@ -82,7 +82,7 @@ class SpeculativeConfig(_Section):
         default=64, ge=1, le=1024, description="entries of the draft distribution on the wire"
     )
     draft_timeout_ms: float = Field(
-        default=200.0, gt=0, le=60_000, description="a round later than this decodes plainly"
+        default=200.0, gt=0, le=600_000, description="a round later than this decodes plainly"
     )
 
 
