@@ -14,13 +14,14 @@ from cluster.rpc.channels import PROTOCOL_VERSION
 from cluster.rpc.draft_messages import encode_digests
 from cluster.rpc.tensors import encode_tensor
 from cluster.v1 import drafter_pb2, drafter_pb2_grpc
-from tests.draft_helpers import BLOCK, VOCAB, round_of, sequence
+from tests.draft_helpers import BLOCK, VOCAB, make_drafter, make_engine, round_of, sequence
 from tests.drafter_rpc_tools import (
     DIGESTS,
     SAMPLED,
     LoopThread,
     client_of,
     open_with,
+    served,
     state_of,
     tensor_of,
     wait_for,
@@ -186,6 +187,19 @@ def test_quarantine_ends_and_grows(loop, monkeypatch):
         assert fake.num_streams == 3
         assert times[1] >= 0.1
         assert times[2] >= 0.2
+
+
+def test_a_drafter_that_stays_unusable_is_logged_once(loop, monkeypatch, caplog):
+    monkeypatch.setattr("cluster.rpc.drafter_connection.MISMATCH_RETRY_S", 0.05)
+    engine = make_engine(make_drafter())
+    with (
+        served(loop, engine, digests={**DIGESTS, "target": "other"}) as (_, address),
+        client_of(address) as client,
+    ):
+        assert wait_for(lambda: client.stats.num_mismatched >= 3)
+    (record,) = [record for record in caplog.records if "mismatched" in record.message]
+    assert record.levelname == "WARNING"
+    assert "differ in target; DraftClientStats(" in record.message
 
 
 def test_late_rounds_are_dropped_and_three_quarantine(loop):
