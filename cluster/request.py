@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequestError
@@ -94,6 +94,10 @@ class SamplingParams:
             or self.repetition_penalty != 1.0
         )
 
+    def ending_token_ids(self, eos_token_ids: Collection[int]) -> frozenset[int]:
+        """Tokens that end the output behind ``min_tokens`` others, given the model's own."""
+        return frozenset(self.stop_token_ids).union(() if self.ignore_eos else eos_token_ids)
+
     def validate(self, vocab_size: int) -> None:
         """Checks every field.
 
@@ -125,10 +129,9 @@ class SamplingParams:
             raise InvalidRequestError(
                 "sampling.logprobs", f"must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}"
             )
-        for token_id in self.stop_token_ids:
-            _check_token_id("sampling.stop_token_ids", token_id, vocab_size)
+        _check_token_ids("sampling.stop_token_ids", self.stop_token_ids, vocab_size)
+        _check_token_ids("sampling.logit_bias", self.logit_bias, vocab_size)
         for token_id, bias in self.logit_bias.items():
-            _check_token_id("sampling.logit_bias", token_id, vocab_size)
             if not -100.0 <= bias <= 100.0:
                 raise InvalidRequestError(
                     "sampling.logit_bias", f"bias of token {token_id} must be in [-100, 100]"
@@ -185,32 +188,40 @@ class Request:
     attempt: int = 0
     arrival_time: float = field(default_factory=time.monotonic)
 
-    def validate(self, *, vocab_size: int, max_model_len: int) -> None:
-        """Checks every field against the model.
+    def validate(
+        self, *, vocab_size: int, max_model_len: int, eos_token_ids: Collection[int] = ()
+    ) -> None:
+        """Checks every field against the model; lengths first, as they bound what the rest costs.
+
+        Args:
+            eos_token_ids: tokens that end an output, unless the request ignores them.
 
         Raises:
             InvalidRequestError: naming the first field that cannot be served.
         """
         if not self.prompt_token_ids:
             raise InvalidRequestError("prompt", "must not be empty")
-        for token_id in self.prompt_token_ids:
-            _check_token_id("prompt.token_ids", token_id, vocab_size)
-        for token_id in self.resume_token_ids:
-            _check_token_id("resume_token_ids", token_id, vocab_size)
         if len(self.prompt_token_ids) >= max_model_len:
             raise InvalidRequestError(
                 "prompt",
                 f"has {len(self.prompt_token_ids)} tokens; the model's context is {max_model_len} "
                 "and must hold at least one output token",
             )
+        if len(self.prompt_token_ids) + len(self.resume_token_ids) >= max_model_len:
+            raise InvalidRequestError("resume_token_ids", "prompt and output fill the context")
+        _check_token_ids("prompt.token_ids", self.prompt_token_ids, vocab_size)
+        _check_token_ids("resume_token_ids", self.resume_token_ids, vocab_size)
         self.sampling.validate(vocab_size)
         if len(self.resume_token_ids) >= self.sampling.max_tokens:
             raise InvalidRequestError(
                 "resume_token_ids",
                 f"already holds max_tokens ({self.sampling.max_tokens}) tokens or more",
             )
-        if len(self.prompt_token_ids) + len(self.resume_token_ids) >= max_model_len:
-            raise InvalidRequestError("resume_token_ids", "prompt and output fill the context")
+        could_end = self.resume_token_ids[self.sampling.min_tokens :]
+        if not self.sampling.ending_token_ids(eos_token_ids).isdisjoint(could_end):
+            raise InvalidRequestError(
+                "resume_token_ids", "already holds an end-of-sequence or stop token"
+            )
         self.speculation.validate()
 
 
@@ -313,8 +324,11 @@ def _check_range(
         )
 
 
-def _check_token_id(name: str, token_id: int, vocab_size: int) -> None:
-    if not 0 <= token_id < vocab_size:
-        raise InvalidRequestError(
-            name, f"token id {token_id} is outside the vocabulary of {vocab_size}"
-        )
+def _check_token_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
+    if not token_ids:
+        return
+    for token_id in (min(token_ids), max(token_ids)):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(
+                name, f"token id {token_id} is outside the vocabulary of {vocab_size}"
+            )
