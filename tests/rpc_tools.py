@@ -48,12 +48,15 @@ class Cluster:
     client: AsyncClient
     replicas: list[Replica] = field(default_factory=list)
 
-    async def add_replica(self, *, port: int = 0, **engine: Any) -> Replica:
+    async def add_replica(
+        self, *, port: int = 0, digests: dict[str, str] | None = None, **engine: Any
+    ) -> Replica:
         replica_id = f"replica-{len(self.replicas)}"
         server = ReplicaServer(
             replica_id,
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB_SIZE,
+            model_digests=digests,
             describe=lambda: ReplicaParts(
                 shards=[ShardStatus(rank=0, node="here", pid=1)],
                 drafters=[

@@ -15,11 +15,21 @@ from cluster.errors import (
     InvalidRequestError,
     ReplicaLostError,
 )
-from cluster.request import Request
+from cluster.request import Request, SamplingParams
 from cluster.rpc.channels import PROTOCOL_VERSION
+from cluster.rpc.choice import Choice
 from cluster.rpc.client import AsyncClient
-from cluster.v1 import replica_pb2, replica_pb2_grpc
-from tests.rpc_tools import VOCAB_SIZE, collect, expected, gather_chunks, running_cluster, until
+from cluster.rpc.replica_pool import ReplicaPool
+from cluster.v1 import common_pb2, replica_pb2, replica_pb2_grpc
+from tests.rpc_tools import (
+    TOKENIZER,
+    VOCAB_SIZE,
+    collect,
+    expected,
+    gather_chunks,
+    running_cluster,
+    until,
+)
 
 
 @pytest.mark.parametrize("how", ["killed", "drained", "engine"])
@@ -92,6 +102,105 @@ async def test_replica_lost_without_another() -> None:
         got: list[int] = []
         with pytest.raises(ReplicaLostError):
             await collect(stream, got)
+
+
+async def test_request_that_breaks_engines_is_given_up() -> None:
+    def error_at(request: Request, index: int) -> Exception | None:
+        is_poison = request.prompt_token_ids[0] == 2 and index == 5
+        return ReplicaLostError("the engine failed") if is_poison else None
+
+    async with running_cluster(2, step_s=0.01, error_at=error_at) as cluster:
+        bystander = asyncio.create_task(gather_chunks(cluster.client, [1], max_tokens=60))
+        got: list[int] = []
+        with pytest.raises(ReplicaLostError, match="3 replicas in a row"):
+            await collect(cluster.client.generate([2], max_tokens=40), got)
+        assert got == expected([2], 40)[:5]
+        submitted = [request for replica in cluster.replicas for request in replica.loop.submitted]
+        assert sum(request.prompt_token_ids[0] == 2 for request in submitted) == 3
+        assert [t for chunk in await bystander for t in chunk.token_ids] == expected([1], 60)
+
+
+async def test_losses_do_not_count_while_tokens_come() -> None:
+    def error_at(request: Request, index: int) -> Exception | None:
+        is_second = index == len(request.resume_token_ids) + 1
+        return ReplicaLostError("the engine failed") if is_second else None
+
+    async with running_cluster(2, error_at=error_at) as cluster:
+        chunks = await gather_chunks(cluster.client, [2], max_tokens=8)
+        assert [t for chunk in chunks for t in chunk.token_ids] == expected([2], 8)
+        assert sum(len(replica.loop.submitted) for replica in cluster.replicas) == 8
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_lost_stream_goes_on_with_the_same_target(comes_back: bool) -> None:
+    ours, other = {"target": "a" * 64}, {"target": "b" * 64}
+    async with running_cluster(0, router={"wait_s": 20.0 if comes_back else 0.5}) as cluster:
+        first = await cluster.add_replica(digests=ours, step_s=0.02)
+        got: list[int] = []
+        stream = cluster.client.generate([3], max_tokens=100)
+        got += (await anext(stream)).token_ids
+        await cluster.add_replica(digests=other)
+        await cluster.wait_ready(2)
+        await first.stop()
+        if comes_back:
+            await cluster.add_replica(digests=ours)
+            await collect(stream, got)
+            assert got == expected([3], 100)
+        else:
+            reason = r"same target as the lost one \(a{12}\); replica-1 runs b{12}$"
+            with pytest.raises(ReplicaLostError, match=reason):
+                await collect(stream, got)
+            assert got == expected([3], 100)[: len(got)]
+        assert not cluster.replicas[1].loop.submitted
+        await gather_chunks(cluster.client, [4], max_tokens=3)  # what is new may run on either
+
+
+async def test_replica_with_another_tokenizer_is_not_used() -> None:
+    router = {"wait_s": 0.3, "tokenizer_digest": "a" * 64}
+    async with running_cluster(0, router=router) as cluster:
+        stranger = await cluster.add_replica(digests={"tokenizer": "b" * 64})
+        reason = f"replica-0 has tokenizer {'b' * 12}, the router has {'a' * 12}"
+        with pytest.raises(ReplicaLostError, match=reason):
+            await gather_chunks(cluster.client, [1], timeout_s=10)
+        (status,) = (await cluster.client.status()).replicas
+        assert (status.state, status.reason) == ("mismatched", reason.removeprefix("replica-0 "))
+        await cluster.add_replica(digests={"tokenizer": "a" * 64})
+        await cluster.add_replica()  # does not tell
+        await cluster.wait_ready(2)
+        for number in range(10):
+            await gather_chunks(cluster.client, [number], max_tokens=3)
+        assert not stranger.loop.submitted
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sampling", "reason"),
+    [
+        ([1, 7], {}, common_pb2.FINISH_REASON_STOP),
+        ([1, 8], {"ignore_eos": True}, common_pb2.FINISH_REASON_STOP),
+        ([1, 2, 3, 4], {}, common_pb2.FINISH_REASON_LENGTH),
+        ([1, 7], {"ignore_eos": True}, None),
+        ([1, 7], {"min_tokens": 2}, None),
+    ],
+)
+async def test_lost_when_all_tokens_had_come(
+    tokens: list[int], sampling: dict[str, Any], reason: int | None
+) -> None:
+    pool = ReplicaPool("router", wait_s=60.0)
+    request = Request(
+        request_id="r",
+        prompt_token_ids=(1,),
+        sampling=SamplingParams(max_tokens=4, stop_token_ids=(8,), **sampling),
+    )
+    choice = Choice(request, TOKENIZER, pool, lambda: None, eos_token_ids=(7,))
+    sources = [common_pb2.TOKEN_SOURCE_TARGET] * len(tokens)
+    choice.on_delta(replica_pb2.ConnectResponse.Delta(token_ids=tokens, token_sources=sources))
+    choice.on_lost()
+    assert choice.done == (reason is not None)
+    chunk = choice.take()
+    assert chunk is not None
+    assert list(chunk.token_ids) == tokens
+    assert chunk.finish_reason == (reason or common_pb2.FINISH_REASON_UNSPECIFIED)
+    choice.cancel("cancelled")
 
 
 async def test_retired_replica_finishes_its_streams() -> None:

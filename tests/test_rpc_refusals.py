@@ -38,7 +38,9 @@ BAD_INPUT: list[tuple[Any, dict[str, Any], str]] = [
     ([], {}, "prompt"),
     ([1] * MAX_MODEL_LEN, {}, "prompt"),
     ("word " * 5000, {}, "prompt"),
+    ([VOCAB_SIZE] * MAX_MODEL_LEN, {}, "prompt"),  # lengths come first
     ([VOCAB_SIZE], {}, "prompt.token_ids"),
+    ([1, VOCAB_SIZE, 2], {}, "prompt.token_ids"),
     ([-1], {}, "prompt.token_ids"),
     ([2**40], {}, "prompt.token_ids"),
     ("a\ud800", {}, "prompt"),
@@ -120,6 +122,36 @@ async def test_bad_input_on_the_wire() -> None:
             assert status.details[0].Unpack(info)
             assert (info.domain, info.reason) == ("dspark-cluster", "INVALID_REQUEST")
             assert info.metadata["field"] == field_name
+
+
+async def test_complete_output_is_not_resumed() -> None:
+    eos, stop = 7, 8
+    async with running_cluster(
+        router={"eos_token_ids": (eos,)},
+        completion=lambda request: [*request.resume_token_ids, *range(100, 110)],
+    ) as cluster:
+
+        async def resume(token_ids: list[int], **sampling: Any) -> list[int]:
+            arguments: dict[str, Any] = {"max_tokens": 8, "stop_token_ids": [stop], **sampling}
+            chunks = await gather_chunks(
+                cluster.client, [1], resume_token_ids=token_ids, **arguments
+            )
+            return [t for chunk in chunks for t in chunk.token_ids]
+
+        for token_ids, sampling in [
+            ([1, 2, eos], {}),
+            ([1, 2, stop], {}),
+            ([1, eos, 3], {}),
+            ([1, 2, stop], {"ignore_eos": True}),
+            ([1, 2, eos], {"min_tokens": 2}),
+        ]:
+            with pytest.raises(InvalidRequestError, match="already holds an end-of-") as caught:
+                await resume(token_ids, **sampling)
+            assert caught.value.field == "resume_token_ids"
+        assert not cluster.replicas[0].loop.submitted
+        assert await resume([1, 2, eos], ignore_eos=True) == list(range(100, 105))
+        assert await resume([1, 2, eos], min_tokens=3) == list(range(100, 105))
+        assert await resume([1, 2, 3]) == list(range(100, 105))
 
 
 async def test_engine_error_ends_only_its_request() -> None:

@@ -59,7 +59,8 @@ class Router:
 def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
     # Imported here: whoever builds or starts the application needs neither torch nor gRPC.
     from cluster.engine.target import load_text_config
-    from cluster.engine.worker import load_tokenizer
+    from cluster.engine.worker import eos_token_ids, load_tokenizer
+    from cluster.models.checkpoint import tokenizer_digest
     from cluster.rpc.router import RouterServer
 
     target = config.target
@@ -71,6 +72,8 @@ def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
         model_name=config.model_name,
         vocab_size=model_config.vocab_size,
         max_model_len=min(target.max_model_len or context, context),
+        eos_token_ids=eos_token_ids(target.model, trust_remote_code=trust),
+        tokenizer_digest=tokenizer_digest(target.model),
         router_id=router_id,
         max_queued_tokens=config.router.max_queued_tokens,
         wait_s=config.router.replica_wait_s,

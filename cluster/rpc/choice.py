@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerFast
@@ -19,6 +19,9 @@ from cluster.v1 import inference_pb2, replica_pb2
 
 logger = logging.getLogger(__name__)
 
+# A request that makes engines fail must not take down replica after replica.
+MAX_LOSSES_WITHOUT_PROGRESS = 3
+
 _submission_numbers = itertools.count()
 
 
@@ -26,7 +29,8 @@ class Choice:
     """One of a request's choices, wherever it runs.
 
     Guarantees: the client's tokens are a single unbroken sequence. When its replica is lost, the
-    choice goes on elsewhere behind the tokens that were received; each submission has an id of its
+    choice goes on elsewhere behind the tokens that were received, on the same target unless there
+    are none; the third loss in a row without a new token ends it. Each submission has an id of its
     own, and a token offset that repeats or skips anything is never passed on. Holds at most one
     chunk for the client, whose tokens are merged while it does not read. The speculation statistics
     at the end are those of the last replica alone.
@@ -36,6 +40,7 @@ class Choice:
         tokenizer: turns tokens into the client's text.
         pool: where to run.
         on_change: called when ``take`` has something new, or the choice has ended.
+        eos_token_ids: tokens that end an output, unless the request ignores them.
 
     Raises:
         InvalidRequestError: the resumed tokens hold a stop string already.
@@ -47,12 +52,15 @@ class Choice:
         tokenizer: PreTrainedTokenizerFast,
         pool: ReplicaPool,
         on_change: Callable[[], None],
+        eos_token_ids: Collection[int] = (),
     ) -> None:
         self.error: Exception | None = None
         self.done = False
         self._request = request
         self._pool = pool
         self._on_change = on_change
+        self._ending_token_ids = request.sampling.ending_token_ids(eos_token_ids)
+        self._num_losses = 0  # since the last new token
         self._token_ids = list(request.resume_token_ids)
         self._text = TextStream(tokenizer, request.sampling.stop)
         for token_id in self._token_ids:
@@ -96,9 +104,9 @@ class Choice:
             self,
         )
 
-    def on_unplaced(self) -> None:
+    def on_unplaced(self, reason: str) -> None:
         """No replica was ready in time."""
-        self._fail(ReplicaLostError("no target replica is ready"))
+        self._fail(ReplicaLostError(reason))
 
     def on_delta(self, delta: replica_pb2.ConnectResponse.Delta) -> None:
         """Takes what the replica made of the request."""
@@ -114,8 +122,16 @@ class Choice:
         if self._is_complete():
             self._finish_without_replica()
             return
+        self._num_losses += 1
+        if self._num_losses == MAX_LOSSES_WITHOUT_PROGRESS:
+            logger.error("request %s lost its replica too often", self._submission_id)
+            message = f"{self._num_losses} replicas in a row were lost before a new token came"
+            self._fail(ReplicaLostError(message))
+            return
         logger.info("request %s goes on elsewhere", self._submission_id)
-        self._pool.place(self, avoid=lost)
+        # What another target says does not continue what this one said.
+        target = lost.target_digest if lost is not None and self._token_ids else None
+        self._pool.place(self, avoid=lost, target_digest=target)
 
     def _take_delta(self, delta: replica_pb2.ConnectResponse.Delta) -> None:
         num_known = len(self._token_ids) - delta.token_offset if delta.token_ids else 0
@@ -142,7 +158,9 @@ class Choice:
     def _add(self, delta: replica_pb2.ConnectResponse.Delta, num_known: int) -> None:
         chunk = self._open_chunk()
         token_ids = delta.token_ids[num_known:]
-        self._token_ids += token_ids
+        if token_ids:
+            self._token_ids += token_ids
+            self._num_losses = 0
         chunk.token_ids.extend(token_ids)
         chunk.token_sources.extend(delta.token_sources[num_known:])
         chunk.logprobs.extend(delta.logprobs[num_known:])
@@ -165,13 +183,19 @@ class Choice:
         return self._chunk
 
     def _is_complete(self) -> bool:
-        return self._text.stopped or len(self._token_ids) >= self._request.sampling.max_tokens
+        return self._is_stopped() or len(self._token_ids) >= self._request.sampling.max_tokens
+
+    def _is_stopped(self) -> bool:
+        if self._text.stopped:
+            return True
+        could_end = len(self._token_ids) > self._request.sampling.min_tokens
+        return could_end and self._token_ids[-1] in self._ending_token_ids
 
     def _finish_without_replica(self) -> None:
         """All tokens had come, only the word that they were all was lost."""
         chunk = self._open_chunk()
         chunk.text += self._text.finish()
-        reason = FinishReason.STOP if self._text.stopped else FinishReason.LENGTH
+        reason = FinishReason.STOP if self._is_stopped() else FinishReason.LENGTH
         chunk.finish_reason = int(reason)  # type: ignore[assignment]
         chunk.usage.prompt_tokens = len(self._request.prompt_token_ids)
         chunk.usage.completion_tokens = len(self._token_ids)

@@ -56,8 +56,9 @@ class ReplicaStatus:
     """One target replica as a router sees it.
 
     Attributes:
-        state: connecting, ready, draining or lost; all but ``replica_id`` and ``address`` are as of
-            its last report.
+        state: connecting, ready, draining, mismatched or lost; all but ``replica_id``, ``address``
+            and ``reason`` are as of its last report.
+        reason: why it is mismatched, else empty.
         kv_cache_usage: 0..1.
         speculation_state: on or off; ``speculation_reason`` says why.
         speculation: sums since the replica started.
@@ -66,6 +67,7 @@ class ReplicaStatus:
     replica_id: str
     address: str
     state: str
+    reason: str = ""
     num_running: int = 0
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
@@ -114,6 +116,7 @@ def _replica_from_proto(message: inference_pb2.ReplicaStatus) -> ReplicaStatus:
         replica_id=message.replica_id,
         address=message.address,
         state=message.state,
+        reason=message.reason,
         num_running=message.num_running,
         num_waiting=message.num_waiting,
         kv_cache_usage=message.kv_cache_usage,

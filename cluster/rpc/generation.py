@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerFast
@@ -28,6 +28,7 @@ class Generation:
         num_choices: n; choice i has ``choice_index`` i.
         tokenizer: turns tokens into the client's text.
         pool: where to run.
+        eos_token_ids: tokens that end an output, unless the request ignores them.
 
     Raises:
         InvalidRequestError: the resumed tokens hold a stop string already.
@@ -39,12 +40,19 @@ class Generation:
         num_choices: int,
         tokenizer: PreTrainedTokenizerFast,
         pool: ReplicaPool,
+        eos_token_ids: Collection[int] = (),
     ) -> None:
         self.request = request
         self._changed = asyncio.Event()
         self._superseded = False
         self._choices: Sequence[Choice] = [
-            Choice(replace(request, choice_index=index), tokenizer, pool, self._changed.set)
+            Choice(
+                replace(request, choice_index=index),
+                tokenizer,
+                pool,
+                self._changed.set,
+                eos_token_ids,
+            )
             for index in range(num_choices)
         ]
 

@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 5.0
 
 
+class ReplicaMismatchError(ConnectionError):
+    """The replica does not fit this router."""
+
+
 class Submission(Protocol):
     """Who gets the answers to a submitted request; called in the event loop, must not raise."""
 
@@ -43,6 +47,8 @@ class ReplicaConnection:
     Guarantees: each submission gets deltas in order until its last one, or ``on_lost`` once, or
     nothing more behind ``cancel``. Submitting and cancelling never wait. What is queued for writing
     is at most one submission and one cancellation for each request that the router has admitted.
+    A replica that speaks another protocol or has another tokenizer is never ready; ``reason`` says
+    so, and each further handshake may find that it has changed.
 
     Args:
         replica_id: the replica's name.
@@ -50,6 +56,7 @@ class ReplicaConnection:
         router_id: who connects.
         on_ready: called whenever the replica has become ready for submissions.
         on_closed: called once when a retired connection has closed itself.
+        tokenizer_digest: hex SHA-256 of the router's tokenizer; empty: the replica's may be any.
         max_message_bytes: the largest message sent or received.
     """
 
@@ -61,14 +68,17 @@ class ReplicaConnection:
         *,
         on_ready: Callable[[ReplicaConnection], None],
         on_closed: Callable[[ReplicaConnection], None],
+        tokenizer_digest: str = "",
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         self.replica_id = replica_id
         self.address = address
         self.welcome: replica_pb2.ConnectResponse.Welcome | None = None
+        self.reason = ""  # why it is mismatched
         self._router_id = router_id
         self._on_ready = on_ready
         self._on_closed = on_closed
+        self._tokenizer_digest = tokenizer_digest
         self._max_message_bytes = max_message_bytes
         self._load = inference_pb2.ReplicaStatus()
         self._state = "connecting"
@@ -82,7 +92,7 @@ class ReplicaConnection:
 
     @property
     def state(self) -> str:
-        """connecting, ready, draining or lost."""
+        """connecting, ready, draining, mismatched or lost."""
         if self._state == "ready" and (self._retired or self._load.state == "draining"):
             return "draining"
         return self._state
@@ -91,6 +101,11 @@ class ReplicaConnection:
     def is_ready(self) -> bool:
         """Whether new requests may be submitted."""
         return self.state == "ready"
+
+    @property
+    def target_digest(self) -> str:
+        """Hex SHA-256 of the target that runs, or last ran, there; empty where it is not known."""
+        return self.welcome.digests.target if self.welcome is not None else ""
 
     @property
     def num_queued_tokens(self) -> int:
@@ -104,6 +119,7 @@ class ReplicaConnection:
         status.replica_id = self.replica_id
         status.address = self.address
         status.state = self.state
+        status.reason = self.reason
         return status
 
     def submit(self, request: Request, submission: Submission) -> None:
@@ -154,6 +170,7 @@ class ReplicaConnection:
     async def _connect(self) -> bool:
         """One connection from beginning to end. Returns whether it was ever ready."""
         was_ready = False
+        reason = ""
         try:
             async with self._open_channel() as channel:
                 call: aio.StreamStreamCall = replica_pb2_grpc.ReplicaServiceStub(channel).Connect()
@@ -161,6 +178,7 @@ class ReplicaConnection:
                     self.welcome = await self._handshake(call)
                 was_ready = True
                 self._state = "ready"
+                self.reason = ""
                 logger.info("replica %s at %s is ready", self.replica_id, self.address)
                 writer = asyncio.create_task(self._write(call))
                 try:
@@ -171,12 +189,19 @@ class ReplicaConnection:
                     writer.cancel()
                     await asyncio.gather(writer, return_exceptions=True)
                 logger.warning("replica %s ended its stream", self.replica_id)
+        except ReplicaMismatchError as error:
+            reason = str(error)
+            if reason != self.reason:  # it is asked again and again
+                logger.warning("replica %s at %s %s", self.replica_id, self.address, reason)
         except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError, ConnectionError) as error:
-            reason = error.details() if isinstance(error, aio.AioRpcError) else repr(error)
+            details = error.details() if isinstance(error, aio.AioRpcError) else repr(error)
             # A lost replica is news, one that is still not there is none.
             level = logging.WARNING if was_ready else logging.INFO
-            logger.log(level, "replica %s at %s: %s", self.replica_id, self.address, reason)
+            logger.log(level, "replica %s at %s: %s", self.replica_id, self.address, details)
         self._lose()
+        self.reason = reason
+        if reason:
+            self._state = "mismatched"
         return was_ready
 
     def _open_channel(self) -> aio.Channel:
@@ -195,7 +220,12 @@ class ReplicaConnection:
         if answer is aio.EOF or not answer.HasField("welcome"):
             raise ConnectionError("the replica did not answer the handshake")
         if answer.welcome.protocol_version != PROTOCOL_VERSION:
-            raise ConnectionError(f"speaks protocol {answer.welcome.protocol_version}")
+            raise ReplicaMismatchError(f"speaks protocol {answer.welcome.protocol_version}")
+        theirs = answer.welcome.digests.tokenizer
+        if self._tokenizer_digest and theirs and theirs != self._tokenizer_digest:
+            raise ReplicaMismatchError(
+                f"has tokenizer {theirs[:12]}, the router has {self._tokenizer_digest[:12]}"
+            )
         return answer.welcome
 
     async def _write(self, call: aio.StreamStreamCall) -> None:

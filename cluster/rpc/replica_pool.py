@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES
 from cluster.rpc.replica_connection import ReplicaConnection
@@ -18,8 +18,15 @@ class Placeable(Protocol):
     def on_placed(self, connection: ReplicaConnection) -> None:
         """Run it there; the connection is ready."""
 
-    def on_unplaced(self) -> None:
+    def on_unplaced(self, reason: str) -> None:
         """No replica became ready in time."""
+
+
+class _Wait(NamedTuple):
+    """How long something waits, and for which target (unset: any)."""
+
+    timer: asyncio.TimerHandle
+    target_digest: str | None
 
 
 class ReplicaPool:
@@ -31,6 +38,7 @@ class ReplicaPool:
     Args:
         router_id: who connects.
         wait_s: seconds that ``place`` waits for a ready replica.
+        tokenizer_digest: hex SHA-256 that replicas must share; empty: any.
         max_message_bytes: the largest message sent or received.
     """
 
@@ -39,14 +47,16 @@ class ReplicaPool:
         router_id: str,
         *,
         wait_s: float,
+        tokenizer_digest: str = "",
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         self._router_id = router_id
         self._wait_s = wait_s
+        self._tokenizer_digest = tokenizer_digest
         self._max_message_bytes = max_message_bytes
         self._connections: dict[tuple[str, str], ReplicaConnection] = {}
         self._retired: set[ReplicaConnection] = set()
-        self._waiting: dict[Placeable, asyncio.TimerHandle] = {}
+        self._waiting: dict[Placeable, _Wait] = {}
 
     def set_replicas(self, replicas: Iterable[tuple[str, str]]) -> None:
         """Connects to new (id, ``host:port``) pairs, and retires those that are missing."""
@@ -62,23 +72,40 @@ class ReplicaPool:
                 self._router_id,
                 on_ready=self._place_waiting,
                 on_closed=self._retired.discard,
+                tokenizer_digest=self._tokenizer_digest,
                 max_message_bytes=self._max_message_bytes,
             )
 
-    def place(self, placeable: Placeable, *, avoid: ReplicaConnection | None = None) -> None:
-        """Puts it on the least loaded ready replica other than ``avoid``, or waits for one."""
-        ready = [c for c in self._connections.values() if c.is_ready and c is not avoid]
+    def place(
+        self,
+        placeable: Placeable,
+        *,
+        avoid: ReplicaConnection | None = None,
+        target_digest: str | None = None,
+    ) -> None:
+        """Puts it on the least loaded ready replica, or waits for one.
+
+        Args:
+            avoid: not on this one, unless it becomes ready anew.
+            target_digest: only where this target runs; unset: anywhere.
+        """
+        ready = [
+            c
+            for c in self._connections.values()
+            if c is not avoid and _is_ready_for(c, target_digest)
+        ]
         if ready:
             placeable.on_placed(_least_loaded(ready))
             return
         event_loop = asyncio.get_running_loop()
-        self._waiting[placeable] = event_loop.call_later(self._wait_s, self._give_up, placeable)
+        timer = event_loop.call_later(self._wait_s, self._give_up, placeable)
+        self._waiting[placeable] = _Wait(timer, target_digest)
 
     def withdraw(self, placeable: Placeable) -> None:
         """Waits no longer; what does not wait is ignored."""
-        timer = self._waiting.pop(placeable, None)
-        if timer is not None:
-            timer.cancel()
+        waited = self._waiting.pop(placeable, None)
+        if waited is not None:
+            waited.timer.cancel()
 
     def limits(self, vocab_size: int, max_model_len: int) -> tuple[int, int]:
         """The least (vocabulary, context) over the given ones and the ready replicas'."""
@@ -102,15 +129,34 @@ class ReplicaPool:
             self._give_up(placeable)
 
     def _place_waiting(self, connection: ReplicaConnection) -> None:
-        for placeable in list(self._waiting):
-            if not connection.is_ready:
-                return
-            self.withdraw(placeable)
-            placeable.on_placed(connection)
+        for placeable, waited in list(self._waiting.items()):
+            if _is_ready_for(connection, waited.target_digest):
+                self.withdraw(placeable)
+                placeable.on_placed(connection)
 
     def _give_up(self, placeable: Placeable) -> None:
+        reason = self._why_unplaced(self._waiting[placeable].target_digest)
         self.withdraw(placeable)
-        placeable.on_unplaced()
+        placeable.on_unplaced(reason)
+
+    def _why_unplaced(self, target_digest: str | None) -> str:
+        parts = ["no target replica is ready"]
+        if target_digest is not None:
+            parts[0] += f" that runs the same target as the lost one ({_short(target_digest)})"
+        for connection in self._connections.values():
+            if connection.reason:
+                parts.append(f"{connection.replica_id} {connection.reason}")
+            elif connection.is_ready:
+                parts.append(f"{connection.replica_id} runs {_short(connection.target_digest)}")
+        return "; ".join(parts)
+
+
+def _is_ready_for(connection: ReplicaConnection, target_digest: str | None) -> bool:
+    return connection.is_ready and target_digest in (None, connection.target_digest)
+
+
+def _short(digest: str) -> str:
+    return digest[:12] or "an unnamed target"
 
 
 def _least_loaded(connections: list[ReplicaConnection]) -> ReplicaConnection:

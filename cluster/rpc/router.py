@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
@@ -33,7 +33,8 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
     Guarantees: a request is checked completely before it costs a replica anything. What is admitted
     is bounded by ``max_queued_tokens`` (prompts and longest outputs of all active requests), and
     what is too much is refused at once. A client that leaves, or whose deadline passes, frees its
-    pages. A lost replica is invisible to clients while another one is ready within ``wait_s``.
+    pages. A lost replica is invisible to clients while another one with the same target is ready
+    within ``wait_s``.
 
     All methods belong to one event loop.
 
@@ -41,6 +42,8 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         tokenizer: the target's.
         model_name: what clients call the target.
         vocab_size, max_model_len: the target's; replicas may lower them.
+        eos_token_ids: the target's tokens that end an output.
+        tokenizer_digest: hex SHA-256; replicas that name another are not used. Empty: all are.
         router_id: unique in the cluster; unset: a random one.
         max_queued_tokens: bound on admitted work.
         wait_s: seconds that a request waits for a ready replica.
@@ -54,6 +57,8 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         model_name: str,
         vocab_size: int,
         max_model_len: int,
+        eos_token_ids: Collection[int] = (),
+        tokenizer_digest: str = "",
         router_id: str | None = None,
         max_queued_tokens: int = 1_000_000,
         wait_s: float = 30.0,
@@ -65,11 +70,17 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         self._model_name = model_name
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._max_queued_tokens = max_queued_tokens
         self._max_message_bytes = max_message_bytes
         self._num_queued_tokens = 0
         self._active: dict[str, Generation] = {}
-        self._pool = ReplicaPool(self.router_id, wait_s=wait_s, max_message_bytes=max_message_bytes)
+        self._pool = ReplicaPool(
+            self.router_id,
+            wait_s=wait_s,
+            tokenizer_digest=tokenizer_digest,
+            max_message_bytes=max_message_bytes,
+        )
 
     @property
     def num_active_requests(self) -> int:
@@ -134,7 +145,9 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         call = generate_call_from_proto(message)
         request = await self._to_request(call, deadline)
-        generation = Generation(request, call.num_choices, self._tokenizer, self._pool)
+        generation = Generation(
+            request, call.num_choices, self._tokenizer, self._pool, self._eos_token_ids
+        )
         with self._admitted(generation, call.num_choices):
             async with aclosing(generation.chunks()) as chunks:
                 async for chunk in chunks:
@@ -158,7 +171,11 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             deadline=deadline,
             attempt=call.attempt,
         )
-        request.validate(vocab_size=vocab_size, max_model_len=max_model_len)
+        request.validate(
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=self._eos_token_ids,
+        )
         return request
 
     @contextmanager
