@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", required=True, help="folder of the target's checkpoint")
     parser.add_argument("--drafter", required=True, help="folder of the drafter's checkpoint")
-    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts")
+    parser.add_argument("--prompts", type=int, default=32, help="held-out prompts")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=128, help="generated after each prompt")
     print(json.dumps(evaluate(parser.parse_args(arguments)), indent=2))
