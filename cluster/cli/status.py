@@ -50,7 +50,8 @@ def _print(address: str, status: ClusterStatus) -> None:
         f"{status.num_active_requests} active requests"
     )
     for replica in status.replicas:
-        console.print(f"\nReplica {replica.replica_id} at {replica.address}: {replica.state}")
+        why = f" ({replica.reason})" if replica.reason else ""
+        console.print(f"\nReplica {replica.replica_id} at {replica.address}: {replica.state}{why}")
         console.print(
             f"  load: {replica.num_running} running, {replica.num_waiting} waiting, "
             f"KV cache {replica.kv_cache_usage:.0%} full, {replica.num_output_tokens} tokens so far"

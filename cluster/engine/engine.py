@@ -135,7 +135,11 @@ class Engine:
             InvalidRequestError: a field cannot be served, or the id is in use.
             QueueFullError: too many requests wait.
         """
-        request.validate(vocab_size=self.vocab_size, max_model_len=self.max_model_len)
+        request.validate(
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            eos_token_ids=self._eos_token_ids,
+        )
         if request.request_id in self._sequences:
             raise InvalidRequestError("request_id", f"'{request.request_id}' is being served")
         prompt = list(request.prompt_token_ids)
