@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # CI runs every test that the machine can run, and stops in time to report what it has seen.
 ifneq ($(filter-out 0 false,$(CI)),)
-PYTEST_ARGS += --run-slow --session-timeout=2700
+PYTEST_ARGS += --run-slow --session-timeout=3300
 endif
 
 .PHONY: help install demo test test-all lint format protos protos-check lock clean

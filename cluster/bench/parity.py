@@ -106,7 +106,11 @@ def make_engine(target: str, drafter: str) -> Engine:
     """A float32 engine of one shard with the drafter beside it, in this process."""
     config = ClusterConfig.parse(
         {
-            "target": {"model": target, "dtype": "float32"},
+            "target": {
+                "model": target,
+                "dtype": "float32",
+                "num_threads": torch.get_num_threads(),
+            },
             "speculative": {"method": "dspark", "model": drafter},
         }
     )
