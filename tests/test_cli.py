@@ -30,6 +30,7 @@ from cluster.cli.rendering import TokenText, legend
 from cluster.errors import ClusterStateError
 from cluster.request import TokenSource
 from cluster.rpc.client import Client
+from tests.models import DRAFTER, TARGET
 
 COMMANDS = ("up", "down", "generate", "status", "demo")
 LOCAL = Path(__file__).parents[1] / "deployments" / "local.yaml"
@@ -71,6 +72,28 @@ def test_bad_configuration_ends_with_2_and_one_line(
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err == "dspark: target.max_seqs: unknown key (did you mean 'max_num_seqs'?)\n"
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("target", "tensor_parallel_size", 3),
+        ("target", "pipeline_parallel_size", 9),
+        ("speculative", "num_speculative_tokens", 8),
+    ],
+)
+def test_what_the_models_cannot_do_is_refused_before_anything_starts(
+    section: str, key: str, value: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = {
+        "target": {"model": TARGET},
+        "speculative": {"method": "dspark", "model": DRAFTER},
+    }
+    args[section] = {**args[section], key: value}
+    path = tmp_path / "cluster.yaml"
+    path.write_text(json.dumps({"applications": [{"args": args}]}))
+    assert cli.main(["up", str(path)]) == 2
+    assert f"{section}.{key}" in capsys.readouterr().err
 
 
 def test_without_a_cluster_commands_end_with_1(capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,15 @@ async def test_bad_input_names_its_field_and_disturbs_nobody() -> None:
         assert len(cluster.replicas[0].loop.submitted) == 1
 
 
+async def test_a_huge_text_is_refused_unread() -> None:
+    async with running_cluster() as cluster:
+        started_at = time.monotonic()
+        with pytest.raises(InvalidRequestError) as caught:
+            await gather_chunks(cluster.client, "a" * 10_000_000)
+        assert caught.value.field == "prompt"
+        assert time.monotonic() - started_at < 5  # reading it would take several times as long
+
+
 async def test_bad_input_on_the_wire() -> None:
     requests = [
         (inference_pb2.GenerateRequest(), "prompt"),

@@ -46,6 +46,7 @@ def _check_checkpoints(config: ClusterConfig) -> None:
             raise ConfigError("target.model", f"no such folder: {target}")
         return
     target_config = _read_json(target / "config.json")
+    _check_layout(config, target_config)
     if config.speculative is None:
         return
     drafter = Path(config.speculative.model)
@@ -56,6 +57,29 @@ def _check_checkpoints(config: ClusterConfig) -> None:
     file = drafter / "config.json"
     drafter_config = DSparkConfig.from_dict(_read_json(file), str(file))
     check_drafter_matches_target(drafter_config, target_config, str(file))
+    guesses = config.speculative.num_speculative_tokens
+    if guesses is not None and guesses > drafter_config.block_size:
+        raise ConfigError(
+            "speculative.num_speculative_tokens",
+            f"is {guesses}, the drafter's block_size is {drafter_config.block_size}",
+        )
+
+
+def _check_layout(config: ClusterConfig, target_config: dict[str, Any]) -> None:
+    """Refuses splits of the target that its shape does not allow, before anything starts."""
+    parts = config.target.tensor_parallel_size
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        heads = target_config.get(key)
+        if isinstance(heads, int) and heads % parts:
+            raise ConfigError(
+                "target.tensor_parallel_size",
+                f"{parts} does not divide the model's {key} ({heads})",
+            )
+    stages, layers = config.target.pipeline_parallel_size, target_config.get("num_hidden_layers")
+    if isinstance(layers, int) and stages > layers:
+        raise ConfigError(
+            "target.pipeline_parallel_size", f"is {stages}, the model has {layers} layers"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import asyncio
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from cluster.errors import InvalidRequestError
+
 # Longer texts take milliseconds and are encoded beside the event loop.
 _MAX_INLINE_CHARS = 4096
 
@@ -15,17 +17,35 @@ class PromptEncoder:
     """Encodes text as the tokenizer does by default, special tokens included, never truncated.
 
     Works on a copy, so that nobody else's settings of the tokenizer (padding, truncation) matter,
-    and encoding in a thread is safe.
+    and encoding in a thread is safe. A text that cannot fit the context is refused unread, and no
+    other one holds up the event loop.
+
+    Args:
+        tokenizer: the target's.
+        max_model_len: the context, in tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_model_len: int) -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._max_model_len = max_model_len
+        self._max_chars = max_model_len * max(map(len, self._tokenizer.get_vocab()))
 
     async def encode(self, text: str) -> tuple[int, ...]:
-        """The text's token ids; empty for an empty text unless the tokenizer adds some."""
+        """The text's token ids; empty for an empty text unless the tokenizer adds some.
+
+        Raises:
+            InvalidRequestError: even in the longest tokens there are, the text exceeds the context.
+        """
         if len(text) <= _MAX_INLINE_CHARS:
             return tuple(self._tokenizer.encode(text).ids)
-        encoding = await asyncio.to_thread(self._tokenizer.encode, text)
-        return tuple(encoding.ids)
+        if len(text) > self._max_chars:
+            raise InvalidRequestError(
+                "prompt",
+                f"has {len(text)} characters, more than the model's context of "
+                f"{self._max_model_len} tokens can hold",
+            )
+        # Unlike ``encode``, ``encode_batch`` lets other threads of Python run meanwhile.
+        encodings = await asyncio.to_thread(self._tokenizer.encode_batch, [text])
+        return tuple(encodings[0].ids)

@@ -66,7 +66,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         self.router_id = router_id or f"router-{uuid.uuid4().hex[:12]}"
         self._tokenizer = tokenizer
-        self._encoder = PromptEncoder(tokenizer)
+        self._encoder = PromptEncoder(tokenizer, max_model_len)
         self._model_name = model_name
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
