@@ -466,7 +466,7 @@ def test_shapes_that_cannot_be_cut_are_refused_by_name(pair: tuple[str, str]) ->
 
 
 def run_stage_count(target: str, stages: int) -> None:
-    from cluster.engine.sharding import stage_layers
+    from cluster.engine.layout import stage_layers
 
     layers = AutoModelForCausalLM.from_pretrained(target).config.num_hidden_layers
     stage_layers(layers, stages, 0)

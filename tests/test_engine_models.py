@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from cluster.bench.judge import Judgement, judge
-from cluster.engine.sharding import cut_tensor_parallel, stage_layers
+from cluster.engine.layout import stage_layers
+from cluster.engine.sharding import cut_tensor_parallel
 from cluster.errors import CheckpointError, ConfigError
 from cluster.request import Request, SamplingParams
 from tests.engine_tools import Completion, make_config, make_engine, run, run_sharded

@@ -8,6 +8,7 @@ from typing import Any
 
 import cluster
 from cluster.config import ClusterConfig, load_serve_config
+from cluster.engine.layout import check_heads, stage_layers
 from cluster.errors import CheckpointError, ConfigError
 from cluster.models.dspark_config import DSparkConfig, check_drafter_matches_target
 
@@ -67,19 +68,10 @@ def _check_checkpoints(config: ClusterConfig) -> None:
 
 def _check_layout(config: ClusterConfig, target_config: dict[str, Any]) -> None:
     """Refuses splits of the target that its shape does not allow, before anything starts."""
-    parts = config.target.tensor_parallel_size
-    for key in ("num_attention_heads", "num_key_value_heads"):
-        heads = target_config.get(key)
-        if isinstance(heads, int) and heads % parts:
-            raise ConfigError(
-                "target.tensor_parallel_size",
-                f"{parts} does not divide the model's {key} ({heads})",
-            )
-    stages, layers = config.target.pipeline_parallel_size, target_config.get("num_hidden_layers")
-    if isinstance(layers, int) and stages > layers:
-        raise ConfigError(
-            "target.pipeline_parallel_size", f"is {stages}, the model has {layers} layers"
-        )
+    check_heads(target_config, config.target.tensor_parallel_size)
+    num_layers = target_config.get("num_hidden_layers")
+    if num_layers is not None:
+        stage_layers(num_layers, config.target.pipeline_parallel_size, stage=0)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

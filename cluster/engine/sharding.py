@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from cluster.engine.layout import check_heads
 from cluster.errors import ConfigError
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]
@@ -22,24 +23,6 @@ _NOTHING_TO_CUT = {"replicated_with_grad_allreduce", "replicate"}
 _COLUMN_STYLES = {"colwise"}
 _GATHERED_STYLES = {"colwise_gather_output", "colwise_rep"}
 _ROW_STYLES = {"rowwise"}
-
-
-def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:
-    """The decoder layers of one pipeline stage: contiguous, sizes differing by at most one.
-
-    Earlier stages get the smaller share, as the first one also embeds and samples.
-
-    Raises:
-        ConfigError: more stages than layers.
-    """
-    if num_stages > num_layers:
-        raise ConfigError(
-            "target.pipeline_parallel_size", f"is {num_stages}, the model has {num_layers} layers"
-        )
-    base, larger = divmod(num_layers, num_stages)
-    sizes = [base + (index >= num_stages - larger) for index in range(num_stages)]
-    start = sum(sizes[:stage])
-    return range(start, start + sizes[stage])
 
 
 def cut_stage(model: PreTrainedModel, layers: range) -> None:
@@ -69,14 +52,7 @@ def cut_tensor_parallel(
             "target.tensor_parallel_size",
             f"{type(model).__name__} has no tensor-parallel plan in transformers; use 1",
         )
-    config = model.config.get_text_config()
-    for key in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, key, None)
-        if heads is not None and heads % tensor_parallel_size:
-            raise ConfigError(
-                "target.tensor_parallel_size",
-                f"{tensor_parallel_size} does not divide the model's {key} ({heads})",
-            )
+    check_heads(model.config.get_text_config().to_dict(), tensor_parallel_size)
     for name, module in model.named_modules():
         if module is model.get_output_embeddings():
             continue

@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cluster.config import TargetConfig
 from cluster.engine.attention import ATTENTION_NAME, KVCache, PagedBatch
+from cluster.engine.layout import stage_layers
 from cluster.engine.mesh import Mesh
 from cluster.engine.sharding import (
     cut_output_head,
     cut_stage,
     cut_tensor_parallel,
-    stage_layers,
 )
 from cluster.engine.step_input import StepInput
 from cluster.errors import CheckpointError, ConfigError
