@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from cluster.errors import CheckpointError
+from cluster.models.config_reader import DEFAULT_ROPE_THETA, ConfigReader
 
 ARCHITECTURE = "Qwen3DSparkModel"
 MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
-
-_DEFAULT_ROPE_THETA = 10000.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class DSparkConfig:
     attention_bias: bool = False
     hidden_act: str = "silu"
     rope_parameters: Mapping[str, Any] = field(
-        default_factory=lambda: {"rope_type": "default", "rope_theta": _DEFAULT_ROPE_THETA}
+        default_factory=lambda: {"rope_type": "default", "rope_theta": DEFAULT_ROPE_THETA}
     )
 
     @classmethod
@@ -74,7 +72,7 @@ class DSparkConfig:
             head_dim=reader.integer("head_dim", 2, default=hidden_size // heads),
             max_position_embeddings=reader.integer("max_position_embeddings", 1),
             block_size=reader.integer("block_size", 1),
-            target_layer_ids=reader.layer_ids(),
+            target_layer_ids=reader.layer_ids("target_layer_ids", minimum=-1),
             num_target_layers=reader.integer("num_target_layers", 1),
             mask_token_id=reader.integer("mask_token_id", 0),
             num_anchors=reader.integer("num_anchors", 1),
@@ -145,91 +143,25 @@ class DSparkConfig:
         }
 
 
-_MISSING = object()
-
-
-class _Reader:
-    """Typed access to a ``config.json`` whose errors name the file and the key."""
-
-    def __init__(self, data: Mapping[str, Any], file: str) -> None:
-        self._data = data
-        self._file = file
-
-    def error(self, key: str, message: str) -> CheckpointError:
-        return CheckpointError(self._file, key, message)
+class _Reader(ConfigReader):
+    """The keys that only a DSpark drafter has."""
 
     def refuse_foreign_formats(self) -> None:
-        if "speculators_model_type" in self._data:
-            raise self.error(
-                "speculators_model_type",
-                "checkpoints of the speculators library use another slot convention; "
-                "only DeepSpec's format is loaded",
-            )
-        architectures = self._get("architectures")
+        self.refuse_speculators()
+        architectures = self.get("architectures")
         if architectures != [ARCHITECTURE]:
             raise self.error("architectures", f"must be ['{ARCHITECTURE}'], not {architectures!r}")
-        layer_types = self._data.get("layer_types") or []
+        layer_types = self.get("layer_types", None) or []
         if any(kind != "full_attention" for kind in layer_types):
             raise self.error("layer_types", "only 'full_attention' layers are supported")
 
-    def integer(self, key: str, minimum: int, default: int | None = None) -> int:
-        value = self._get(key, _MISSING if default is None else default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.error(key, f"must be an integer of at least {minimum}, not {value!r}")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise self.error(key, f"must be a number above 0, not {value!r}")
-        return float(value)
-
-    def boolean(self, key: str, default: bool | None = None) -> bool:
-        value = self._get(key, _MISSING if default is None else default)
-        if not isinstance(value, bool):
-            raise self.error(key, f"must be true or false, not {value!r}")
-        return value
-
-    def layer_ids(self) -> tuple[int, ...]:
-        value = self._get("target_layer_ids")
-        valid = isinstance(value, list) and len(value) > 0
-        if not valid or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
-            raise self.error("target_layer_ids", f"must be a list of integers, not {value!r}")
-        if value[0] < -1 or any(low >= high for low, high in pairwise(value)):
-            raise self.error("target_layer_ids", f"must increase from -1 or more, not {value!r}")
-        return tuple(value)
-
     def markov_head_type(self, required: bool) -> str:
-        value = self._get("markov_head_type", _MISSING if required else MARKOV_HEAD_TYPES[0])
+        value = self.get("markov_head_type", *(() if required else (MARKOV_HEAD_TYPES[0],)))
         if value not in MARKOV_HEAD_TYPES:
             raise self.error(
                 "markov_head_type", f"must be one of {list(MARKOV_HEAD_TYPES)}, not {value!r}"
             )
         return str(value)
-
-    def hidden_act(self) -> str:
-        value = self._get("hidden_act", "silu")
-        if value != "silu":
-            raise self.error("hidden_act", f"must be 'silu', not {value!r}")
-        return str(value)
-
-    def rope_parameters(self) -> dict[str, Any]:
-        """Rotary settings as transformers 5 names them; 4's two keys are read as well."""
-        value = self._data.get("rope_parameters")
-        if value is None:
-            value = dict(self._data.get("rope_scaling") or {})
-            value.setdefault("rope_type", value.pop("type", "default"))
-            value["rope_theta"] = self.number("rope_theta", default=_DEFAULT_ROPE_THETA)
-        theta = value.get("rope_theta") if isinstance(value, dict) else None
-        if not isinstance(theta, int | float):
-            raise self.error("rope_parameters", f"needs a number rope_theta, not {value!r}")
-        return {"rope_type": "default", **value}
-
-    def _get(self, key: str, default: Any = _MISSING) -> Any:
-        value = self._data.get(key, default)
-        if value is _MISSING:
-            raise self.error(key, "is missing")
-        return value
 
 
 def check_drafter_matches_target(

@@ -1,0 +1,92 @@
+"""Strict access to a checkpoint's ``config.json``, shared by every drafter format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from cluster.errors import CheckpointError
+
+DEFAULT_ROPE_THETA = 10000.0
+
+_MISSING = object()
+
+
+class ConfigReader:
+    """Typed access to a ``config.json``: every error is a ``CheckpointError`` that names the file
+    and the key."""
+
+    def __init__(self, data: Mapping[str, Any], file: str) -> None:
+        self._data = data
+        self._file = file
+
+    def error(self, key: str, message: str) -> CheckpointError:
+        """An error about ``key`` of this file, to be raised."""
+        return CheckpointError(self._file, key, message)
+
+    def get(self, key: str, default: Any = _MISSING) -> Any:
+        """The value as it stands; without a default, a missing key is an error."""
+        value = self._data.get(key, default)
+        if value is _MISSING:
+            raise self.error(key, "is missing")
+        return value
+
+    def refuse_speculators(self) -> None:
+        """Refuses the format of the speculators library, which shifts slots and layers."""
+        if "speculators_model_type" in self._data:
+            raise self.error(
+                "speculators_model_type",
+                "checkpoints of the speculators library use another slot convention; "
+                "only DeepSpec's format is loaded",
+            )
+
+    def integer(self, key: str, minimum: int, default: int | None = None) -> int:
+        """An integer of at least ``minimum``."""
+        value = self.get(key, _MISSING if default is None else default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.error(key, f"must be an integer of at least {minimum}, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A number above zero."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise self.error(key, f"must be a number above 0, not {value!r}")
+        return float(value)
+
+    def boolean(self, key: str, default: bool | None = None) -> bool:
+        """A JSON true or false."""
+        value = self.get(key, _MISSING if default is None else default)
+        if not isinstance(value, bool):
+            raise self.error(key, f"must be true or false, not {value!r}")
+        return value
+
+    def layer_ids(self, key: str, minimum: int) -> tuple[int, ...]:
+        """A list of strictly increasing layer numbers, the first at least ``minimum``."""
+        value = self.get(key)
+        valid = isinstance(value, list) and len(value) > 0
+        if not valid or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
+            raise self.error(key, f"must be a list of integers, not {value!r}")
+        if value[0] < minimum or any(low >= high for low, high in pairwise(value)):
+            raise self.error(key, f"must increase from {minimum} or more, not {value!r}")
+        return tuple(value)
+
+    def hidden_act(self) -> str:
+        """The activation of the MLP; only ``silu`` is known."""
+        value = self.get("hidden_act", "silu")
+        if value != "silu":
+            raise self.error("hidden_act", f"must be 'silu', not {value!r}")
+        return str(value)
+
+    def rope_parameters(self) -> dict[str, Any]:
+        """Rotary settings as transformers 5 names them; 4's two keys are read as well."""
+        value = self._data.get("rope_parameters")
+        if value is None:
+            value = dict(self._data.get("rope_scaling") or {})
+            value.setdefault("rope_type", value.pop("type", "default"))
+            value["rope_theta"] = self.number("rope_theta", default=DEFAULT_ROPE_THETA)
+        theta = value.get("rope_theta") if isinstance(value, dict) else None
+        if not isinstance(theta, int | float):
+            raise self.error("rope_parameters", f"needs a number rope_theta, not {value!r}")
+        return {"rope_type": "default", **value}
