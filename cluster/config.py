@@ -7,7 +7,7 @@ configuration format), and what every part receives.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,11 +17,16 @@ from cluster.errors import ConfigError
 DType = Literal["float32", "bfloat16", "float16"]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a configuration file: frozen, and without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class TargetConfig(_Section):
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class TargetConfig(Section):
     """The target model and the engine of each of its replicas."""
 
     model: str = Field(description="Hugging Face checkpoint folder or hub id")
@@ -63,7 +68,7 @@ class TargetConfig(_Section):
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
-class SpeculativeConfig(_Section):
+class SpeculativeConfig(Section):
     """How drafts are made and verified; shaped as vLLM's speculative configuration."""
 
     method: Literal["dspark"] = "dspark"
@@ -86,7 +91,7 @@ class SpeculativeConfig(_Section):
     )
 
 
-class DrafterConfig(_Section):
+class DrafterConfig(Section):
     """The pool of drafters."""
 
     num_replicas: int = Field(
@@ -106,7 +111,7 @@ class DrafterConfig(_Section):
     kv_cache_memory_mb: int = Field(default=256, ge=1)
 
 
-class RouterConfig(_Section):
+class RouterConfig(Section):
     """The clients' door."""
 
     num_replicas: int = Field(default=1, ge=1)
@@ -120,7 +125,7 @@ class RouterConfig(_Section):
     max_message_mb: int = Field(default=16, ge=1)
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """One cluster: a target, its drafters and its routers."""
 
     served_model_name: str | None = Field(default=None, description="unset: target.model's name")
@@ -159,21 +164,16 @@ class ClusterConfig(_Section):
         Raises:
             ConfigError: naming the key's dotted path.
         """
-        if not isinstance(values, dict):
-            raise ConfigError("args", f"must be a mapping, got {type(values).__name__}")
-        try:
-            config = cls.model_validate(values)
-        except ValidationError as error:
-            raise _as_config_error(cls, error) from None
+        config = parse_section(cls, values)
         if base_dir is None:
             return config
         target = config.target.model_copy(
-            update={"model": _resolve_path(config.target.model, base_dir)}
+            update={"model": resolve_path(config.target.model, base_dir)}
         )
         speculative = config.speculative
         if speculative is not None:
             speculative = speculative.model_copy(
-                update={"model": _resolve_path(speculative.model, base_dir)}
+                update={"model": resolve_path(speculative.model, base_dir)}
             )
         return config.model_copy(update={"target": target, "speculative": speculative})
 
@@ -205,7 +205,22 @@ def load_serve_config(path: Path) -> tuple[dict[str, Any], ClusterConfig]:
     return document, config
 
 
-def _resolve_path(model: str, base_dir: Path) -> str:
+def parse_section(section: type[SectionT], values: Any) -> SectionT:
+    """Validates ``values`` (a mapping as read from YAML) as one ``section``.
+
+    Raises:
+        ConfigError: naming the key's dotted path, and for an unknown key the nearest right one.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError("args", f"must be a mapping, got {type(values).__name__}")
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise _as_config_error(section, error) from None
+
+
+def resolve_path(model: str, base_dir: Path) -> str:
+    """``model`` as a path beside the file that named it where there is one, else as it is."""
     candidate = base_dir / model
     return str(candidate.resolve()) if candidate.exists() else model
 
