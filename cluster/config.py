@@ -10,11 +10,23 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from cluster.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
+DraftMethodName = Literal["dspark", "dflash", "eagle3", "draft_model", "ngram"]
+
+# As in vLLM, where neither bound of prompt lookup is given.
+_DEFAULT_PROMPT_LOOKUP = 5
 
 
 class Section(BaseModel):
@@ -69,12 +81,31 @@ class TargetConfig(Section):
 
 
 class SpeculativeConfig(Section):
-    """How drafts are made and verified; shaped as vLLM's speculative configuration."""
+    """How drafts are made and verified; shaped as vLLM's speculative configuration.
 
-    method: Literal["dspark"] = "dspark"
-    model: str = Field(description="drafter checkpoint folder or hub id")
+    ``model`` belongs to every method but ``ngram``, which needs none; ``num_speculative_tokens``
+    must be given for methods whose checkpoint has no block (``eagle3``, ``draft_model``,
+    ``ngram``); ``prompt_lookup_min`` and ``prompt_lookup_max`` are set for ``ngram`` and no other.
+    """
+
+    method: DraftMethodName = "dspark"
+    model: str | None = Field(
+        default=None,
+        validate_default=True,
+        description="drafter checkpoint folder or hub id; not for ngram",
+    )
     num_speculative_tokens: int | None = Field(
-        default=None, ge=0, description="most draft tokens a round; unset: the drafter's block"
+        default=None,
+        ge=0,
+        le=128,
+        validate_default=True,
+        description="most draft tokens a round; unset: the drafter's block (dspark, dflash)",
+    )
+    prompt_lookup_min: int | None = Field(
+        default=None, ge=1, le=64, description="ngram: tokens that a match has at least"
+    )
+    prompt_lookup_max: int | None = Field(
+        default=None, ge=1, le=64, description="ngram: tokens that a match is looked for with"
     )
     scheduler: Literal["full", "prefix"] = Field(
         default="full",
@@ -89,6 +120,58 @@ class SpeculativeConfig(Section):
     draft_timeout_ms: float = Field(
         default=200.0, gt=0, le=600_000, description="a round later than this decodes plainly"
     )
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether drafters read the target's hidden states."""
+        return self.method in ("dspark", "dflash", "eagle3")
+
+    @property
+    def checkpoint(self) -> str:
+        """The drafter's folder or hub id, for methods that have one.
+
+        Raises:
+            ConfigError: ``model`` is unset.
+        """
+        if self.model is None:
+            raise ConfigError("speculative.model", f"is unset, as for method {self.method}")
+        return self.model
+
+    @property
+    def prompt_lookup(self) -> tuple[int, int]:
+        """Fewest and most tokens that a match of ``ngram`` is looked for with."""
+        low, high = self.prompt_lookup_min, self.prompt_lookup_max
+        if low is None and high is None:
+            return _DEFAULT_PROMPT_LOOKUP, _DEFAULT_PROMPT_LOOKUP
+        return low or high or 1, high or low or 1
+
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, value: str | None, info: ValidationInfo) -> str | None:
+        method = info.data.get("method")
+        if method == "ngram" and value is not None:
+            raise ValueError("method ngram has no model")
+        if method not in (None, "ngram") and not value:
+            raise ValueError(f"method {method} needs a checkpoint folder or hub id")
+        return value
+
+    @field_validator("num_speculative_tokens")
+    @classmethod
+    def _check_num_speculative_tokens(cls, value: int | None, info: ValidationInfo) -> int | None:
+        method = info.data.get("method")
+        if method in ("eagle3", "draft_model", "ngram") and not value:
+            raise ValueError(f"method {method} needs it, 1 or more")
+        return value
+
+    @field_validator("prompt_lookup_min", "prompt_lookup_max")
+    @classmethod
+    def _check_prompt_lookup(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("method") not in (None, "ngram"):
+            raise ValueError("is for method ngram only")
+        lowest = info.data.get("prompt_lookup_min")
+        if value is not None and lowest is not None and value < lowest:
+            raise ValueError(f"must be at least prompt_lookup_min {lowest}")
+        return value
 
 
 class DrafterConfig(Section):
@@ -171,7 +254,7 @@ class ClusterConfig(Section):
             update={"model": resolve_path(config.target.model, base_dir)}
         )
         speculative = config.speculative
-        if speculative is not None:
+        if speculative is not None and speculative.model is not None:
             speculative = speculative.model_copy(
                 update={"model": resolve_path(speculative.model, base_dir)}
             )

@@ -87,6 +87,28 @@ def test_args_that_travel_through_serve_give_the_same_configuration() -> None:
             "greater than or equal to 15, got 14",
         ),
         ({"target": {"model": "m"}, "drain_timeout_s": -1}, "drain_timeout_s", "got -1"),
+        *(
+            ({"target": {"model": "m"}, "speculative": speculative}, f"speculative.{key}", text)
+            for speculative, key, text in [
+                ({"method": "medusa", "model": "d"}, "method", "'dspark'"),
+                ({}, "model", "method dspark needs a checkpoint"),
+                ({"method": "draft_model", "num_speculative_tokens": 3}, "model", "draft_model"),
+                ({"method": "ngram", "model": "d"}, "model", "method ngram has no model"),
+                ({"method": "ngram"}, "num_speculative_tokens", "method ngram needs it"),
+                ({"method": "eagle3", "model": "d"}, "num_speculative_tokens", "eagle3 needs it"),
+                ({"model": "d", "prompt_lookup_max": 3}, "prompt_lookup_max", "ngram only"),
+                (
+                    {
+                        "method": "ngram",
+                        "num_speculative_tokens": 3,
+                        "prompt_lookup_min": 4,
+                        "prompt_lookup_max": 3,
+                    },
+                    "prompt_lookup_max",
+                    "at least prompt_lookup_min 4",
+                ),
+            ]
+        ),
         (
             {"target": {"model": "m", "max_num_seqs": 64, "max_num_batched_tokens": 8}},
             "args",
@@ -99,6 +121,20 @@ def test_a_bad_value_is_named(args: Any, key: str, text: str) -> None:
         ClusterConfig.parse(args)
     assert caught.value.key == key
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "bounds"),
+    [({}, (5, 5)), ({"min": 2}, (2, 2)), ({"max": 4}, (4, 4)), ({"min": 1, "max": 3}, (1, 3))],
+)
+def test_bounds_of_prompt_lookup_complete_each_other(
+    given: dict[str, int], bounds: tuple[int, int]
+) -> None:
+    keys = {f"prompt_lookup_{name}": value for name, value in given.items()}
+    speculative = {"method": "ngram", "num_speculative_tokens": 3, **keys}
+    config = ClusterConfig.parse({"target": {"model": "m"}, "speculative": speculative})
+    assert config.speculative is not None
+    assert config.speculative.prompt_lookup == bounds
 
 
 @pytest.mark.parametrize(

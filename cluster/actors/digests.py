@@ -21,7 +21,7 @@ def read_digests(config: ClusterConfig) -> dict[str, str]:
         "tokenizer": checkpoint.tokenizer_digest(target),
     }
     if config.speculative is not None:
-        drafter = config.speculative.model
+        drafter = config.speculative.checkpoint
         digests["drafter"] = checkpoint.drafter_digest(drafter)
         digests["projection"] = checkpoint.projection_digest(drafter)
     return digests

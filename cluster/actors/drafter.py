@@ -65,7 +65,7 @@ def _load(
 
     torch.set_num_threads(config.drafter.num_threads)
     drafter = load_drafter(
-        speculative.model, getattr(torch, config.drafter.dtype), config.drafter.device
+        speculative.checkpoint, getattr(torch, config.drafter.dtype), config.drafter.device
     )
     engine = DraftEngine(drafter, config.drafter, speculative.draft_top_k)
     return engine, read_digests(config)

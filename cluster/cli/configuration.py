@@ -50,9 +50,9 @@ def _check_checkpoints(config: ClusterConfig) -> None:
     _check_layout(config, target_config)
     if config.speculative is None:
         return
-    drafter = Path(config.speculative.model)
+    drafter = Path(config.speculative.checkpoint)
     if not drafter.is_dir():
-        if drafter.is_absolute() or config.speculative.model.startswith("."):
+        if drafter.is_absolute() or config.speculative.checkpoint.startswith("."):
             raise ConfigError("speculative.model", f"no such folder: {drafter}")
         return
     file = drafter / "config.json"

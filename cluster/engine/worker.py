@@ -119,9 +119,9 @@ class ShardWorker:
             self.config.target.model, trust_remote_code=self.config.target.trust_remote_code
         )
         check_drafter_matches_target(
-            load_drafter_config(speculative.model), target.to_dict(), speculative.model
+            load_drafter_config(speculative.checkpoint), target.to_dict(), speculative.checkpoint
         )
-        return load_projection(speculative.model)
+        return load_projection(speculative.checkpoint)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
