@@ -120,6 +120,9 @@ class SpeculativeConfig(Section):
     draft_timeout_ms: float = Field(
         default=200.0, gt=0, le=600_000, description="a round later than this decodes plainly"
     )
+    online_calibration: bool = Field(
+        default=True, description="keep confidences calibrated from what is accepted while serving"
+    )
 
     @property
     def uses_features(self) -> bool:
