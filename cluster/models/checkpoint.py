@@ -25,6 +25,7 @@ from cluster.models.dspark_config import DSparkConfig
 from cluster.models.dspark_config import (
     check_drafter_matches_target as check_drafter_matches_target,
 )
+from cluster.models.eagle3_config import Eagle3Config, is_eagle3
 from cluster.models.hub import local_folder
 
 _CONFIG = "config.json"
@@ -45,14 +46,21 @@ class Projection:
     target_layer_ids: tuple[int, ...]
 
 
-def load_drafter_config(path: str | Path) -> DSparkConfig:
+def load_drafter_config(
+    path: str | Path, num_target_layers: int | None = None
+) -> DSparkConfig | Eagle3Config:
     """Reads and checks ``config.json`` of the drafter in folder ``path``.
 
+    ``num_target_layers`` is for EAGLE-3 checkpoints that leave their layers to the target.
+
     Raises:
-        CheckpointError: the file is missing, is not JSON, or describes no DSpark drafter.
+        CheckpointError: the file is missing, is not JSON, or describes no drafter.
     """
     file = local_folder(path) / _CONFIG
-    return DSparkConfig.from_dict(_read_json(file), str(file))
+    data = _read_json(file)
+    if is_eagle3(data):
+        return Eagle3Config.from_dict(data, str(file), num_target_layers)
+    return DSparkConfig.from_dict(data, str(file))
 
 
 def load_drafter(
@@ -67,6 +75,8 @@ def load_drafter(
             the wrong shape.
     """
     config = load_drafter_config(path)
+    if not isinstance(config, DSparkConfig):
+        raise CheckpointError(str(path), "architectures", "is no DSpark drafter")
     with torch.device("meta"):
         expected = {name: value.shape for name, value in DSparkDrafter(config).state_dict().items()}
     tensors = _read_tensors(local_folder(path), expected)
@@ -80,13 +90,14 @@ def load_projection(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    num_target_layers: int | None = None,
 ) -> Projection:
     """Loads only what the target's side of a drafter needs.
 
     Raises:
-        CheckpointError: as ``load_drafter``, for ``config.json`` and ``fc.weight``.
+        CheckpointError: as ``load_drafter_config``, and for ``fc.weight``.
     """
-    config = load_drafter_config(path)
+    config = load_drafter_config(path, num_target_layers)
     width = config.hidden_size
     expected = {
         _PROJECTION_KEY: torch.Size((width, len(config.target_layer_ids) * width)),
@@ -132,7 +143,7 @@ def drafter_digest(path: str | Path) -> str:
     return _digest(folder, [_CONFIG, *_weight_files(folder)])
 
 
-def projection_digest(path: str | Path) -> str:
+def projection_digest(path: str | Path, num_target_layers: int | None = None) -> str:
     """Identity of stored features: SHA-256 (hex) over layer ids and the bytes of ``fc``.
 
     Drafters that share a projection share features.
@@ -140,7 +151,7 @@ def projection_digest(path: str | Path) -> str:
     Raises:
         CheckpointError: as ``load_projection``.
     """
-    projection = load_projection(path)
+    projection = load_projection(path, num_target_layers=num_target_layers)
     digest = hashlib.sha256(json.dumps(projection.target_layer_ids).encode())
     digest.update(projection.weight.contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from cluster.errors import CheckpointError
 from cluster.models.config_reader import DEFAULT_ROPE_THETA, ConfigReader
@@ -164,8 +164,24 @@ class _Reader(ConfigReader):
         return str(value)
 
 
+class DrafterShape(Protocol):
+    """What every drafter that reads a target's features says about that target."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def num_target_layers(self) -> int | None: ...
+
+
 def check_drafter_matches_target(
-    drafter: DSparkConfig, target: Mapping[str, Any], file: str = "config.json"
+    drafter: DrafterShape, target: Mapping[str, Any], file: str = "config.json"
 ) -> None:
     """Checks that a drafter was made for a target of this shape.
 
@@ -182,9 +198,15 @@ def check_drafter_matches_target(
         if ours != theirs:
             raise CheckpointError(file, key, f"is {ours}, but the target's is {theirs}")
     layers = int(target["num_hidden_layers"])
-    if drafter.num_target_layers != layers:
+    if drafter.num_target_layers not in (None, layers):
         raise CheckpointError(
             file,
             "num_target_layers",
             f"is {drafter.num_target_layers}, but the target has {layers} layers",
+        )
+    if drafter.target_layer_ids[-1] >= layers:
+        raise CheckpointError(
+            file,
+            "target_layer_ids",
+            f"{drafter.target_layer_ids[-1]} is out of range for a target of {layers} layers",
         )
