@@ -5,6 +5,7 @@
     DsparkError
     ├── ConfigError               configuration file or start-up arguments (names the key)
     ├── CheckpointError           model or drafter files on disk (names file and key)
+    ├── DataError                 a file to learn or measure from (names file and line)
     ├── InvalidRequestError       a client's request (names the field)
     ├── QueueFullError            admission refused; carries when to retry
     ├── RequestCancelledError     the client went away
@@ -74,6 +75,26 @@ class CheckpointError(DsparkError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (CheckpointError, (self.file, self.key, self.message))
+
+
+class DataError(DsparkError):
+    """A data file cannot be used.
+
+    Args:
+        file: path of the file.
+        line: number of the offending line, from 1, or ``None`` for the file itself.
+        message: what is wrong.
+    """
+
+    def __init__(self, file: str, line: int | None, message: str) -> None:
+        self.file = str(file)
+        self.line = line
+        self.message = message
+        where = self.file if line is None else f"{self.file}:{line}"
+        super().__init__(f"{where}: {message}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (DataError, (self.file, self.line, self.message))
 
 
 class InvalidRequestError(DsparkError):
