@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from cluster.errors import CheckpointError
+from cluster.models.checkpoint_files import (
+    CONFIG,
+    read_json,
+    read_tensors,
+    weight_files,
+    write_checkpoint,
+)
 from cluster.models.dspark import DSparkDrafter
 from cluster.models.dspark_config import DSparkConfig
 from cluster.models.dspark_config import (
@@ -28,9 +31,6 @@ from cluster.models.dspark_config import (
 from cluster.models.eagle3_config import Eagle3Config, is_eagle3
 from cluster.models.hub import local_folder
 
-_CONFIG = "config.json"
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _PROJECTION_KEY = "fc.weight"
 
 
@@ -56,8 +56,8 @@ def load_drafter_config(
     Raises:
         CheckpointError: the file is missing, is not JSON, or describes no drafter.
     """
-    file = local_folder(path) / _CONFIG
-    data = _read_json(file)
+    file = local_folder(path) / CONFIG
+    data = read_json(file)
     if is_eagle3(data):
         return Eagle3Config.from_dict(data, str(file), num_target_layers)
     return DSparkConfig.from_dict(data, str(file))
@@ -79,7 +79,7 @@ def load_drafter(
         raise CheckpointError(str(path), "architectures", "is no DSpark drafter")
     with torch.device("meta"):
         expected = {name: value.shape for name, value in DSparkDrafter(config).state_dict().items()}
-    tensors = _read_tensors(local_folder(path), expected)
+    tensors = read_tensors(local_folder(path), expected, "a DSpark drafter")
     drafter = DSparkDrafter(config)
     drafter.load_state_dict(tensors)
     drafter.requires_grad_(False)
@@ -102,7 +102,7 @@ def load_projection(
     expected = {
         _PROJECTION_KEY: torch.Size((width, len(config.target_layer_ids) * width)),
     }
-    tensors = _read_tensors(local_folder(path), expected, others_allowed=True)
+    tensors = read_tensors(local_folder(path), expected)
     weight = tensors[_PROJECTION_KEY].to(device=device, dtype=dtype)
     return Projection(weight, config.target_layer_ids)
 
@@ -111,25 +111,13 @@ def save_drafter(
     drafter: DSparkDrafter, path: str | Path, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Writes ``drafter`` to folder ``path``; each file is replaced atomically."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    data = {**drafter.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
-    partial = folder / (_CONFIG + ".partial")
-    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / _CONFIG)
-    tensors = {
-        name: value.detach().to("cpu", dtype).contiguous()
-        for name, value in drafter.state_dict().items()
-    }
-    partial = folder / (_WEIGHTS + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / _WEIGHTS)
+    write_checkpoint(path, drafter.config.to_dict(), drafter.state_dict(), dtype)
 
 
 def target_digest(path: str | Path) -> str:
     """Identity of a target: SHA-256 (hex) over its configuration and weights."""
     folder = local_folder(path)
-    return _digest(folder, [_CONFIG, *_weight_files(folder)])
+    return _digest(folder, [CONFIG, *weight_files(folder)])
 
 
 def tokenizer_digest(path: str | Path) -> str:
@@ -140,7 +128,7 @@ def tokenizer_digest(path: str | Path) -> str:
 def drafter_digest(path: str | Path) -> str:
     """Identity of a drafter: SHA-256 (hex) over its configuration and weights."""
     folder = local_folder(path)
-    return _digest(folder, [_CONFIG, *_weight_files(folder)])
+    return _digest(folder, [CONFIG, *weight_files(folder)])
 
 
 def projection_digest(path: str | Path, num_target_layers: int | None = None) -> str:
@@ -169,55 +157,3 @@ def _digest(folder: Path, names: Iterable[str]) -> str:
             raise CheckpointError(str(path), None, f"cannot be read: {error.strerror}") from error
         digest.update(name.encode() + b"\0" + content.digest())
     return digest.hexdigest()
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files of a folder: one, or those of its index."""
-    if (folder / _WEIGHTS).exists() or not (folder / _INDEX).exists():
-        return [_WEIGHTS]
-    weight_map = _read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(str(folder / _INDEX), "weight_map", "is missing or empty")
-    return sorted(set(weight_map.values()))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(str(path), None, "no such file") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(path), None, f"cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(str(path), None, "must hold one JSON object")
-    return data
-
-
-def _read_tensors(
-    folder: Path, expected: Mapping[str, torch.Size], others_allowed: bool = False
-) -> dict[str, torch.Tensor]:
-    """Reads the tensors named in ``expected`` from a folder's safetensors, shapes checked."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name in _weight_files(folder):
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(str(path), None, "no such file")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    if key in expected:
-                        _check_shape(path, key, expected[key], file.get_slice(key).get_shape())
-                        tensors[key] = file.get_tensor(key)
-                    elif not others_allowed:
-                        raise CheckpointError(str(path), key, "is no weight of a DSpark drafter")
-        except SafetensorError as error:
-            raise CheckpointError(str(path), None, f"broken safetensors: {error}") from error
-    missing = sorted(set(expected) - set(tensors))
-    if missing:
-        raise CheckpointError(str(folder / _WEIGHTS), missing[0], "is missing")
-    return tensors
-
-
-def _check_shape(path: Path, key: str, expected: torch.Size, found: list[int]) -> None:
-    if list(expected) != list(found):
-        raise CheckpointError(str(path), key, f"has shape {list(found)}, not {list(expected)}")
