@@ -192,7 +192,9 @@ class _SteepCostModel(CostModel):
         sizes = (1, MAX_NUM_SEQS * (BLOCK_SIZE + 1))
         super().__init__({size: float(MAX_NUM_SEQS + size) for size in sizes})
 
-    def observe_verify(self, num_tokens: int, seconds: float) -> None:
+    def observe_verify(
+        self, num_tokens: int, seconds: float, *, num_context_tokens: int = 0
+    ) -> None:
         pass
 
     def observe_draft(self, seconds: float) -> None:
@@ -357,6 +359,7 @@ class _Retrospective(RetrospectiveBudget):
         cost_model: CostModel,
         num_requests: int,
         num_base_tokens: int,
+        num_context_tokens: int = 0,
     ) -> npt.NDArray[np.int64]:
         whole = np.zeros((len(confidences), BLOCK_SIZE))
         whole[:, : confidences.shape[1]] = confidences

@@ -275,6 +275,7 @@ class RetrospectiveBudget:
         cost_model: CostModel,
         num_requests: int,
         num_base_tokens: int,
+        num_context_tokens: int = 0,
     ) -> npt.NDArray[np.int64]:
         survival = np.cumprod(confidences, axis=1)
         expected = 1 + np.cumsum(np.pad(survival, ((0, 0), (1, 0))), axis=1)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.speculation.budget import BudgetPlanner, FixedBudget, GreedyBudget, SearchBudget
 from cluster.speculation.cost_model import CostModel
+from cluster.speculation.verify_curve import VerifyCurve
 
 FLAT = CostModel({1: 0.01})
 LINEAR = CostModel({1: 4.0, 101: 104.0})  # 3 + tokens seconds
@@ -20,6 +21,7 @@ def plan(
     cost_model: CostModel,
     *,
     num_prefill_tokens: int = 0,
+    num_context_tokens: int = 0,
 ) -> list[int]:
     num_columns = max(len(row) for row in confidences)
     padded = [row + [float("nan")] * (num_columns - len(row)) for row in confidences]
@@ -29,6 +31,7 @@ def plan(
         cost_model=cost_model,
         num_requests=len(confidences),
         num_base_tokens=len(confidences) + num_prefill_tokens,
+        num_context_tokens=num_context_tokens,
     ).tolist()
 
 
@@ -112,6 +115,21 @@ def test_prefill_in_the_batch_moves_the_budget_with_the_curve() -> None:
     assert plan(GreedyBudget(), [[0.9, 0.9]] * 10, knee, num_prefill_tokens=45) == [0] * 10
 
 
+@pytest.mark.parametrize("make", [GreedyBudget, SearchBudget])
+def test_guesses_pay_more_at_long_contexts(make: type[BudgetPlanner]) -> None:
+    """Reading the context is paid once a step: guesses beside it cost relatively less."""
+    cost_model = CostModel(
+        VerifyCurve.fit(
+            [1, 101], [0, 1000], [[1.0, 101.0], [101.0, 201.0]]
+        )  # tokens + context / 10
+    )
+    for context, wanted in ((0, [0, 0]), (1000, [2, 2])):
+        planner = make()
+        for _ in range(2):
+            chosen = plan(planner, [[0.9, 0.7]] * 2, cost_model, num_context_tokens=context)
+        assert chosen == wanted
+
+
 def test_search_sees_past_a_step_that_stops_greedy() -> None:
     step = CostModel({1: 1.0, 2: 1.9, 5: 1.9})
     confidences = [[0.8, 0.9, 0.9, 0.9]]
@@ -145,59 +163,3 @@ def test_no_requests_is_an_empty_plan() -> None:
             empty, np.zeros(0, np.int64), cost_model=FLAT, num_requests=0, num_base_tokens=512
         )
         assert result.shape == (0,)
-
-
-# ------------------------------------------------------------------------------ cost model
-
-
-def test_verify_curve_is_interpolated_and_extended() -> None:
-    model = CostModel({10: 1.0, 20: 2.0, 40: 2.5})
-    assert model.verify_seconds([1, 10, 15, 30, 60]).tolist() == [1.0, 1.0, 1.5, 2.25, 3.0]
-
-
-def test_measured_noise_never_makes_the_curve_fall() -> None:
-    model = CostModel({1: 2.0, 8: 1.5, 16: 3.0})
-    assert model.verify_seconds([1, 8, 16]).tolist() == [2.0, 2.0, 3.0]
-
-
-@given(st.lists(st.tuples(st.integers(1, 300), st.floats(1e-4, 10)), max_size=30))
-def test_curve_stays_monotone_and_positive(passes: list[tuple[int, float]]) -> None:
-    model = CostModel({1: 0.1, 64: 0.2, 128: 0.4})
-    for num_tokens, seconds in passes:
-        model.observe_verify(num_tokens, seconds)
-    curve = model.verify_seconds(np.arange(1, 400))
-    assert np.all(np.diff(curve) >= -1e-12)
-    assert np.all(curve > 0)
-
-
-def test_curve_converges_to_what_is_measured() -> None:
-    model = CostModel({1: 0.1, 64: 0.2, 128: 0.4})
-    for _ in range(200):
-        for num_tokens in (1, 40, 64, 128, 256):
-            model.observe_verify(num_tokens, 0.01 * num_tokens)
-    measured = model.verify_seconds([1, 40, 128, 256])
-    np.testing.assert_allclose(measured, [0.01, 0.4, 1.28, 2.56], rtol=0.05)
-
-
-def test_draft_time_lowers_goodput() -> None:
-    model = CostModel({1: 1.0}, draft_seconds=1.0, smoothing=0.5)
-    goodput = model.expected_goodput(num_requests=2, survival_sum=[0, 2], num_tokens=[2, 6])
-    assert goodput.tolist() == [1.0, 2.0]
-    model.observe_draft(3.0)
-    assert model.draft_seconds == 2.0
-
-
-@pytest.mark.parametrize(
-    ("curve", "options"),
-    [
-        ({}, {}),
-        ({0: 1.0}, {}),
-        ({1: 0.0}, {}),
-        ({1: float("nan")}, {}),
-        ({1: 1.0}, {"draft_seconds": -1.0}),
-        ({1: 1.0}, {"smoothing": 0.0}),
-    ],
-)
-def test_impossible_curves_are_refused(curve: dict[int, float], options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"must be|needs"):
-        CostModel(curve, **options)

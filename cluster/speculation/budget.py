@@ -38,6 +38,7 @@ class BudgetPlanner(Protocol):
         cost_model: CostModel,
         num_requests: int,
         num_base_tokens: int,
+        num_context_tokens: int = 0,
     ) -> Integers:
         """Choose how long a prefix of each request's drafted tokens to verify.
 
@@ -48,6 +49,7 @@ class BudgetPlanner(Protocol):
             num_requests: requests that sample in this step, with and without a proposal.
             num_base_tokens: batch tokens that the step has anyway: one for each request that
                 samples and those of the prefill chunks.
+            num_context_tokens: cached tokens of all sequences in the step.
 
         Returns:
             ``[R]`` int64, from 0 to ``num_candidates``.
@@ -68,6 +70,7 @@ class FixedBudget:
         cost_model: CostModel,
         num_requests: int,
         num_base_tokens: int,
+        num_context_tokens: int = 0,
     ) -> Integers:
         """See :meth:`BudgetPlanner.plan`."""
         return np.minimum(num_candidates, self._num_speculative_tokens)
@@ -90,12 +93,15 @@ class GreedyBudget:
         cost_model: CostModel,
         num_requests: int,
         num_base_tokens: int,
+        num_context_tokens: int = 0,
     ) -> Integers:
         """See :meth:`BudgetPlanner.plan`."""
         survival = _survival(confidences, num_candidates)
         order = _visiting_order(survival)
         ordered = survival.ravel(order="F")[order]
-        goodput = _goodput_by_budget(ordered, cost_model, num_requests, num_base_tokens)
+        goodput = _goodput_by_budget(
+            ordered, cost_model, num_requests, num_base_tokens, num_context_tokens
+        )
         is_fall = goodput[1:] < goodput[:-1]
         budget = int(is_fall.argmax()) if is_fall.any() else len(order)
         return _admit(order[:budget], len(num_candidates))
@@ -128,6 +134,7 @@ class SearchBudget:
         cost_model: CostModel,
         num_requests: int,
         num_base_tokens: int,
+        num_context_tokens: int = 0,
     ) -> Integers:
         """See :meth:`BudgetPlanner.plan`; then remembers this round's survival."""
         survival = _survival(confidences, num_candidates)
@@ -144,9 +151,12 @@ class SearchBudget:
                 cost_model=cost_model,
                 num_requests=num_requests,
                 num_base_tokens=num_base_tokens,
+                num_context_tokens=num_context_tokens,
             )
         expected = np.interp(ranks, self._PROFILE_LEVELS, profile)
-        goodput = _goodput_by_budget(expected, cost_model, num_requests, num_base_tokens)
+        goodput = _goodput_by_budget(
+            expected, cost_model, num_requests, num_base_tokens, num_context_tokens
+        )
         return _admit(order[: int(goodput.argmax())], len(num_candidates))
 
     def _updated_profile(self, ranks: Floats, ordered_survival: Floats) -> Floats:
@@ -175,13 +185,20 @@ def _visiting_order(survival: Floats) -> Integers:
 
 
 def _goodput_by_budget(
-    ordered_survival: Floats, cost_model: CostModel, num_requests: int, num_base_tokens: int
+    ordered_survival: Floats,
+    cost_model: CostModel,
+    num_requests: int,
+    num_base_tokens: int,
+    num_context_tokens: int,
 ) -> Floats:
     """``[C+1]`` expected tokens per second when the first 0 ... C candidates are taken."""
     survival_sum = np.concatenate([[0.0], np.cumsum(ordered_survival)])
     num_tokens = num_base_tokens + np.arange(len(survival_sum))
     return cost_model.expected_goodput(
-        num_requests=num_requests, survival_sum=survival_sum, num_tokens=num_tokens
+        num_requests=num_requests,
+        survival_sum=survival_sum,
+        num_tokens=num_tokens,
+        num_context_tokens=num_context_tokens,
     )
 
 

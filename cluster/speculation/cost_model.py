@@ -2,80 +2,92 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 
+from cluster.speculation.verify_curve import VerifyCurve
+
 Floats = npt.NDArray[np.float64]
+
+# One step may tell at most that it took this many times longer, or shorter, than predicted: a
+# machine's hiccup is no news about the next step.
+_MAX_SURPRISE = math.log(2.0)
+# A surprise is first of all news about the machine (a neighbour, a clock rate), which concerns
+# every size; only what stays at one size, time after time, is news about that size.
+_LOCAL_SHARE = 0.1
 
 
 class CostModel:
-    """Time of a verifying pass by batch tokens, and visible time of a round of drafting.
+    """Time of a whole step by batch tokens and context, and visible time of a round of drafting.
 
-    The verify curve is a table of measured sizes, interpolated between them, extended with the
-    last segment's slope above them and flat below, and never falling: more tokens never cost
-    less. Observations pull the nearest points towards what was measured.
+    Guarantees: predicted times are positive and never fall with more tokens or more context,
+    whatever is observed; one observation changes no prediction within the curve's grid by more
+    than a factor of ``2 ** (1.1 * smoothing)``.
+
+    Observations scale the whole curve, and slowly move the points nearest to them.
 
     Args:
-        verify_seconds_by_tokens: measured seconds by number of batch tokens, at least one.
+        curve: the measured verify curve; a mapping gives seconds by number of batch tokens, for
+            where context costs nothing.
         draft_seconds: visible drafting time of a round (drafter's queue and network included,
             less what is hidden behind other work).
         smoothing: weight of a new observation, in (0, 1].
 
     Raises:
-        ValueError: an empty table, or values that are not finite and positive.
+        ConfigError: a mapping that is no curve.
+        ValueError: the other two are out of range.
     """
 
     def __init__(
         self,
-        verify_seconds_by_tokens: Mapping[int, float],
+        curve: VerifyCurve | Mapping[int, float],
         *,
         draft_seconds: float = 0.0,
         smoothing: float = 0.1,
     ) -> None:
-        points = sorted(verify_seconds_by_tokens.items())
-        self._tokens: Floats = np.array([tokens for tokens, _ in points], dtype=np.float64)
-        self._seconds: Floats = np.array([seconds for _, seconds in points], dtype=np.float64)
-        if len(points) == 0:
-            raise ValueError("the verify curve needs at least one point")
-        if not (np.all(self._tokens > 0) and np.all(np.isfinite(self._seconds))):
-            raise ValueError("the verify curve needs positive sizes and finite times")
-        if not np.all(self._seconds > 0) or not 0 <= draft_seconds < np.inf:
-            raise ValueError("verify times must be positive and the draft time not negative")
+        if not 0 <= draft_seconds < math.inf:
+            raise ValueError("draft_seconds must be finite and not negative")
         if not 0 < smoothing <= 1:
             raise ValueError("smoothing must be in (0, 1]")
-        self._seconds = np.maximum.accumulate(self._seconds)
+        self._curve = curve if isinstance(curve, VerifyCurve) else VerifyCurve.of_tokens(curve)
         self._smoothing = smoothing
+        self._scale = 1.0
         self.draft_seconds = draft_seconds
 
-    def verify_seconds(self, num_tokens: npt.ArrayLike) -> Floats:
-        """Seconds of a pass over ``num_tokens`` batch tokens, prefill included; any shape."""
-        sizes = np.asarray(num_tokens, dtype=np.float64)
-        seconds = np.interp(sizes, self._tokens, self._seconds)
-        if len(self._tokens) > 1:
-            slope = (self._seconds[-1] - self._seconds[-2]) / (self._tokens[-1] - self._tokens[-2])
-            seconds = seconds + slope * np.maximum(sizes - self._tokens[-1], 0.0)
-        return np.asarray(seconds)
+    def verify_seconds(
+        self, num_tokens: npt.ArrayLike, num_context_tokens: npt.ArrayLike = 0
+    ) -> Floats:
+        """Seconds of a step, drafting excluded; any shapes that broadcast.
 
-    def observe_verify(self, num_tokens: int, seconds: float) -> None:
-        """Learn from a measured pass: the points on both sides move by their share of the error.
-
-        A size above the largest known one becomes a point, so the curve's range grows with use.
+        Args:
+            num_tokens: batch tokens, guesses and prompt chunks included.
+            num_context_tokens: cached tokens that they look back on, summed over sequences.
         """
-        predicted = float(self.verify_seconds(num_tokens))
-        if num_tokens > self._tokens[-1]:
-            self._tokens = np.append(self._tokens, float(num_tokens))
-            self._seconds = np.append(self._seconds, predicted)
-        error = self._smoothing * (seconds - predicted)
-        weights = _interpolation_weights(self._tokens, num_tokens)
-        moved = self._seconds + error * weights
-        # Restore order around the moved points: what rose lifts the larger sizes with it, what
-        # fell pulls the smaller ones down.
-        if error >= 0:
-            self._seconds = np.maximum.accumulate(moved)
-        else:
-            self._seconds = np.minimum.accumulate(moved[::-1])[::-1]
+        return self._scale * self._curve.seconds(num_tokens, num_context_tokens)
+
+    def observe_verify(
+        self, num_tokens: int, seconds: float, *, num_context_tokens: int = 0
+    ) -> None:
+        """Learn from a measured step; times that are not positive are ignored."""
+        if not 0 < seconds < math.inf:
+            return
+        predicted = float(self.verify_seconds(num_tokens, num_context_tokens))
+        surprise = math.log(seconds / predicted)
+        change = self._smoothing * min(max(surprise, -_MAX_SURPRISE), _MAX_SURPRISE)
+        self._scale *= math.exp(change)
+        self._curve = self._curve.corrected(
+            num_tokens, num_context_tokens, math.exp(_LOCAL_SHARE * change)
+        )
+
+    def replace_curve(self, curve: VerifyCurve) -> None:
+        """Puts a newly measured curve in the old one's place; what is known of the machine stays.
+
+        That is how much longer than measured steps take here and now.
+        """
+        self._curve = curve
 
     def observe_draft(self, seconds: float) -> None:
         """Learn from a round's visible drafting time."""
@@ -87,6 +99,7 @@ class CostModel:
         num_requests: int,
         survival_sum: npt.ArrayLike,
         num_tokens: npt.ArrayLike,
+        num_context_tokens: npt.ArrayLike = 0,
     ) -> Floats:
         """Expected tokens per second of a step that verifies a drafted round.
 
@@ -94,21 +107,11 @@ class CostModel:
             num_requests: requests that sample in this step; each yields one token for certain.
             survival_sum: sum of the admitted drafted tokens' survival probabilities; any shape.
             num_tokens: batch tokens of the step, the admitted ones included; the same shape.
+            num_context_tokens: as in ``verify_seconds``.
 
         Returns:
-            ``(num_requests + survival_sum) / (draft_seconds + verify_seconds(num_tokens))``.
+            ``(num_requests + survival_sum) / (draft_seconds + verify_seconds(...))``.
         """
         tokens = num_requests + np.asarray(survival_sum, dtype=np.float64)
-        return np.asarray(tokens / (self.draft_seconds + self.verify_seconds(num_tokens)))
-
-
-def _interpolation_weights(points: Floats, value: float) -> Floats:
-    """Weights with which linear interpolation at ``value`` reads each of ``points``."""
-    weights = np.zeros_like(points)
-    right = int(np.searchsorted(points, value))
-    if right == 0 or points[right] == value:
-        weights[right] = 1.0
-        return weights
-    weights[right] = (value - points[right - 1]) / (points[right] - points[right - 1])
-    weights[right - 1] = 1.0 - weights[right]
-    return weights
+        seconds = self.draft_seconds + self.verify_seconds(num_tokens, num_context_tokens)
+        return np.asarray(tokens / seconds)

@@ -1,0 +1,285 @@
+"""What a target's step costs, as measured: seconds by batch tokens and by context tokens.
+
+*Batch tokens* are all tokens that a pass computes: guesses and prompt chunks included. *Context
+tokens* are the cached tokens that they look back on, summed over the pass's sequences: a sequence
+with 500 tokens in the cache counts 500, whether it brings one token or a block of eight.
+
+Why that sum: a step's time beyond its batch tokens is the reading of cached keys and values, which
+is done once a sequence. The sum over *tokens* (tokens x context, the attention's multiplications)
+would say that a guess costs another reading of the context. It does not; that is why guesses pay
+at long contexts. Measured on the CPU, the sum of contexts also predicts mixed batches better
+(docs/verify-curve.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.errors import ConfigError
+
+Floats = npt.NDArray[np.float64]
+
+FORMAT = "dspark-verify-curve"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CurveOrigin:
+    """What a curve was measured on. All but the last four fields are its ``identity``.
+
+    Attributes:
+        target_digest: hex SHA-256 of the target's configuration and weights.
+        processor: model name of the CPU; ``cores``: of the machine.
+        accelerator: model name of the GPU, empty without one.
+        num_threads: CPU threads of each shard.
+        deterministic: whether the target ran in deterministic mode.
+        measured_at: UTC, ISO 8601.
+    """
+
+    target_digest: str
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    dtype: str
+    device: str
+    num_threads: int
+    deterministic: bool
+    processor: str
+    cores: int
+    accelerator: str
+    torch: str = ""
+    transformers: str = ""
+    dspark: str = ""
+    measured_at: str = ""
+
+    @property
+    def identity(self) -> dict[str, str | int | bool]:
+        """What must be equal for a curve to be used again."""
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in list(values)[:-4]}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> CurveOrigin:
+        """The inverse of ``dataclasses.asdict``. Raises: ConfigError: naming the key."""
+        if not isinstance(values, Mapping):
+            raise ConfigError("origin", "must be an object")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in fields:
+                raise ConfigError(f"origin.{name}", "unknown key", fields)
+        kinds = {"str": str, "int": int, "bool": bool}
+        for name, field in fields.items():
+            if name not in values:
+                raise ConfigError(f"origin.{name}", "is missing")
+            if type(values[name]) is not kinds[str(field.type)]:
+                raise ConfigError(f"origin.{name}", f"must be {field.type}, got {values[name]!r}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, eq=False)
+class VerifyCurve:
+    """Seconds of a step on a grid of sizes, and between and beyond its points.
+
+    Guarantees: positive, and never falling in either direction: more tokens or more context never
+    cost less. Between points it is bilinear; below the first ones flat; beyond the last ones it
+    goes on with the last segments' slope (the mean over the other axis, so that it stays monotone).
+    Immutable.
+
+    Attributes:
+        tokens: ``[T]`` batch tokens, rising, positive.
+        context_tokens: ``[C]``, rising, not negative.
+        table: ``[T, C]`` seconds.
+        origin: what it was measured on, where that is known.
+
+    Raises:
+        ConfigError: an array breaks the above; names it.
+    """
+
+    tokens: Floats
+    context_tokens: Floats
+    table: Floats
+    origin: CurveOrigin | None = None
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("tokens", 1), ("context_tokens", 0)):
+            axis = getattr(self, name)
+            if axis.ndim != 1 or len(axis) == 0 or not np.all(np.isfinite(axis)):
+                raise ConfigError(name, "must be a list of at least one finite number")
+            if axis[0] < lowest or np.any(np.diff(axis) <= 0):
+                raise ConfigError(name, f"must rise from at least {lowest}")
+        shape = (len(self.tokens), len(self.context_tokens))
+        if self.table.shape != shape:
+            raise ConfigError("seconds", f"must have {shape[0]} rows of {shape[1]} numbers")
+        if not np.all(np.isfinite(self.table)) or self.table[0, 0] <= 0:
+            raise ConfigError("seconds", "must be positive and finite")
+        if any(np.any(np.diff(self.table, axis=axis) < 0) for axis in (0, 1)):
+            raise ConfigError("seconds", "must not fall with more tokens or more context")
+
+    @classmethod
+    def of_tokens(cls, seconds_by_tokens: Mapping[int, float]) -> VerifyCurve:
+        """A curve on which context costs nothing."""
+        tokens = sorted(seconds_by_tokens)
+        return cls.fit(tokens, [0], [[seconds_by_tokens[size]] for size in tokens])
+
+    @classmethod
+    def fit(
+        cls,
+        tokens: Sequence[int],
+        context_tokens: Sequence[int],
+        measured: npt.ArrayLike,
+        origin: CurveOrigin | None = None,
+    ) -> VerifyCurve:
+        """The curve of noisy and incomplete measurements.
+
+        Noise only ever adds time, so what a larger step took bounds what a smaller one takes: each
+        point becomes the least of what it and all larger ones measured. (A running maximum would
+        let one disturbed measurement lift every point behind it.)
+
+        Args:
+            measured: ``[T, C]`` seconds, NaN where nothing was measured. The first column is
+                complete and every other has a measurement: a missing one is taken to add to its
+                row what the nearest measured row of the column adds (reading the cache and
+                computing tokens happen one after the other).
+
+        Raises:
+            ConfigError: an axis or the measurements are unusable; names them.
+        """
+        table = np.array(measured, dtype=np.float64)
+        if table.ndim != 2 or table.size == 0 or np.any(np.isnan(table[:, 0])):
+            raise ConfigError("seconds", "need a measurement of every size without context")
+        for column in range(1, table.shape[1]):
+            known = np.flatnonzero(~np.isnan(table[:, column]))
+            if len(known) == 0:
+                raise ConfigError("seconds", f"column {column} has no measurement")
+            added = table[known, column] - table[known, 0]
+            rows = np.arange(len(table))
+            nearest = np.abs(rows[:, None] - known[None, :]).argmin(axis=1)
+            missing = np.isnan(table[:, column])
+            table[missing, column] = table[missing, 0] + added[nearest[missing]]
+        return cls(_floats(tokens), _floats(context_tokens), _pulled_down(table), origin)
+
+    def seconds(self, num_tokens: npt.ArrayLike, context_tokens: npt.ArrayLike = 0) -> Floats:
+        """Seconds of a step; the arguments may have any shapes that broadcast."""
+        row, row_share, row_excess = _place(self.tokens, num_tokens)
+        column, column_share, column_excess = _place(self.context_tokens, context_tokens)
+        next_row = np.minimum(row + 1, len(self.tokens) - 1)
+        next_column = np.minimum(column + 1, len(self.context_tokens) - 1)
+        here = _mix(self.table[row, column], self.table[row, next_column], column_share)
+        above = _mix(self.table[next_row, column], self.table[next_row, next_column], column_share)
+        inside = _mix(here, above, row_share)
+        beyond = row_excess * _last_slope(self.tokens, self.table)
+        beyond = beyond + column_excess * _last_slope(self.context_tokens, self.table.T)
+        return np.asarray(inside + beyond)
+
+    def corrected(self, num_tokens: float, context_tokens: float, factor: float) -> VerifyCurve:
+        """The curve with the points around a place multiplied by ``factor``.
+
+        Each moves by its share in the interpolation there. What rises lifts larger sizes with it,
+        what falls pulls smaller ones down.
+        """
+        shares = _shares(self.tokens, num_tokens)[:, None] * _shares(
+            self.context_tokens, context_tokens
+        )
+        moved = self.table * factor**shares
+        table = _lifted(moved) if factor >= 1 else _pulled_down(moved)
+        return dataclasses.replace(self, table=table)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The curve as JSON objects hold it."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "tokens": [int(size) for size in self.tokens],
+            "context_tokens": [int(size) for size in self.context_tokens],
+            "seconds": self.table.tolist(),
+            "origin": None if self.origin is None else dataclasses.asdict(self.origin),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any) -> VerifyCurve:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ConfigError: a value is missing, of the wrong kind or impossible; names its key.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError("verify curve", "must be a JSON object")
+        if values.get("format") != FORMAT:
+            raise ConfigError("format", f"must be '{FORMAT}', got {values.get('format')!r}")
+        if values.get("version") != VERSION:
+            raise ConfigError("version", f"must be {VERSION}, got {values.get('version')!r}")
+        arrays = {}
+        for key in ("tokens", "context_tokens", "seconds"):
+            if key not in values:
+                raise ConfigError(key, "is missing")
+            arrays[key] = _numbers(key, values[key])
+        origin = values.get("origin")
+        return cls(
+            arrays["tokens"],
+            arrays["context_tokens"],
+            arrays["seconds"],
+            None if origin is None else CurveOrigin.from_dict(origin),
+        )
+
+
+def _floats(values: Sequence[int]) -> Floats:
+    return np.asarray(values, dtype=np.float64)
+
+
+def _numbers(key: str, values: Any) -> Floats:
+    """An array of a JSON list, which must hold numbers only (no strings, not ragged)."""
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise ConfigError(key, "rows must be of equal length") from None
+    if array.dtype.kind not in "iuf":
+        raise ConfigError(key, "must hold numbers only")
+    return array.astype(np.float64)
+
+
+def _lifted(table: Floats) -> Floats:
+    """The least monotone table that is nowhere below ``table``."""
+    return np.maximum.accumulate(np.maximum.accumulate(table, axis=0), axis=1)
+
+
+def _pulled_down(table: Floats) -> Floats:
+    """The greatest monotone table that is nowhere above ``table``."""
+    return np.minimum.accumulate(np.minimum.accumulate(table[::-1, ::-1], axis=0), axis=1)[
+        ::-1, ::-1
+    ]
+
+
+def _mix(start: Floats, end: Floats, share: Floats) -> Floats:
+    return start + share * (end - start)
+
+
+def _place(axis: Floats, values: npt.ArrayLike) -> tuple[npt.NDArray[np.intp], Floats, Floats]:
+    """Where values lie on an axis: point to the left, share of the way to the next, excess."""
+    wanted = np.asarray(values, dtype=np.float64)
+    inside = np.clip(wanted, axis[0], axis[-1])
+    left = np.searchsorted(axis, inside, side="right") - 1
+    right = np.minimum(left + 1, len(axis) - 1)
+    width = np.where(right > left, axis[right] - axis[left], 1.0)
+    return left, (inside - axis[left]) / width, np.maximum(wanted - axis[-1], 0.0)
+
+
+def _shares(axis: Floats, value: float) -> Floats:
+    """``[len(axis)]`` shares with which interpolation at ``value`` reads each point."""
+    left, share, _ = _place(axis, value)
+    shares = np.zeros(len(axis))
+    shares[left] = 1.0 - share
+    if share > 0:
+        shares[left + 1] = share
+    return shares
+
+
+def _last_slope(axis: Floats, table: Floats) -> float:
+    """Seconds a unit of ``axis`` (rows of ``table``) on its last segment, mean of the columns."""
+    if len(axis) == 1:
+        return 0.0
+    return float((table[-1] - table[-2]).mean() / (axis[-1] - axis[-2]))
