@@ -35,7 +35,7 @@ MAX_LATE_IN_A_ROW = 3
 LATE_QUARANTINE_S = 0.25
 MALFORMED_QUARANTINE_S = 2.0
 MAX_QUARANTINE_S = 60.0
-MISMATCH_RETRY_S = 10.0
+MISMATCH_RETRY_S = 2.0
 # A drafter that has been well for so long starts again with the shortest quarantine.
 _FORGIVEN_AFTER_S = 30.0
 _AVERAGE_WEIGHT = 0.1

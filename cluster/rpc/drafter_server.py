@@ -39,6 +39,34 @@ HANDSHAKE_TIMEOUT_S = 10.0
 MAX_REPLICA_ID_CHARS = 256
 
 
+class _Served:
+    """One draft engine, how replicas are welcomed to it, and the streams that use it."""
+
+    def __init__(
+        self,
+        engine: DraftEngine,
+        digests: Mapping[str, str],
+        welcome: drafter_pb2.DraftResponse.Welcome,
+    ) -> None:
+        self.engine = engine
+        self.digests = digests
+        self.welcome = drafter_pb2.DraftResponse(welcome=welcome)
+        self.loop = DraftLoop(engine)
+        self.streams: set[DraftStream] = set()
+        self._end_reason = ""
+        self._ended = asyncio.Event()
+
+    def end_streams(self, reason: str) -> None:
+        """Ends every stream soon, those that are still to come too."""
+        self._end_reason = reason
+        self._ended.set()
+
+    async def until_ended(self) -> None:
+        """Raises ReplicaLostError once streams are to end."""
+        await self._ended.wait()
+        raise ReplicaLostError(self._end_reason)
+
+
 class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
     """Serves a draft engine to target replicas.
 
@@ -48,7 +76,8 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
     and feature bytes by stream, sessions and pages by the engine); what a replica has here is
     forgotten ``session_grace_s`` after its last ``Draft`` stream ended, or when it opens the next.
 
-    Use: construct, then ``start`` in the event loop that serves, then ``drain``.
+    Use: construct, then ``start`` in the event loop that serves, ``swap`` at any time behind that,
+    then ``drain``.
 
     Args:
         engine: used by nobody else from now on.
@@ -68,37 +97,23 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         feed_credit_bytes: int = FEED_CREDIT_BYTES,
         session_grace_s: float = SESSION_GRACE_S,
     ) -> None:
-        self._engine = engine
+        self._drafter_id = drafter_id
         self._config = config
-        self._digests = digests
         self._session_grace_s = session_grace_s
         self._feed_credit_bytes = feed_credit_bytes
-        self._welcome = drafter_pb2.DraftResponse(
-            welcome=drafter_pb2.DraftResponse.Welcome(
-                drafter_id=drafter_id,
-                protocol_version=PROTOCOL_VERSION,
-                digests=encode_digests(digests),
-                method=method,
-                block_size=engine.block_size,
-                feed_credit_bytes=feed_credit_bytes,
-                vocab_size=engine.vocab_size,
-            )
-        )
-        self._loop = DraftLoop(engine)
+        self._served = self._make_served(engine, digests, method)
         self._num_streams: defaultdict[str, int] = defaultdict(int)
-        self._streams: set[DraftStream] = set()
         self._graces: dict[str, asyncio.TimerHandle] = {}
-        self._drained = asyncio.Event()
 
     @property
     def num_streams(self) -> int:
         """``Draft`` streams of now."""
-        return len(self._streams)
+        return sum(self._num_streams.values())
 
     @property
     def is_healthy(self) -> bool:
         """Whether rounds that come in will be worked on."""
-        return self._loop.is_running
+        return self._served.loop.is_running
 
     async def start(self, host: str) -> int:
         """Serves on ``host`` and the first free port of the configured range; returns the port.
@@ -110,25 +125,39 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         drafter_pb2_grpc.add_DrafterServiceServicer_to_server(self, self._server)
         self._serving = ServingState(self._server, SERVICE_NAME)
         port = self._bind(host)
-        self._loop.start()
+        self._served.loop.start()
         await self._server.start()
         await self._serving.set_serving(True)
         return port
+
+    async def swap(self, engine: DraftEngine, *, digests: Mapping[str, str], method: str) -> None:
+        """Drafts with another engine from now on; returns when the former one rests.
+
+        Streams that use the former end, and their replicas are welcomed anew when they come back:
+        nothing of one drafter is ever answered by another.
+
+        Args:
+            engine, digests, method: as for the constructor.
+        """
+        former, self._served = self._served, self._make_served(engine, digests, method)
+        self._served.loop.start()
+        former.end_streams("the drafter was swapped")
+        # The pass at hand may take a while, and the event loop is not ours alone.
+        await asyncio.to_thread(former.loop.stop)
 
     async def drain(self, grace_s: float = 1.0) -> None:
         """Stops serving: rounds in flight get ``grace_s`` seconds, then every stream ends."""
         await self._serving.set_serving(False)
         deadline = time.monotonic() + grace_s
-        while any(stream.num_outstanding for stream in self._streams):
+        while any(stream.num_outstanding for stream in self._served.streams):
             if time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.005)
-        self._drained.set()
+        self._served.end_streams("the drafter is draining")
         await self._server.stop(0.1)
         for grace in self._graces.values():
             grace.cancel()
-        # The pass at hand may take a while, and the event loop is not ours alone.
-        await asyncio.to_thread(self._loop.stop)
+        await asyncio.to_thread(self._served.loop.stop)
 
     async def Draft(
         self,
@@ -137,21 +166,24 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
     ) -> None:
         """Rounds of one replica."""
         hello = await _read_hello(context)
-        mismatches = mismatched_digests(self._digests, hello.digests)
+        served = self._served
+        mismatches = mismatched_digests(served.digests, hello.digests)
         if hello.protocol_version != PROTOCOL_VERSION:
             mismatches.insert(0, "protocol_version")
         if mismatches:
             # Welcomed all the same, so that the replica sees what it does not fit.
-            await context.write(self._welcome)
+            await context.write(served.welcome)
             await _abort_mismatch(context, mismatches)
-        stream = DraftStream(context, hello.replica_id, self._engine, self._loop)
-        self._enter(hello.replica_id, stream)
+        stream = DraftStream(context, hello.replica_id, served.engine, served.loop)
+        self._enter(hello.replica_id)
+        served.streams.add(stream)
         try:
             # Only now, so that nothing of this stream is forgotten with what was before it.
-            await context.write(self._welcome)
-            await self._run(context, stream)
+            await context.write(served.welcome)
+            await _run(context, stream, served)
         finally:
-            self._leave(hello.replica_id, stream)
+            served.streams.remove(stream)
+            self._leave(hello.replica_id)
 
     async def Feed(
         self,
@@ -162,23 +194,25 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         hello = await _read_hello(context)
         if hello.protocol_version != PROTOCOL_VERSION:
             await _abort_mismatch(context, ["protocol_version"])
+        served = self._served
         credit = self._feed_credit_bytes
         await context.write(
             drafter_pb2.FeedResponse(welcome=drafter_pb2.FeedResponse.Welcome(credit_bytes=credit))
         )
-        stream = FeedStream(context, hello.replica_id, self._engine, self._loop, credit)
-        await self._run(context, stream)
+        stream = FeedStream(context, hello.replica_id, served.engine, served.loop, credit)
+        await _run(context, stream, served)
 
-    async def _run(self, context: aio.ServicerContext, stream: DraftStream | FeedStream) -> None:
-        """Serves a stream until its replica ends it, it fails, or the server drains."""
-        try:
-            await run_until_first_ends(stream.read(), stream.write(), self._until_drained())
-        except Exception as error:  # every error ends this stream, with a status that says why
-            await abort(context, error)
-
-    async def _until_drained(self) -> None:
-        await self._drained.wait()
-        raise ReplicaLostError("the drafter is draining")
+    def _make_served(self, engine: DraftEngine, digests: Mapping[str, str], method: str) -> _Served:
+        welcome = drafter_pb2.DraftResponse.Welcome(
+            drafter_id=self._drafter_id,
+            protocol_version=PROTOCOL_VERSION,
+            digests=encode_digests(digests),
+            method=method,
+            block_size=engine.block_size,
+            feed_credit_bytes=self._feed_credit_bytes,
+            vocab_size=engine.vocab_size,
+        )
+        return _Served(engine, digests, welcome)
 
     def _bind(self, host: str) -> int:
         first = self._config.port
@@ -190,16 +224,14 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
                 return bind(self._server, host, port, key="drafter.port")
         raise ConfigError("drafter.port", f"no port from {first} to {last} can be bound on {host}")
 
-    def _enter(self, replica_id: str, stream: DraftStream) -> None:
-        self._streams.add(stream)
+    def _enter(self, replica_id: str) -> None:
         self._num_streams[replica_id] += 1
         grace = self._graces.pop(replica_id, None)
         if grace is not None:  # its last stream has ended, and nobody asks for its sessions again
             grace.cancel()
-            self._loop.drop_replica(replica_id)
+            self._served.loop.drop_replica(replica_id)
 
-    def _leave(self, replica_id: str, stream: DraftStream) -> None:
-        self._streams.remove(stream)
+    def _leave(self, replica_id: str) -> None:
         self._num_streams[replica_id] -= 1
         if self._num_streams[replica_id] == 0:
             del self._num_streams[replica_id]
@@ -209,7 +241,17 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
 
     def _forget(self, replica_id: str) -> None:
         del self._graces[replica_id]
-        self._loop.drop_replica(replica_id)
+        self._served.loop.drop_replica(replica_id)
+
+
+async def _run(
+    context: aio.ServicerContext, stream: DraftStream | FeedStream, served: _Served
+) -> None:
+    """Serves a stream until its replica ends it, it fails, or streams of its engine are to end."""
+    try:
+        await run_until_first_ends(stream.read(), stream.write(), served.until_ended())
+    except Exception as error:  # every error ends this stream, with a status that says why
+        await abort(context, error)
 
 
 async def _read_hello(context: aio.ServicerContext) -> Any:
