@@ -9,6 +9,7 @@ import torch
 from cluster.config import DrafterConfig
 from cluster.engine.draft_client import DraftRound, DraftSequence, SessionKey
 from cluster.engine.draft_engine import DraftEngine
+from cluster.models.checkpoint import build_drafter
 from cluster.models.dspark import DSparkConfig, DSparkDrafter
 
 VOCAB = 50
@@ -19,7 +20,7 @@ BLOCK = 5
 def make_drafter(*, head: str = "vanilla", max_positions: int = 128) -> DSparkDrafter:
     """A drafter whose weights are the same each time, large enough that contexts matter."""
     generator = torch.Generator().manual_seed(3)
-    drafter = DSparkDrafter(
+    drafter = build_drafter(
         DSparkConfig(
             vocab_size=VOCAB,
             hidden_size=D,

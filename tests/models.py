@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from cluster.models.checkpoint import save_drafter
-from cluster.models.dspark import DSparkDrafter
+from cluster.models.checkpoint import build_drafter, save_drafter
 from cluster.models.dspark_config import DSparkConfig
 
 MODELS = Path(__file__).parents[1] / "deployments" / "models"
@@ -68,7 +67,7 @@ def save_tiny_drafter(folder: Path, target: str, *, seed: int = 1, **overrides: 
         "tie_word_embeddings": False,
         **overrides,
     }
-    drafter = DSparkDrafter(DSparkConfig.from_dict(values))
+    drafter = build_drafter(DSparkConfig.from_dict(values))
     embedding = Qwen3ForCausalLM.from_pretrained(target)
     with torch.no_grad():
         drafter.embed_tokens.weight.copy_(embedding.model.embed_tokens.weight)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +24,19 @@ from cluster.models.checkpoint_files import (
     write_checkpoint,
 )
 from cluster.models.dspark import DSparkDrafter
-from cluster.models.dspark_config import DSparkConfig
+from cluster.models.dspark_config import GEMMA4, QWEN3, DSparkConfig
 from cluster.models.dspark_config import (
     check_drafter_matches_target as check_drafter_matches_target,
 )
 from cluster.models.eagle3_config import Eagle3Config, is_eagle3
+from cluster.models.gemma4_dspark import Gemma4DSparkDrafter
 from cluster.models.hub import local_folder
+from cluster.models.qwen3_dspark import Qwen3DSparkDrafter
 
-_PROJECTION_KEY = "fc.weight"
+_NETWORKS: dict[str, Callable[[DSparkConfig], DSparkDrafter]] = {
+    QWEN3: Qwen3DSparkDrafter,
+    GEMMA4: Gemma4DSparkDrafter,
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,11 @@ def load_drafter_config(
     return DSparkConfig.from_dict(data, str(file))
 
 
+def build_drafter(config: DSparkConfig) -> DSparkDrafter:
+    """A drafter of the architecture that ``config`` names, with random weights."""
+    return _NETWORKS[config.architecture](config)
+
+
 def load_drafter(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -77,11 +87,9 @@ def load_drafter(
     config = load_drafter_config(path)
     if not isinstance(config, DSparkConfig):
         raise CheckpointError(str(path), "architectures", "is no DSpark drafter")
-    with torch.device("meta"):
-        expected = {name: value.shape for name, value in DSparkDrafter(config).state_dict().items()}
-    tensors = read_tensors(local_folder(path), expected, "a DSpark drafter")
-    drafter = DSparkDrafter(config)
-    drafter.load_state_dict(tensors)
+    tensors = read_tensors(local_folder(path), _shapes(config), "a DSpark drafter")
+    drafter = build_drafter(config)
+    drafter.load_checkpoint_tensors(tensors)
     drafter.requires_grad_(False)
     return drafter.to(device=device, dtype=dtype).eval()
 
@@ -98,12 +106,10 @@ def load_projection(
         CheckpointError: as ``load_drafter_config``, and for ``fc.weight``.
     """
     config = load_drafter_config(path, num_target_layers)
-    width = config.hidden_size
-    expected = {
-        _PROJECTION_KEY: torch.Size((width, len(config.target_layer_ids) * width)),
-    }
+    width, key = config.hidden_size, config.projection_key
+    expected = {key: torch.Size((width, len(config.target_layer_ids) * width))}
     tensors = read_tensors(local_folder(path), expected)
-    weight = tensors[_PROJECTION_KEY].to(device=device, dtype=dtype)
+    weight = tensors[key].to(device=device, dtype=dtype)
     return Projection(weight, config.target_layer_ids)
 
 
@@ -111,7 +117,7 @@ def save_drafter(
     drafter: DSparkDrafter, path: str | Path, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Writes ``drafter`` to folder ``path``; each file is replaced atomically."""
-    write_checkpoint(path, drafter.config.to_dict(), drafter.state_dict(), dtype)
+    write_checkpoint(path, drafter.config.to_dict(), drafter.checkpoint_tensors(), dtype)
 
 
 def target_digest(path: str | Path) -> str:
@@ -157,3 +163,10 @@ def _digest(folder: Path, names: Iterable[str]) -> str:
             raise CheckpointError(str(path), None, f"cannot be read: {error.strerror}") from error
         digest.update(name.encode() + b"\0" + content.digest())
     return digest.hexdigest()
+
+
+def _shapes(config: DSparkConfig) -> dict[str, torch.Size]:
+    """Shape of every tensor of a checkpoint; nothing is allocated."""
+    with torch.device("meta"):
+        tensors = build_drafter(config).checkpoint_tensors()
+    return {name: value.shape for name, value in tensors.items()}

@@ -90,3 +90,23 @@ class ConfigReader:
         if not isinstance(theta, int | float):
             raise self.error("rope_parameters", f"needs a number rope_theta, not {value!r}")
         return {"rope_type": "default", **value}
+
+    def gemma4_activation(self) -> str:
+        """Gemma 4's name for the activation of the MLP."""
+        value = self.get("hidden_activation", "gelu_pytorch_tanh")
+        if value != "gelu_pytorch_tanh":
+            raise self.error("hidden_activation", f"must be 'gelu_pytorch_tanh', not {value!r}")
+        return str(value)
+
+    def final_logit_softcapping(self) -> float | None:
+        """Gemma 4's bound on logits, ``None`` where there is none."""
+        key = "final_logit_softcapping"
+        return None if self.get(key, None) is None else self.number(key, default=1.0)
+
+    def gemma4_rope_parameters(self) -> dict[str, Any]:
+        """Rotary settings of Gemma 4's full-attention layers; it keeps them by kind of layer."""
+        value = self.get("rope_parameters")
+        if not isinstance(value, Mapping) or "full_attention" not in value:
+            raise self.error("rope_parameters", "must have settings for 'full_attention'")
+        nested = ConfigReader({"rope_parameters": value["full_attention"]}, self._file)
+        return nested.rope_parameters()

@@ -4,7 +4,11 @@ A block's inputs are the anchor (the last committed token, whose target features
 yet) and mask tokens; its slots attend to each other in both directions and to keys and values
 made from the target's features. One pass gives every slot's base logits; a small sequential head
 then adds what the token before says, slot by slot. The mathematics, configuration keys and weight
-names are those of DeepSpec's ``deepspec/modeling/dspark/qwen3``.
+names are those of DeepSpec's ``deepspec/modeling/dspark``. DFlash is the same without a
+sequential head (``markov_rank`` 0).
+
+What every architecture shares is here; its layers are transformers' own, in ``qwen3_dspark``,
+``gemma4_dspark`` and ``deepseek_v4_dspark``. ``cluster.models.checkpoint`` knows which is which.
 
 Letters in shapes: ``N`` tokens, ``B`` sessions, ``L`` context length, ``S`` slots, ``A`` anchors,
 ``d`` hidden size, ``V`` vocabulary.
@@ -12,17 +16,12 @@ Letters in shapes: ``N`` tokens, ``B`` sessions, ``L`` context length, ``S`` slo
 
 from __future__ import annotations
 
-from typing import cast
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3MLP,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
-)
 
 from cluster.models.dspark_config import DSparkConfig
 from cluster.models.markov import build_markov_head
@@ -30,38 +29,44 @@ from cluster.models.markov import build_markov_head
 __all__ = ["DSparkConfig", "DSparkDrafter"]
 
 
-class DSparkDrafter(nn.Module):
-    """A DSpark drafter with random weights; ``cluster.models.checkpoint`` fills them.
+class DSparkDrafter(nn.Module, ABC):
+    """What drafters of every architecture do; subclasses bring the layers.
 
-    Tensors come out in the dtype of the weights, except logits, which are fp32.
+    Guarantees: tensors come out in the dtype of the weights, except logits, which are fp32;
+    nothing of a block is kept; a context entry depends on its own token alone.
+
+    Args:
+        config: the drafter's shape.
+        embed_tokens, layers, norm, hidden_norm, rotary_emb: the architecture's modules. A layer
+            is called as transformers' decoder layers are.
+        confidence_bias: whether the confidence head has a bias.
     """
 
-    def __init__(self, config: DSparkConfig) -> None:
+    def __init__(
+        self,
+        config: DSparkConfig,
+        *,
+        embed_tokens: nn.Embedding,
+        layers: Iterable[nn.Module],
+        norm: nn.Module,
+        hidden_norm: nn.Module,
+        rotary_emb: nn.Module,
+        confidence_bias: bool = True,
+    ) -> None:
         super().__init__()
         self.config = config
-        qwen = Qwen3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            hidden_act=config.hidden_act,
-            rope_parameters=dict(config.rope_parameters),
-        )
-        width, eps = config.hidden_size, config.rms_norm_eps
-        self.embed_tokens = nn.Embedding(config.vocab_size, width)
-        self.layers = nn.ModuleList(
-            _DecoderLayer(config, qwen) for _ in range(config.num_hidden_layers)
-        )
-        self.norm = Qwen3RMSNorm(width, eps=eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(qwen)
+        width = config.hidden_size
+        self.embed_tokens = embed_tokens
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+        self.rotary_emb = rotary_emb
         self.fc = nn.Linear(len(config.target_layer_ids) * width, width, bias=False)
-        self.hidden_norm = Qwen3RMSNorm(width, eps=eps)
+        self.hidden_norm = hidden_norm
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.markov_head = build_markov_head(config)
-        self.confidence_head = _ConfidenceHead(config) if config.enable_confidence_head else None
+        self.confidence_head = (
+            _ConfidenceHead(config, confidence_bias) if config.enable_confidence_head else None
+        )
         self.apply(_initialize)
 
     def project_features(self, concat_features: torch.Tensor) -> torch.Tensor:
@@ -89,10 +94,9 @@ class DSparkDrafter(nn.Module):
         Returns:
             ``(keys, values)``, each ``[num_hidden_layers, N, num_key_value_heads, head_dim]``.
         """
-        features = self.hidden_norm(projected)
-        rotary = self.rotary_emb(features, positions[None])
-        attentions = [cast(_DecoderLayer, layer).self_attn for layer in self.layers]
-        pairs = [attention.keys_values(features[None], rotary) for attention in attentions]
+        features = self.hidden_norm(projected)[None]
+        rotary = self._rotary(features, positions[None])
+        pairs = [self._context_entry(layer.self_attn, features, rotary) for layer in self.layers]
         keys = torch.stack([key[0].transpose(0, 1) for key, _ in pairs])
         values = torch.stack([value[0].transpose(0, 1) for _, value in pairs])
         return keys, values
@@ -115,13 +119,14 @@ class DSparkDrafter(nn.Module):
             anchor_token_ids: int64 ``[B]``, the last committed tokens.
             anchor_positions: int64 ``[B]``, their positions n - 1.
             context_keys: ``[num_hidden_layers, B, L, num_key_value_heads, head_dim]`` from
-                ``context_kv``, padded at the end; padding is never read.
+                ``context_kv``, padded at the end; padding is never read. With a
+                ``context_window`` w no more than the last w entries need be there.
             context_values: likewise.
             context_lengths: int64 ``[B]``, how many entries of each session are real: n - 1
                 (positions 0 to n - 2) where no feature is missing.
 
         Returns:
-            ``[B, num_slots, d]``, after the final norm.
+            ``[B, num_slots, d]``, what the heads read.
 
         Raises:
             ValueError: ``num_slots`` is not between 1 and ``block_size``.
@@ -131,9 +136,8 @@ class DSparkDrafter(nn.Module):
         if not 1 <= num_slots <= size:
             raise ValueError(f"num_slots must be between 1 and {size}, not {num_slots}")
         batch, length = context_keys.shape[1:3]
-        columns = torch.arange(length, device=context_keys.device)
-        mask = torch.ones(batch, 1, size, length + size, dtype=torch.bool, device=columns.device)
-        mask[..., :length] = (columns < context_lengths[:, None])[:, None, None]
+        mask = context_keys.new_ones(batch, 1, size, length + size, dtype=torch.bool)
+        mask[..., :length] = self._visible(context_lengths[:, None], length)[:, None]
         hidden = self._backbone(
             anchor_token_ids[:, None], anchor_positions[:, None], context_keys, context_values, mask
         )
@@ -151,7 +155,7 @@ class DSparkDrafter(nn.Module):
             anchors: int64 ``[B, A]``, positions of anchors in the sequences.
 
         Returns:
-            ``[B, A, block_size, d]``, after the final norm.
+            ``[B, A, block_size, d]``, what the heads read.
         """
         batch, length = token_ids.shape
         size = self.config.block_size
@@ -159,12 +163,11 @@ class DSparkDrafter(nn.Module):
         keys, values = self.context_kv(projected.flatten(0, 1), positions)
         keys = keys.unflatten(1, (batch, length))
         values = values.unflatten(1, (batch, length))
-        before = torch.arange(length, device=token_ids.device) < anchors[..., None]
         rows = anchors.shape[1]
         own = torch.eye(rows, dtype=torch.bool, device=token_ids.device)
         mask = torch.cat(
             [
-                before.repeat_interleave(size, dim=1),
+                self._visible(anchors, length).repeat_interleave(size, dim=1),
                 own.repeat_interleave(size, 0).repeat_interleave(size, 1).expand(batch, -1, -1),
             ],
             dim=-1,
@@ -235,6 +238,23 @@ class DSparkDrafter(nn.Module):
             hidden_k = torch.cat([hidden_k, previous], dim=-1)
         return self.confidence_head(hidden_k).float()
 
+    def checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+        """All weights under the names that published checkpoints of this architecture use."""
+        return self.state_dict()
+
+    def load_checkpoint_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes over what ``checkpoint_tensors`` gives; every name must be there."""
+        self.load_state_dict(tensors)
+
+    def _visible(self, lengths: torch.Tensor, length: int) -> torch.Tensor:
+        """Which of ``length`` context columns rows that see the first ``lengths [B, R]`` of them
+        attend to: bool ``[B, R, length]``."""
+        columns = torch.arange(length, device=lengths.device)
+        visible = columns < lengths[..., None]
+        if self.config.context_window is not None:
+            visible &= columns >= lengths[..., None] - self.config.context_window
+        return visible
+
     def _backbone(
         self,
         anchor_token_ids: torch.Tensor,
@@ -251,108 +271,78 @@ class DSparkDrafter(nn.Module):
         inputs[..., 1:] = self.config.mask_token_id
         offsets = torch.arange(size, device=inputs.device)
         positions = (anchor_positions[..., None] + offsets).flatten(1)
-        hidden = self.embed_tokens(inputs.flatten(1))
-        rotary = self.rotary_emb(hidden, positions)
-        for index, layer in enumerate(self.layers):
-            # Attention wants heads before tokens; sessions are stored tokens first.
-            keys = context_keys[index].transpose(1, 2)
-            values = context_values[index].transpose(1, 2)
-            hidden = layer(hidden, rotary, keys, values, mask)
-        return self.norm(hidden).view(batch, rows, size, -1)
+        embedded = self.embed_tokens(inputs.flatten(1))
+        rotary = self._rotary(embedded, positions)
+        hidden = self._enter(embedded)
+        cache = _Context(context_keys, context_values)
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=self._attention_mask(mask, hidden.dtype),
+                position_ids=positions,
+                position_embeddings=rotary,
+                past_key_values=cache,
+            )
+        return self._leave(hidden).view(batch, rows, size, -1)
 
-
-class _Attention(nn.Module):
-    """Grouped-query attention of a block over given context keys and values and its own."""
-
-    def __init__(self, config: DSparkConfig) -> None:
-        super().__init__()
-        width, bias = config.hidden_size, config.attention_bias
-        query_width = config.num_attention_heads * config.head_dim
-        key_width = config.num_key_value_heads * config.head_dim
-        self.head_dim = config.head_dim
-        self.groups = config.num_attention_heads // config.num_key_value_heads
-        self.q_proj = nn.Linear(width, query_width, bias=bias)
-        self.k_proj = nn.Linear(width, key_width, bias=bias)
-        self.v_proj = nn.Linear(width, key_width, bias=bias)
-        self.o_proj = nn.Linear(query_width, width, bias=bias)
-        self.q_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = Qwen3RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-
-    def keys_values(
-        self, inputs: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    @abstractmethod
+    def _context_entry(
+        self, attention: Any, features: torch.Tensor, rotary: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[B, N, d]`` to rotated keys and values, each ``[B, key-value heads, N, head_dim]``."""
-        keys = self.k_norm(self._heads(self.k_proj(inputs))).transpose(1, 2)
-        values = self._heads(self.v_proj(inputs)).transpose(1, 2)
-        return _rotate(keys, rotary), values
+        """Keys and values ``[B, heads, N, head_dim]`` that a layer's attention reads for normed
+        features ``[B, N, d]``."""
 
-    def forward(
-        self,
-        inputs: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        context_keys: torch.Tensor,
-        context_values: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> torch.Tensor:
-        queries = self.q_norm(self._heads(self.q_proj(inputs))).transpose(1, 2)
-        own_keys, own_values = self.keys_values(inputs, rotary)
-        attended = F.scaled_dot_product_attention(
-            _rotate(queries, rotary),
-            torch.cat([context_keys, own_keys], dim=2),
-            torch.cat([context_values, own_values], dim=2),
-            attn_mask=mask,
-            enable_gqa=self.groups > 1,
-        )
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+    def _rotary(self, like: torch.Tensor, positions: torch.Tensor) -> Any:
+        """Rotary embeddings of int64 ``[B, N]`` positions, as the architecture's layers take
+        them, in the dtype and on the device of ``like``."""
+        return self.rotary_emb(like, positions)
 
-    def _heads(self, flat: torch.Tensor) -> torch.Tensor:
-        return flat.unflatten(-1, (-1, self.head_dim))
+    def _attention_mask(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The bool mask in the form that the layers' attention takes."""
+        return mask
+
+    def _enter(self, embedded: torch.Tensor) -> torch.Tensor:
+        """``[B, N, d]`` to what the first layer takes."""
+        return embedded
+
+    def _leave(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the last layer gives to the ``[B, N, d]`` that the heads read."""
+        return self.norm(hidden)
 
 
-class _DecoderLayer(nn.Module):
-    """A Qwen3 decoder layer whose attention also reads the context."""
+class _Context:
+    """Takes a transformers cache's place in attention: puts the context in front of a block's own
+    keys and values, and keeps nothing."""
 
-    def __init__(self, config: DSparkConfig, qwen: Qwen3Config) -> None:
-        super().__init__()
-        self.self_attn = _Attention(config)
-        self.mlp = Qwen3MLP(qwen)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """``keys`` and ``values`` are ``[layers, B, L, heads, head_dim]``."""
+        self._keys = keys
+        self._values = values
 
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        context_keys: torch.Tensor,
-        context_values: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> torch.Tensor:
-        normed = self.input_layernorm(hidden)
-        hidden = hidden + self.self_attn(normed, rotary, context_keys, context_values, mask)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B, heads, S, head_dim]`` to ``[B, heads, L + S, head_dim]``."""
+        # Attention wants heads before tokens; sessions are stored tokens first.
+        keys = self._keys[layer_idx].transpose(1, 2)
+        values = self._values[layer_idx].transpose(1, 2)
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
 
 class _ConfidenceHead(nn.Module):
     """Linear acceptance predictor over a slot's state and, with Markov, the token before it."""
 
-    def __init__(self, config: DSparkConfig) -> None:
+    def __init__(self, config: DSparkConfig, bias: bool) -> None:
         super().__init__()
         extra = config.markov_rank if config.confidence_head_with_markov else 0
-        self.proj = nn.Linear(config.hidden_size + extra, 1)
+        self.proj = nn.Linear(config.hidden_size + extra, 1, bias=bias)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.proj(inputs).squeeze(-1)
 
 
-def _rotate(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary positions: ``[B, heads, N, head_dim]`` by cosines and sines ``[B, N, head_dim]``."""
-    cosine, sine = (part[:, None] for part in rotary)
-    first, second = states.chunk(2, dim=-1)
-    return states * cosine + torch.cat([-second, first], dim=-1) * sine
-
-
 def _initialize(module: nn.Module) -> None:
-    """Qwen3's initialisation: normal with deviation 0.02, biases zero."""
+    """transformers' initialisation: normal with deviation 0.02, biases zero."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:

@@ -9,8 +9,17 @@ from typing import Any, Protocol
 from cluster.errors import CheckpointError
 from cluster.models.config_reader import DEFAULT_ROPE_THETA, ConfigReader
 
-ARCHITECTURE = "Qwen3DSparkModel"
+QWEN3 = "Qwen3DSparkModel"
+GEMMA4 = "Gemma4DSparkModel"
 MARKOV_HEAD_TYPES = ("vanilla", "gated", "rnn")
+
+# What Gemma 4 targets may have and no drafter: it would change the layers' mathematics.
+_UNKNOWN_VARIANTS = (
+    "enable_moe_block",
+    "hidden_size_per_layer_input",
+    "num_kv_shared_layers",
+    "tie_word_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -19,6 +28,8 @@ class DSparkConfig:
 
     ``markov_rank`` 0 is DFlash: no Markov head, and every slot is predicted independently.
     ``target_layer_ids`` i is the target's residual stream after layer i, -1 its embedding.
+    ``head_dim`` and ``num_key_value_heads`` are those that the drafter's layers use (for Gemma 4
+    the *global* ones); ``attention_k_eq_v`` and ``final_logit_softcapping`` are Gemma 4's.
     """
 
     vocab_size: int
@@ -35,6 +46,7 @@ class DSparkConfig:
     mask_token_id: int
     num_anchors: int
     markov_rank: int
+    architecture: str = QWEN3
     markov_head_type: str = "vanilla"
     enable_confidence_head: bool = False
     confidence_head_with_markov: bool = False
@@ -44,6 +56,23 @@ class DSparkConfig:
     rope_parameters: Mapping[str, Any] = field(
         default_factory=lambda: {"rope_type": "default", "rope_theta": DEFAULT_ROPE_THETA}
     )
+    attention_k_eq_v: bool = False
+    final_logit_softcapping: float | None = None
+
+    @property
+    def context_window(self) -> int | None:
+        """How many context entries, counted back from the anchor, are attended; ``None``: all."""
+        return None
+
+    @property
+    def min_speculative_tokens(self) -> int:
+        """Fewest draft tokens a round that the drafter may be asked for."""
+        return 1
+
+    @property
+    def projection_key(self) -> str:
+        """The tensor of the checkpoint that projects the target's features."""
+        return "fc.weight"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], file: str = "config.json") -> DSparkConfig:
@@ -57,7 +86,9 @@ class DSparkConfig:
                 that asks for something this code does not do.
         """
         reader = _Reader(data, file)
-        reader.refuse_foreign_formats()
+        architecture = reader.architecture()
+        gemma = architecture == GEMMA4
+        k_eq_v = reader.boolean("attention_k_eq_v", default=False) if gemma else False
         hidden_size = reader.integer("hidden_size", 1)
         heads = reader.integer("num_attention_heads", 1)
         markov_rank = reader.integer("markov_rank", 0)
@@ -68,8 +99,14 @@ class DSparkConfig:
             intermediate_size=reader.integer("intermediate_size", 1),
             num_hidden_layers=reader.integer("num_hidden_layers", 1),
             num_attention_heads=heads,
-            num_key_value_heads=reader.integer("num_key_value_heads", 1),
-            head_dim=reader.integer("head_dim", 2, default=hidden_size // heads),
+            num_key_value_heads=reader.integer(
+                "num_global_key_value_heads" if k_eq_v else "num_key_value_heads", 1
+            ),
+            head_dim=(
+                reader.integer("global_head_dim", 2)
+                if gemma
+                else reader.integer("head_dim", 2, default=hidden_size // heads)
+            ),
             max_position_embeddings=reader.integer("max_position_embeddings", 1),
             block_size=reader.integer("block_size", 1),
             target_layer_ids=reader.layer_ids("target_layer_ids", minimum=-1),
@@ -84,8 +121,11 @@ class DSparkConfig:
             ),
             rms_norm_eps=reader.number("rms_norm_eps", default=1e-6),
             attention_bias=reader.boolean("attention_bias", default=False),
-            hidden_act=reader.hidden_act(),
-            rope_parameters=reader.rope_parameters(),
+            architecture=architecture,
+            hidden_act=reader.gemma4_activation() if gemma else reader.hidden_act(),
+            rope_parameters=reader.gemma4_rope_parameters() if gemma else reader.rope_parameters(),
+            attention_k_eq_v=k_eq_v,
+            final_logit_softcapping=reader.final_logit_softcapping() if gemma else None,
         )
         config._check_together(reader)
         return config
@@ -114,9 +154,8 @@ class DSparkConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The ``config.json`` of this drafter, as ``from_dict`` reads it."""
-        return {
-            "architectures": [ARCHITECTURE],
-            "model_type": "qwen3",
+        data: dict[str, Any] = {
+            "architectures": [self.architecture],
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -127,8 +166,7 @@ class DSparkConfig:
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
             "attention_bias": self.attention_bias,
-            "hidden_act": self.hidden_act,
-            "rope_parameters": dict(self.rope_parameters),
+            "layer_types": ["full_attention"] * self.num_hidden_layers,
             "tie_word_embeddings": False,
             "dtype": "bfloat16",
             "block_size": self.block_size,
@@ -141,19 +179,42 @@ class DSparkConfig:
             "enable_confidence_head": self.enable_confidence_head,
             "confidence_head_with_markov": self.confidence_head_with_markov,
         }
+        if self.architecture == QWEN3:
+            return data | {
+                "model_type": "qwen3",
+                "hidden_act": self.hidden_act,
+                "rope_parameters": dict(self.rope_parameters),
+            }
+        return data | {
+            "model_type": "gemma4_text",
+            "hidden_activation": self.hidden_act,
+            "global_head_dim": self.head_dim,
+            "num_global_key_value_heads": self.num_key_value_heads,
+            "attention_k_eq_v": self.attention_k_eq_v,
+            "final_logit_softcapping": self.final_logit_softcapping,
+            "enable_moe_block": False,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "rope_parameters": {"full_attention": dict(self.rope_parameters)},
+        }
 
 
 class _Reader(ConfigReader):
     """The keys that only a DSpark drafter has."""
 
-    def refuse_foreign_formats(self) -> None:
+    def architecture(self) -> str:
+        """``QWEN3`` or ``GEMMA4``; refuses what would load and be wrong."""
         self.refuse_speculators()
-        architectures = self.get("architectures")
-        if architectures != [ARCHITECTURE]:
-            raise self.error("architectures", f"must be ['{ARCHITECTURE}'], not {architectures!r}")
+        names = self.get("architectures")
+        if names not in ([QWEN3], [GEMMA4]):
+            raise self.error("architectures", f"must be ['{QWEN3}'] or ['{GEMMA4}'], not {names!r}")
+        for key in _UNKNOWN_VARIANTS:
+            if self.get(key, None):
+                raise self.error(key, "no DSpark drafter of this kind is known")
         layer_types = self.get("layer_types", None) or []
         if any(kind != "full_attention" for kind in layer_types):
             raise self.error("layer_types", "only 'full_attention' layers are supported")
+        return str(names[0])
 
     def markov_head_type(self, required: bool) -> str:
         value = self.get("markov_head_type", *(() if required else (MARKOV_HEAD_TYPES[0],)))

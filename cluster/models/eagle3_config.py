@@ -81,6 +81,11 @@ class Eagle3Config:
         return 1
 
     @property
+    def projection_key(self) -> str:
+        """The tensor of the checkpoint that projects the target's features."""
+        return "fc.weight"
+
+    @property
     def has_vocabulary_map(self) -> bool:
         """Whether checkpoints of this format carry ``d2t`` and ``t2d``."""
         return self.architecture == LLAMA
@@ -140,10 +145,10 @@ class Eagle3Config:
             rms_norm_eps=reader.number("rms_norm_eps", default=1e-6),
             attention_bias=reader.boolean("attention_bias", default=False),
             mlp_bias=reader.boolean("mlp_bias", default=False) if architecture == LLAMA else False,
-            hidden_act=reader.gemma_activation() if gemma else reader.hidden_act(),
+            hidden_act=reader.gemma4_activation() if gemma else reader.hidden_act(),
             attention_k_eq_v=k_eq_v,
-            final_logit_softcapping=reader.softcapping() if gemma else None,
-            rope_parameters=reader.full_attention_rope() if gemma else reader.rope_parameters(),
+            final_logit_softcapping=reader.final_logit_softcapping() if gemma else None,
+            rope_parameters=reader.gemma4_rope_parameters() if gemma else reader.rope_parameters(),
         )
         config._check_together(reader)
         return config
@@ -284,22 +289,3 @@ class _Reader(ConfigReader):
         if value > vocab_size:
             raise self.error("draft_vocab_size", f"{value} is above vocab_size {vocab_size}")
         return value
-
-    def gemma_activation(self) -> str:
-        value = self.get("hidden_activation", "gelu_pytorch_tanh")
-        if value != "gelu_pytorch_tanh":
-            raise self.error("hidden_activation", f"must be 'gelu_pytorch_tanh', not {value!r}")
-        return str(value)
-
-    def softcapping(self) -> float | None:
-        key = "final_logit_softcapping"
-        return None if self.get(key, None) is None else self.number(key, default=1.0)
-
-    def full_attention_rope(self) -> dict[str, Any]:
-        """Gemma 4 keeps rotary settings by kind of layer; the drafter's is full attention."""
-        value = self.get("rope_parameters")
-        if not isinstance(value, Mapping) or "full_attention" not in value:
-            raise self.error("rope_parameters", "must have settings for 'full_attention'")
-        return ConfigReader(
-            {"rope_parameters": value["full_attention"]}, self._file
-        ).rope_parameters()

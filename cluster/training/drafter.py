@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from cluster.models.checkpoint import build_drafter as build_network
 from cluster.models.checkpoint import save_drafter
 from cluster.models.dspark import DSparkConfig, DSparkDrafter
 from cluster.training.corpus import TokenStream, load_documents
@@ -52,7 +53,7 @@ def build_drafter(
     layers = config.num_hidden_layers
     if target_layer_ids is None:
         target_layer_ids = sorted({layers * part // 4 - 1 for part in range(1, 5)})
-    drafter = DSparkDrafter(
+    drafter = build_network(
         DSparkConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
