@@ -20,6 +20,8 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.long_poll import LongPollNamespace, LongPollState
 
 _RETRY_S = 1.0
+# Serve takes a replica off its list while it hands it a changed `user_config`.
+_RECONFIGURE_S = 1.0
 
 _logger = logging.getLogger(__name__)
 
@@ -38,11 +40,12 @@ async def watch_replicas(
 
     Calls ``on_change`` in the running event loop with the whole list, first as soon as it is known
     and then after every change. While the controller is away (it restarts by itself) the last list
-    stays in force.
+    stays in force. A replica is gone when it is missing in two looks ``_RECONFIGURE_S`` apart.
     """
     key = _targets_key(app_name, deployment)
     snapshot_id = -1
     known: list[ReplicaAddress] | None = None
+    missing: set[ReplicaAddress] = set()
     while True:
         try:
             update = await _controller().listen_for_change.remote({key: snapshot_id})
@@ -54,10 +57,16 @@ async def watch_replicas(
         if update == LongPollState.TIME_OUT or key not in update:
             continue
         snapshot_id = update[key].snapshot_id
-        replicas = _addresses(update[key].object_snapshot)
+        listed = _addresses(update[key].object_snapshot)
+        newly_missing = set(known or ()).difference(listed, missing)
+        missing = set(known or ()).difference(listed)
+        replicas = sorted({*listed, *newly_missing})
         if replicas != known:
             known = replicas
             on_change(replicas)
+        if newly_missing:
+            await asyncio.sleep(_RECONFIGURE_S)
+            snapshot_id = -1
 
 
 def list_replicas(app_name: str, deployment: str) -> list[ReplicaAddress]:
