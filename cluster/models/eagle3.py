@@ -12,6 +12,7 @@ vocabulary, ``D`` the drafter's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from cluster.models.eagle3_config import GEMMA4, QWEN3, Eagle3Config
+from cluster.models.eagle3_config import GEMMA4, LLAMA, Eagle3Config
 
 __all__ = ["Attend", "Eagle3Config", "Eagle3Drafter"]
 
@@ -58,7 +59,7 @@ class Eagle3Drafter(nn.Module):
         )
         self.fc = nn.Linear(len(config.target_layer_ids) * width, width, bias=False)
         self.layers = nn.ModuleList([_Gemma4Layer(config) if gemma else _Layer(config)])
-        self.norm = (Gemma4RMSNorm if gemma else LlamaRMSNorm)(width, eps=eps)
+        self.norm = _norm_class(config)(width, eps=eps)
         self.rotary_emb = LlamaRotaryEmbedding(_llama_config(config))
         self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
         if config.has_vocabulary_map:
@@ -97,9 +98,24 @@ class Eagle3Drafter(nn.Module):
         Returns:
             ``[N, d]``, before the final norm: for ``logits``, and to be fed back.
         """
-        embedding = self.embed_tokens(token_ids)
-        cosine, sine = (part[0] for part in self.rotary_emb(features, positions[None]))
-        return self.layers[0](embedding, features, (cosine, sine), attend)
+        layer = self._layer
+        inputs = layer.inputs(self.embed_tokens(token_ids), features)
+        return layer(features, inputs, self._rotary(features, positions), attend)
+
+    def context_kv(
+        self, features: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of entries whose output nobody needs, at a fraction of the cost.
+
+        Args as of ``forward``.
+
+        Returns:
+            ``(keys, values)``, each ``[N, kv heads, hd]``, as ``forward`` gives them to
+            ``attend``.
+        """
+        layer = self._layer
+        inputs = layer.inputs(self.embed_tokens(token_ids), features)
+        return layer.self_attn.keys_values(inputs, self._rotary(features, positions))
 
     def draft_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits over the drafter's own vocabulary: ``[*, d]`` to fp32 ``[*, D]``."""
@@ -147,6 +163,16 @@ class Eagle3Drafter(nn.Module):
         self.d2t.copy_(token_ids - torch.arange(config.draft_vocab_size))
         self.t2d.copy_(known)
 
+    @property
+    def _layer(self) -> _Layer:
+        return cast(_Layer, self.layers[0])
+
+    def _rotary(
+        self, features: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cosine, sine = self.rotary_emb(features, positions[None])
+        return cosine[0], sine[0]
+
 
 class _Attention(nn.Module):
     """Grouped-query attention that reads embedding and hidden state side by side."""
@@ -168,10 +194,10 @@ class _Attention(nn.Module):
         self.v_norm: nn.Module = nn.Identity()
         self.query_factor = 1.0
         size, eps = config.head_dim, config.rms_norm_eps
-        if config.architecture == QWEN3:
-            self.q_norm, self.k_norm = LlamaRMSNorm(size, eps=eps), LlamaRMSNorm(size, eps=eps)
+        if config.architecture != LLAMA:
+            norm = _norm_class(config)
+            self.q_norm, self.k_norm = norm(size, eps=eps), norm(size, eps=eps)
         if config.architecture == GEMMA4:
-            self.q_norm, self.k_norm = Gemma4RMSNorm(size, eps=eps), Gemma4RMSNorm(size, eps=eps)
             self.v_norm = Gemma4RMSNorm(size, eps=eps, with_scale=False)
             # Gemma 4's queries are normed and its scores not scaled; callers divide by √hd.
             self.query_factor = size**0.5
@@ -179,11 +205,18 @@ class _Attention(nn.Module):
     def forward(
         self, inputs: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend
     ) -> torch.Tensor:
-        query, key = self._heads(self.q_proj(inputs)), self._heads(self.k_proj(inputs))
-        value = key if self.v_proj is None else self._heads(self.v_proj(inputs))
-        query = _rotate(self.q_norm(query), rotary) * self.query_factor
-        attended = attend(0, query, _rotate(self.k_norm(key), rotary), self.v_norm(value))
+        query = self.q_norm(self._heads(self.q_proj(inputs)))
+        keys, values = self.keys_values(inputs, rotary)
+        attended = attend(0, _rotate(query, rotary) * self.query_factor, keys, values)
         return self.o_proj(attended.flatten(1))
+
+    def keys_values(
+        self, inputs: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[N, 2 d]`` to rotated keys and values, each ``[N, kv heads, hd]``."""
+        keys = self._heads(self.k_proj(inputs))
+        values = keys if self.v_proj is None else self._heads(self.v_proj(inputs))
+        return _rotate(self.k_norm(keys), rotary), self.v_norm(values)
 
     def _heads(self, flat: torch.Tensor) -> torch.Tensor:
         return flat.unflatten(-1, (-1, self.head_dim))
@@ -196,59 +229,65 @@ class _Layer(nn.Module):
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = _Attention(config)
-        self.mlp = LlamaMLP(_llama_config(config))
-        self.hidden_norm = LlamaRMSNorm(width, eps=eps)
-        self.input_layernorm = LlamaRMSNorm(width, eps=eps)
-        self.post_attention_layernorm = LlamaRMSNorm(width, eps=eps)
+        self.mlp = _build_mlp(config)
+        norm = _norm_class(config)
+        self.hidden_norm = norm(width, eps=eps)
+        self.input_layernorm = norm(width, eps=eps)
+        self.post_attention_layernorm = norm(width, eps=eps)
+
+    def inputs(self, embedding: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """What attention reads: ``[N, 2 d]``."""
+        return torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], dim=-1)
 
     def forward(
         self,
-        embedding: torch.Tensor,
         hidden: torch.Tensor,
+        inputs: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         attend: Attend,
     ) -> torch.Tensor:
-        joined = torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], dim=-1)
-        hidden = hidden + self.self_attn(joined, rotary, attend)
+        hidden = hidden + self.self_attn(inputs, rotary, attend)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class _Gemma4Layer(nn.Module):
+class _Gemma4Layer(_Layer):
     """The decoder layer of the Gemma 4 format: norms on both sides of attention and MLP."""
 
     def __init__(self, config: Eagle3Config) -> None:
-        super().__init__()
+        super().__init__(config)
         width, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = _Attention(config)
-        self.mlp = Gemma4TextMLP(
-            Gemma4TextConfig(
-                hidden_size=width,
-                intermediate_size=config.intermediate_size,
-                hidden_activation=config.hidden_act,
-                num_hidden_layers=1,
-                layer_types=["full_attention"],
-            ),
-            layer_idx=0,
-        )
-        self.hidden_norm = Gemma4RMSNorm(width, eps=eps)
-        self.input_layernorm = Gemma4RMSNorm(width, eps=eps)
-        self.post_attention_layernorm = Gemma4RMSNorm(width, eps=eps)
         self.pre_feedforward_layernorm = Gemma4RMSNorm(width, eps=eps)
         self.post_feedforward_layernorm = Gemma4RMSNorm(width, eps=eps)
         self.layer_scalar = nn.Buffer(torch.ones(1))
 
     def forward(
         self,
-        embedding: torch.Tensor,
         hidden: torch.Tensor,
+        inputs: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         attend: Attend,
     ) -> torch.Tensor:
-        joined = torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], dim=-1)
-        attended = self.self_attn(joined, rotary, attend)
+        attended = self.self_attn(inputs, rotary, attend)
         hidden = hidden + self.post_attention_layernorm(attended)
         inner = self.mlp(self.pre_feedforward_layernorm(hidden))
         return (hidden + self.post_feedforward_layernorm(inner)) * self.layer_scalar
+
+
+def _norm_class(config: Eagle3Config) -> type[LlamaRMSNorm] | type[Gemma4RMSNorm]:
+    return Gemma4RMSNorm if config.architecture == GEMMA4 else LlamaRMSNorm
+
+
+def _build_mlp(config: Eagle3Config) -> nn.Module:
+    if config.architecture != GEMMA4:
+        return LlamaMLP(_llama_config(config))
+    gemma = Gemma4TextConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        hidden_activation=config.hidden_act,
+        num_hidden_layers=1,
+        layer_types=["full_attention"],
+    )
+    return Gemma4TextMLP(gemma, layer_idx=0)
 
 
 def _llama_config(config: Eagle3Config) -> LlamaConfig:
