@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from cluster.bench.judge import Judgement, judge
-from cluster.engine.layout import stage_layers
+from cluster.engine.layout import check_split, stage_layers
 from cluster.engine.sharding import cut_tensor_parallel
 from cluster.errors import CheckpointError, ConfigError
 from cluster.request import Request, SamplingParams
@@ -112,8 +112,10 @@ def test_models_that_cannot_be_cut_are_refused_by_name(tmp_path: Path) -> None:
     cut = {"tensor_rank": 0, "all_reduce": unused}
     llama = AutoModelForCausalLM.from_config(CONFIGS["llama"])
     with pytest.raises(ConfigError, match="num_attention_heads"):
-        cut_tensor_parallel(llama, tensor_parallel_size=3, **cut)
+        check_split(llama.config.to_dict(), tensor_parallel_size=3, pipeline_parallel_size=1)
     with pytest.raises(ConfigError, match="num_key_value_heads"):
+        check_split(llama.config.to_dict(), tensor_parallel_size=4, pipeline_parallel_size=1)
+    with pytest.raises(ConfigError, match="k_proj into heads of 8"):
         cut_tensor_parallel(llama, tensor_parallel_size=4, **cut)
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2))
     with pytest.raises(ConfigError, match="no tensor-parallel plan"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import cluster
 from cluster.config import ClusterConfig, load_serve_config
-from cluster.engine.layout import check_heads, stage_layers
+from cluster.engine.layout import check_split
 from cluster.errors import CheckpointError, ConfigError
 from cluster.models.dspark_config import DSparkConfig, check_drafter_matches_target
 
@@ -68,10 +68,11 @@ def _check_checkpoints(config: ClusterConfig) -> None:
 
 def _check_layout(config: ClusterConfig, target_config: dict[str, Any]) -> None:
     """Refuses splits of the target that its shape does not allow, before anything starts."""
-    check_heads(target_config, config.target.tensor_parallel_size)
-    num_layers = target_config.get("num_hidden_layers")
-    if num_layers is not None:
-        stage_layers(num_layers, config.target.pipeline_parallel_size, stage=0)
+    check_split(
+        target_config,
+        tensor_parallel_size=config.target.tensor_parallel_size,
+        pipeline_parallel_size=config.target.pipeline_parallel_size,
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

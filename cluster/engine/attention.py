@@ -3,10 +3,14 @@
 The model's own forward calls ``paged_attention`` once per layer with the flattened tokens of all
 requests. Sequences with few query tokens (decoding, verification) are attended in one padded batch;
 longer ones (prompt chunks) each on their own, so that padding never multiplies prompt work.
+
+What a layer asks of attention beyond scores, a sliding window and causality (sinks, a soft cap on
+scores, attention to later tokens) is refused, never left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from cluster.engine.step_input import StepInput
+from cluster.errors import ConfigError
 
 ATTENTION_NAME = "dspark_paged"
 MAX_SHORT_QUERY = 16
@@ -25,27 +30,53 @@ MAX_SHORT_QUERY = 16
 class KVCache:
     """Keys and values of this shard's layers, ``[num_pages, page_size, kv_heads, head_dim]`` each.
 
-    A layer's room is made when it first stores something, as only then its shape is known for any
+    Heads and their sizes may differ from layer to layer, and between a layer's keys and values. A
+    layer's room is made when it first stores something, as only then its shape is known for any
     model; the profile that runs at start-up does that.
+
+    Args:
+        num_pages: page 0 included, which no sequence holds.
+        page_size: tokens of a page.
+        sources: layers that read another layer's keys and values instead of their own.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, sources: Mapping[int, int] | None = None
+    ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
+        self._sources = dict(sources or {})
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a token takes, by the layers that have stored something."""
+        tensors = [tensor for pair in self._layers.values() for tensor in pair]
+        return sum(t.element_size() * t[0, 0].numel() for t in tensors)
+
+    def serves(self, layer: int) -> bool:
+        """Whether the layer has attended through this cache."""
+        return self._sources.get(layer, layer) in self._layers
+
+    def batch(self, step: StepInput, device: torch.device) -> PagedBatch:
+        """What the layers need of one pass."""
+        return PagedBatch.build(step, self, device)
 
     def store(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes tokens' keys and values to their slots.
+        """Writes tokens' keys and values to their slots; of a layer that reads another one's keys
+        they are there already.
 
         Args:
-            key, value: ``[N, kv_heads, head_dim]``.
+            key: ``[N, kv_heads, head_dim]``; ``value``: ``[N, kv_heads, value_dim]``.
             slots: ``[N]`` int64, page * page_size + offset.
 
         Returns:
             The layer's whole keys and values.
         """
+        if layer in self._sources:
+            return self._layers[self._sources[layer]]
         if layer not in self._layers:
             self._layers[layer] = (self._room(key), self._room(value))
         keys, values = self._layers[layer]
@@ -115,20 +146,34 @@ def paged_attention(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    softcap: float | None = None,
     paged: PagedBatch,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Stores this pass's keys and values, then attends every query to its own sequence's cache.
 
     Args:
-        query: ``[1, heads, N, head_dim]``; ``key`` and ``value``: ``[1, kv_heads, N, head_dim]``.
+        query: ``[1, heads, N, head_dim]``; ``key``: ``[1, kv_heads, N, head_dim]``; ``value``:
+            ``[1, kv_heads, N, value_dim]``.
         attention_mask: unused; causality follows from positions.
         scaling: of the scores; ``sliding_window``: keys further back are not seen.
+        s_aux: attention sinks; ``softcap``: of the scores; both unsupported.
         paged: this pass's layout.
 
     Returns:
-        ``[1, N, heads, head_dim]`` and ``None`` (no weights).
+        ``[1, N, heads, value_dim]`` and ``None`` (no weights).
+
+    Raises:
+        ConfigError: the layer needs sinks, a soft cap or attention to later tokens.
     """
+    is_causal = getattr(module, "is_causal", True)
+    if s_aux is not None or softcap is not None or not is_causal:
+        raise ConfigError(
+            "target.model",
+            f"{type(module).__name__} needs attention sinks, a soft cap on scores or attention to "
+            "later tokens, which paged attention does not have",
+        )
     cache = paged.cache
     keys, values = cache.store(
         cast(int, module.layer_idx), key[0].transpose(0, 1), value[0].transpose(0, 1), paged.slots

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cluster.config import TargetConfig
-from cluster.engine.attention import ATTENTION_NAME, KVCache, PagedBatch
-from cluster.engine.layout import stage_layers
+from cluster.engine.attention import ATTENTION_NAME, KVCache
+from cluster.engine.capture import FeatureCapture
+from cluster.engine.layout import check_split, key_sources, stage_layers
 from cluster.engine.mesh import Mesh
 from cluster.engine.sharding import (
     cut_output_head,
@@ -21,6 +23,9 @@ from cluster.engine.sharding import (
 from cluster.engine.step_input import StepInput
 from cluster.errors import CheckpointError, ConfigError
 from cluster.models.checkpoint import Projection
+
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 def load_text_config(model: str, *, trust_remote_code: bool = False) -> Any:
@@ -39,9 +44,16 @@ def load_text_config(model: str, *, trust_remote_code: bool = False) -> Any:
 class TargetShard:
     """The layers of one pipeline stage, cut for one tensor-parallel rank.
 
+    Of a model with other inputs than text, only the text decoder is kept. A model is served only if
+    every layer of it attends through the cache, which one token shows before anything else runs.
+
     ``forward`` writes this pass's keys and values into the cache (rejected tokens are simply
-    overwritten later) and, where a drafter is configured, stores each token's context features in
-    ``features`` under the same slots (on rank 0 only).
+    overwritten later) and, where a drafter reads hidden states, stores each token's context
+    features in ``features`` under the same slots (on rank 0 only).
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        ConfigError: it cannot be served, or not split like this; names what is in the way.
     """
 
     def __init__(
@@ -51,39 +63,52 @@ class TargetShard:
         self.device = torch.device(config.device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self._deterministic = config.deterministic
+        num_stages = mesh.num_stages if mesh else 1
+        num_ranks = mesh.tensor_parallel_size if mesh else 1
         model = _load_model(config, self.dtype)
-        text_config = model.base_model.config
+        self._base = model.get_decoder()
+        text_config = self._base.config
+        _check_servable(model, text_config)
+        check_split(
+            text_config.to_dict(),
+            tensor_parallel_size=num_ranks,
+            pipeline_parallel_size=num_stages,
+        )
         self.vocab_size: int = text_config.vocab_size
         self.hidden_size: int = text_config.hidden_size
         self.max_model_len: int = text_config.max_position_embeddings
         self._soft_cap: float | None = getattr(text_config, "final_logit_softcapping", None)
-        num_stages = mesh.num_stages if mesh else 1
-        stage = mesh.stage if mesh else 0
-        layers = stage_layers(text_config.num_hidden_layers, num_stages, stage)
         num_layers = text_config.num_hidden_layers
-        self.layers = layers
-        cut_stage(model, layers)
+        self.layers = stage_layers(num_layers, num_stages, mesh.stage if mesh else 0)
+        self._key_sources = key_sources(text_config.to_dict())
+        cut_stage(self._base, self.layers)
         self._gather_head = False
-        if mesh is not None and mesh.tensor_parallel_size > 1:
-            cut = {
-                "tensor_rank": mesh.tensor_rank,
-                "tensor_parallel_size": mesh.tensor_parallel_size,
-            }
+        if mesh is not None and num_ranks > 1:
+            cut = {"tensor_rank": mesh.tensor_rank, "tensor_parallel_size": num_ranks}
             cut_tensor_parallel(model, all_reduce=mesh.all_reduce, **cut)
             self._gather_head = cut_output_head(model, **cut)
-        self._base = model.base_model
         self._norm = self._base.norm
         self._base.norm = nn.Identity()
         self._head = model.get_output_embeddings()
-        self._capture: dict[int, torch.Tensor] = {}
-        self._projections = self._hook_features(projection, num_layers)
+        for module in (self._base, self._norm, self._head):
+            module.to(self.device).eval()
+        self._capture: FeatureCapture | None = None
         self._feature_size = projection.weight.shape[0] if projection else 0
-        model.to(self.device).eval()
+        if projection is not None and (mesh is None or mesh.tensor_rank == 0):
+            self._capture = FeatureCapture(
+                projection,
+                self._base,
+                layers=self.layers,
+                num_layers=num_layers,
+                embeds=mesh is None or mesh.is_first_stage,
+            )
         self.page_size = config.page_size
-        self.num_pages = config.num_pages or self._pages_for_memory(config, text_config)
+        self.cache = self._make_cache(num_pages=1)
+        self._try_one_token(type(model).__name__)
+        self.num_pages = config.num_pages or self._pages_for_memory(config)
         if mesh is not None:
             self.num_pages = mesh.minimum(self.num_pages)
-        self.cache = KVCache(self.num_pages, self.page_size)
+        self.cache = self._make_cache(self.num_pages)
         self.features = torch.zeros(0)
         if projection is not None and (mesh is None or mesh.rank == 0):
             shape = (self.num_pages * self.page_size, self._feature_size)
@@ -174,8 +199,6 @@ class TargetShard:
         self, step: StepInput, hidden: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This stage's layers over (a part of) a pass: hidden states, partial features."""
-        paged = PagedBatch.build(step, self.cache, self.device)
-        self._capture.clear()
         inputs: dict[str, torch.Tensor]
         if hidden is None:
             token_ids = torch.as_tensor(step.token_ids, device=self.device)
@@ -186,12 +209,9 @@ class TargetShard:
             **inputs,
             position_ids=torch.as_tensor(step.positions, device=self.device).unsqueeze(0),
             use_cache=False,
-            paged=paged,
+            paged=self.cache.batch(step, self.device),
         )
-        partial: torch.Tensor | None = None
-        for layer_id, weight in self._projections:
-            product = nn.functional.linear(self._capture[layer_id], weight).float()
-            partial = product if partial is None else partial + product
+        partial = self._capture.project() if self._capture is not None else None
         return output.last_hidden_state[0], partial
 
     def _pass_on(
@@ -220,54 +240,68 @@ class TargetShard:
             slots = torch.as_tensor(step.slots, device=self.device)
             self.features.index_copy_(0, slots, features.to(self.dtype))
 
-    def _hook_features(
-        self, projection: Projection | None, num_layers: int
-    ) -> list[tuple[int, torch.Tensor]]:
-        """Captures this stage's target layers; returns each with its slice of ``fc``."""
-        if projection is None or (self.mesh is not None and self.mesh.tensor_rank != 0):
-            return []
-        hooked = []
-        for index, layer_id in enumerate(projection.target_layer_ids):
-            if not -1 <= layer_id < num_layers:
-                raise ConfigError(
-                    "speculative.model",
-                    f"its target_layer_ids has {layer_id}, the target has {num_layers} layers",
-                )
-            is_embedding = layer_id == -1
-            if is_embedding and self.mesh is not None and not self.mesh.is_first_stage:
-                continue
-            if not is_embedding and layer_id not in self.layers:
-                continue
-            module = (
-                self._base.embed_tokens
-                if is_embedding
-                else self._base.layers[layer_id - self.layers.start]
+    def _make_cache(self, num_pages: int) -> KVCache:
+        return KVCache(num_pages, self.page_size, self._key_sources)
+
+    @torch.inference_mode()
+    def _try_one_token(self, architecture: str) -> None:
+        """Runs a token on page 0, so that the cache knows what a token takes.
+
+        Raises:
+            ConfigError: a layer did not attend through the cache.
+        """
+        zero = np.zeros(1, dtype=np.int64)
+        step = StepInput(
+            token_ids=zero,
+            positions=zero,
+            slots=zero,
+            query_lens=zero + 1,
+            context_lens=zero + 1,
+            block_tables=zero.reshape(1, 1),
+            logit_rows=zero[:0],
+        )
+        hidden = None
+        if self.mesh is not None and not self.mesh.is_first_stage:
+            hidden = torch.zeros(1, self.hidden_size, dtype=self.dtype, device=self.device)
+        self._run_layers(step, hidden)
+        missing = [layer for layer in self.layers if not self.cache.serves(layer)]
+        if missing:
+            raise ConfigError(
+                "target.model",
+                f"{architecture} cannot be served: its layers {missing} do not attend through "
+                "transformers' AttentionInterface",
             )
-            columns = slice(index * self.hidden_size, (index + 1) * self.hidden_size)
-            weight = projection.weight[:, columns].to(self.device, self.dtype).contiguous()
-            module.register_forward_hook(self._make_capture(layer_id))
-            hooked.append((layer_id, weight))
-        return hooked
 
-    def _make_capture(self, layer_id: int) -> Any:
-        def capture(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            self._capture[layer_id] = hidden[0]
-
-        return capture
-
-    def _pages_for_memory(self, config: TargetConfig, text_config: Any) -> int:
+    def _pages_for_memory(self, config: TargetConfig) -> int:
         """Pages that fit the configured memory, and no more than can be used at once."""
-        heads = text_config.num_attention_heads
-        kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
-        head_dim = getattr(text_config, "head_dim", None) or self.hidden_size // heads
-        kv_size = 2 * len(self.layers) * kv_heads * head_dim // config.tensor_parallel_size
-        element_bytes = torch.empty(0, dtype=self.dtype).element_size()
-        page_bytes = (kv_size + self._feature_size) * element_bytes * config.page_size
+        feature_bytes = self._feature_size * torch.empty(0, dtype=self.dtype).element_size()
+        page_bytes = (self.cache.bytes_per_token + feature_bytes) * config.page_size
         fitting = config.kv_cache_memory_mb * 2**20 // page_bytes
         context = config.max_model_len or self.max_model_len
         useful = config.max_num_seqs * -(-context // config.page_size) + 1
         return max(2, min(fitting, useful))
+
+
+def _check_servable(model: PreTrainedModel, text_config: Any) -> None:
+    """Refuses what would be served wrongly without any sign of it. Raises: ConfigError."""
+    architecture = type(model).__name__
+    decoder = model.get_decoder()
+    for part in ("embed_tokens", "layers", "norm"):
+        if not hasattr(decoder, part):
+            raise ConfigError(
+                "target.model", f"{architecture} cannot be served: its decoder has no '{part}'"
+            )
+    unknown = set(getattr(text_config, "layer_types", None) or ()) - _LAYER_TYPES
+    if unknown:
+        raise ConfigError(
+            "target.model",
+            f"{architecture} cannot be served: layers of type {', '.join(sorted(unknown))}",
+        )
+    for key in _LOGIT_FACTORS:
+        if getattr(text_config, key, None) not in (None, 1):
+            raise ConfigError(
+                "target.model", f"{architecture} cannot be served: it scales logits by '{key}'"
+            )
 
 
 def _load_model(config: TargetConfig, dtype: torch.dtype) -> PreTrainedModel:

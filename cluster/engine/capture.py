@@ -1,0 +1,80 @@
+"""Catches the hidden states that a drafter reads of its target, and projects them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.errors import ConfigError
+from cluster.models.checkpoint import Projection
+
+
+class FeatureCapture:
+    """Forward hooks on one stage's target layers, and each layer's share of the projection.
+
+    Layer i is the residual stream after layer i, with whatever the layer itself scales it by; -1
+    is the embedding, as the first layer gets it. Of several residual streams (hyper-connections)
+    it is their mean.
+
+    Args:
+        projection: of the drafter.
+        decoder: the text decoder, with this stage's layers only.
+        layers: which layers these are.
+        num_layers: of the whole model.
+        embeds: whether this stage is the one that embeds tokens.
+
+    Raises:
+        ConfigError: the drafter reads a layer that the target does not have.
+    """
+
+    def __init__(
+        self,
+        projection: Projection,
+        decoder: Any,
+        *,
+        layers: range,
+        num_layers: int,
+        embeds: bool,
+    ) -> None:
+        self._captured: dict[int, torch.Tensor] = {}
+        self._weights: list[tuple[int, torch.Tensor]] = []
+        hidden_size = projection.weight.shape[1] // len(projection.target_layer_ids)
+        like = decoder.embed_tokens.weight
+        for index, layer_id in enumerate(projection.target_layer_ids):
+            if not -1 <= layer_id < num_layers:
+                raise ConfigError(
+                    "speculative.model",
+                    f"its target_layer_ids has {layer_id}, the target has {num_layers} layers",
+                )
+            if layer_id == -1 and embeds:
+                module = decoder.embed_tokens
+            elif layer_id in layers:
+                module = decoder.layers[layer_id - layers.start]
+            else:
+                continue
+            module.register_forward_hook(self._hook(layer_id))
+            columns = slice(index * hidden_size, (index + 1) * hidden_size)
+            weight = projection.weight[:, columns].to(like.device, like.dtype).contiguous()
+            self._weights.append((layer_id, weight))
+
+    def project(self) -> torch.Tensor | None:
+        """This stage's part of the last pass's features.
+
+        Returns:
+            ``[N, d]`` float32; ``None`` when the drafter reads none of this stage's layers.
+        """
+        partial: torch.Tensor | None = None
+        for layer_id, weight in self._weights:
+            product = nn.functional.linear(self._captured.pop(layer_id), weight).float()
+            partial = product if partial is None else partial + product
+        return partial
+
+    def _hook(self, layer_id: int) -> Any:
+        def capture(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            hidden = (output[0] if isinstance(output, tuple) else output)[0]
+            streams = hidden.dim() == 3
+            self._captured[layer_id] = hidden.mean(dim=1) if streams else hidden
+
+        return capture
