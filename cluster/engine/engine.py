@@ -12,14 +12,15 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from cluster.config import ClusterConfig
+from cluster.engine.curve_keeper import CurveKeeper
 from cluster.engine.draft_client import DraftClient
 from cluster.engine.drafting import Drafting, feature_slots
 from cluster.engine.pages import PagePool
-from cluster.engine.profile import profile_verify_curve
+from cluster.engine.planning import RecordObserver, RoundPlanner
+from cluster.engine.profile import StepProbe
 from cluster.engine.runner import Runner
 from cluster.engine.sampler import SampleInput, SampleOutput, Sampler
 from cluster.engine.scheduler import ScheduledSequence, Scheduler, flatten
@@ -27,13 +28,19 @@ from cluster.engine.sequence import Sequence
 from cluster.engine.text import TextStream
 from cluster.errors import ConfigError, DeadlineExceededError, InvalidRequestError
 from cluster.request import FinishReason, Request, RequestOutput, SpeculationStats, Usage
-from cluster.speculation.budget import BudgetPlanner, FixedBudget, GreedyBudget
+from cluster.speculation.calibration import Calibration
 from cluster.speculation.cost_model import CostModel
 
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """What a replica reports of itself; times and shares are of the moment of the report."""
+    """What a replica reports of itself; times and shares are of the moment of the report.
+
+    Attributes:
+        calibration_error: of the confidences as served (``OnlineCalibration.error``); ``None``
+            before enough was verified.
+        calibration_drift: largest factor between a temperature in force and its offline fit.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -43,6 +50,8 @@ class EngineLoad:
     speculation_state: str = "off"
     speculation_reason: str = ""
     stats: SpeculationStats = field(default_factory=SpeculationStats)
+    calibration_error: float | None = None
+    calibration_drift: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class _Pass:
     group: int
     entries: list[ScheduledSequence]
     num_tokens: int
+    num_context_tokens: int
     started_s: float  # of the engine's clock, which stands still while drafts are waited for
 
 
@@ -66,10 +76,12 @@ class Engine:
         tokenizer: needed for stop strings only.
         eos_token_ids: tokens that end an output.
         draft_client: the drafters, or ``None`` to decode plainly.
+        calibration: of the drafter's confidences; unset: they are taken as they are.
+        target_digest: finds the verify curve of an earlier start; unset: it is measured.
         seed: of the random streams (tests); unset: from the operating system.
 
     Raises:
-        ConfigError: the cache cannot hold one full context.
+        ConfigError: the cache cannot hold one full context, or a configured curve is broken.
     """
 
     def __init__(
@@ -80,6 +92,8 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         tokenizer: Any = None,
         draft_client: DraftClient | None = None,
+        calibration: Calibration | None = None,
+        target_digest: str | None = None,
         seed: int | None = None,
     ) -> None:
         shard = runner.shard
@@ -110,14 +124,15 @@ class Engine:
         self._stats = SpeculationStats()
         self._waited_s = 0.0
         self._drafting: Drafting | None = None
-        self._budget: BudgetPlanner | None = None
+        self._planner: RoundPlanner | None = None
+        probe = StepProbe(runner, self._pages, config.target, self.max_model_len)
+        self._curve_keeper = CurveKeeper(probe, config.target, target_digest)
+        self.cost_model = CostModel(self._curve_keeper.curve)
         if draft_client is not None and speculative is not None:
             self._drafting = Drafting(
                 draft_client, speculative, self._read_features, self.max_model_len, self._stats
             )
-            if speculative.scheduler == "prefix":
-                self._budget = GreedyBudget()
-        self.cost_model = CostModel(profile_verify_curve(runner, config.target))
+            self._planner = RoundPlanner(speculative, self.cost_model, calibration or Calibration())
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: deque[_Pass] = deque()
         self._next_group = 0
@@ -183,6 +198,7 @@ class Engine:
             state, reason = "off", "no drafter is ready"
         else:
             state, reason = "on", "a drafter is ready"
+        planner = self._planner
         return EngineLoad(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
@@ -192,7 +208,14 @@ class Engine:
             speculation_state=state,
             speculation_reason=reason,
             stats=self._stats,
+            calibration_error=planner.calibration_error if planner is not None else None,
+            calibration_drift=planner.calibration_drift if planner is not None else 1.0,
         )
+
+    def observe_rounds(self, observer: RecordObserver) -> None:
+        """Has a record of every verified proposal passed to ``observer`` (evaluation)."""
+        if self._planner is not None:
+            self._planner.set_observer(observer)
 
     def predicted_step_s(self) -> float:
         """Seconds that the longest step should take: the largest pass, every round too late."""
@@ -204,6 +227,16 @@ class Engine:
     def check(self) -> None:
         """Verifies that no page is leaked or held twice. Raises: RuntimeError."""
         self._pages.check([s.pages for s in self._sequences.values()])
+
+    def work_idle(self) -> bool:
+        """Improves the cost model while there are no requests, by one pass at most.
+
+        Returns:
+            Whether the next call should follow at once.
+        """
+        if self._curve_keeper.improve():
+            self.cost_model.replace_curve(self._curve_keeper.curve)
+        return self._curve_keeper.is_mid_visit
 
     def keep_alive(self) -> None:
         """Tells idle shards that the engine is there."""
@@ -256,40 +289,30 @@ class Engine:
 
     def _choose_drafts(self, group: int) -> dict[Sequence, tuple[int, ...]]:
         """How much of each proposal to verify in the group's next pass."""
-        members = self._scheduler.group_members(group)
         limits = self._scheduler.draft_limits(group)
-        if not limits:
+        if self._planner is None or not limits:
             return {}
-        proposals = [s.proposal for s in limits if s.proposal is not None]
-        widths = np.asarray(list(limits.values()))
-        planner = self._budget or FixedBudget(int(widths.max()))
-        confidences = np.zeros((len(proposals), int(widths.max())))
-        for row, (proposal, width) in enumerate(zip(proposals, widths, strict=True)):
-            confidences[row, :width] = proposal.confidences[:width]
-        admitted = planner.plan(
-            confidences,
-            widths,
-            cost_model=self.cost_model,
+        members = self._scheduler.group_members(group)
+        return self._planner.choose(
+            limits,
             num_requests=len(members),
             num_base_tokens=sum(s.num_missing_tokens for s in members),
         )
-        return {
-            sequence: proposal.draft_token_ids[:count]
-            for sequence, proposal, count in zip(limits, proposals, admitted, strict=True)
-        }
 
     def _launch(self, group: int, entries: list[ScheduledSequence]) -> None:
+        started_s = self._clock()
         step = flatten(entries, self._pages.page_size)
         for entry in entries:
             entry.sequence.is_in_flight = True
-        started_s = self._clock()
         self._runner.launch(step)
-        self._in_flight.append(_Pass(group, entries, step.num_tokens, started_s))
+        num_context_tokens = sum(entry.sequence.num_computed_tokens for entry in entries)
+        self._in_flight.append(
+            _Pass(group, entries, step.num_tokens, num_context_tokens, started_s)
+        )
 
     def _finish(self, done: _Pass) -> list[RequestOutput]:
         """Samples a pass's tokens, commits them, ends what is done and announces what goes on."""
         logits = self._runner.collect()
-        self.cost_model.observe_verify(done.num_tokens, self._clock() - done.started_s)
         sampling = [entry for entry in done.entries if entry.samples]
         samples = iter(self._sampler.sample(logits, [_sample_input(e) for e in sampling]))
         outputs: list[RequestOutput] = []
@@ -307,6 +330,11 @@ class Engine:
                 self._remove(sequence)
             elif sequence.end_error is None:
                 going_on.append(sequence)
+        self.cost_model.observe_verify(
+            done.num_tokens,
+            self._clock() - done.started_s,
+            num_context_tokens=done.num_context_tokens,
+        )
         if self._drafting is not None:
             self._drafting.announce(done.group, going_on)
         return outputs
@@ -316,6 +344,8 @@ class Engine:
     ) -> tuple[RequestOutput, FinishReason | None]:
         """Appends a sequence's new tokens, cut where it ends."""
         sequence = entry.sequence
+        if self._planner is not None:
+            self._planner.observe(entry, sample)
         offset = sequence.num_output_tokens
         reason = None
         for token_id in sample.token_ids:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,11 +43,16 @@ class SampleInput:
 
 @dataclass(frozen=True)
 class SampleOutput:
-    """Tokens that one sequence gained: accepted guesses, then one of the target's own."""
+    """Tokens that one sequence gained: accepted guesses, then one of the target's own.
+
+    ``acceptance`` holds each guess's chance of acceptance, of rejection sampling only (see
+    ``Verification.acceptance``).
+    """
 
     token_ids: tuple[int, ...]
     token_sources: tuple[TokenSource, ...]
     logprobs: tuple[PositionLogprobs, ...]
+    acceptance: tuple[float, ...] = ()
 
     @property
     def num_accepted_tokens(self) -> int:
@@ -263,14 +268,18 @@ def _to_outputs(verification: Verification, block: _Block) -> list[SampleOutput]
     rows = verification.output_token_ids.tolist()
     accepted = verification.num_accepted_tokens.tolist()
     bonus = verification.is_bonus.tolist()
-    for row, num_accepted, is_bonus, entry in zip(
-        rows, accepted, bonus, block.entries, strict=True
+    chances = (
+        [[]] * len(rows) if verification.acceptance is None else verification.acceptance.tolist()
+    )
+    for row, num_accepted, is_bonus, chance, entry in zip(
+        rows, accepted, bonus, chances, block.entries, strict=True
     ):
         last = TokenSource.BONUS if is_bonus else TokenSource.RECOVERED
         if not entry.draft_token_ids:
             last = TokenSource.TARGET
         sources = (TokenSource.ACCEPTED,) * num_accepted + (last,)
-        outputs.append(SampleOutput(tuple(row[: num_accepted + 1]), sources, ()))
+        acceptance = tuple(chance[: len(entry.draft_token_ids)])
+        outputs.append(SampleOutput(tuple(row[: num_accepted + 1]), sources, (), acceptance))
     return outputs
 
 
@@ -286,4 +295,4 @@ def _with_logprobs(output: SampleOutput, num_top: int, logits: torch.Tensor) -> 
             tops = tuple(TokenLogprob(i, v) for i, v in pairs)
         chosen = TokenLogprob(token_id, float(logprobs[row, token_id]))
         positions.append(PositionLogprobs(chosen, tops))
-    return SampleOutput(output.token_ids, output.token_sources, tuple(positions))
+    return replace(output, logprobs=tuple(positions))

@@ -35,6 +35,10 @@ class Verification:
     num_accepted_tokens: torch.Tensor  # [R] int64
     output_token_ids: torch.Tensor  # [R, K+1] int64, PADDING_TOKEN_ID behind the outputs
     is_bonus: torch.Tensor  # [R] bool, of the last output
+    # [R, K] float32, of rejection: the chance of acceptance before the token was drawn, sum over x
+    # of min(target(x), draft(x)); given the drafted tokens before, and behind `num_draft_tokens`
+    # without meaning. None of coupled verification, whose outcome has no chance in it.
+    acceptance: torch.Tensor | None = None
 
     @property
     def num_output_tokens(self) -> torch.Tensor:
@@ -100,7 +104,9 @@ def verify_rejection(
         # Only rounding can reject where target and draft agree; the target's law is then right.
         residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, last_target_probs)
     last_token_ids = sample_from_probs(residual, recovery_noise)
-    return _assemble(draft_token_ids, num_accepted, last_token_ids, is_bonus)
+    target_at_support = target_probs[:, :num_columns].gather(2, draft_prob_token_ids)
+    acceptance = torch.minimum(target_at_support, draft_prob_values).sum(dim=-1)
+    return _assemble(draft_token_ids, num_accepted, last_token_ids, is_bonus, acceptance)
 
 
 def verify_coupled(
@@ -144,6 +150,7 @@ def _assemble(
     num_accepted: torch.Tensor,
     last_token_ids: torch.Tensor,
     is_bonus: torch.Tensor,
+    acceptance: torch.Tensor | None = None,
 ) -> Verification:
     num_requests, num_columns = draft_token_ids.shape
     columns = torch.arange(num_columns + 1, device=draft_token_ids.device)
@@ -152,5 +159,8 @@ def _assemble(
     output = torch.where(columns < last_column, output, PADDING_TOKEN_ID)
     output = output.scatter(1, last_column, last_token_ids.unsqueeze(1))
     return Verification(
-        num_accepted_tokens=num_accepted, output_token_ids=output, is_bonus=is_bonus
+        num_accepted_tokens=num_accepted,
+        output_token_ids=output,
+        is_bonus=is_bonus,
+        acceptance=acceptance,
     )

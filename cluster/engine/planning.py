@@ -1,0 +1,132 @@
+"""How much of each proposal to verify, and what is learnt from how that went.
+
+The engine's side of calibration: drafters send raw confidences, here they are calibrated, turned
+into a budget, and compared with what the verifier said of the tokens they were about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.config import SpeculativeConfig
+from cluster.engine.sampler import SampleOutput
+from cluster.engine.scheduler import ScheduledSequence
+from cluster.engine.sequence import Sequence
+from cluster.request import SamplingParams
+from cluster.speculation.budget import BudgetPlanner, FixedBudget, GreedyBudget
+from cluster.speculation.calibration import Calibration, apply_temperatures
+from cluster.speculation.cost_model import CostModel
+from cluster.speculation.online_calibration import OnlineCalibration
+from cluster.speculation.record import CalibrationKey, VerificationRecord, calibration_key
+
+RecordObserver = Callable[[VerificationRecord], None]
+
+
+class RoundPlanner:
+    """Chooses each round's budget on calibrated confidences, and keeps the calibration right.
+
+    Guarantees: what is chosen for a round depends on lengths, on that round's confidences in the
+    way of its ``BudgetPlanner``, and on passes that were finished before; so rule 3 of DESIGN.md
+    holds with online calibration as well (see ``online_calibration``).
+
+    Args:
+        config: scheduler and whether to calibrate online.
+        cost_model: what a pass costs; kept current by the engine.
+        calibration: the drafter's offline fit.
+    """
+
+    def __init__(
+        self, config: SpeculativeConfig, cost_model: CostModel, calibration: Calibration
+    ) -> None:
+        self._config = config
+        self._cost_model = cost_model
+        self._budget: BudgetPlanner | None = None
+        if config.scheduler == "prefix":
+            self._budget = GreedyBudget()
+        self._observer: RecordObserver | None = None
+        self.set_calibration(calibration)
+
+    @property
+    def calibration_error(self) -> float | None:
+        """Windowed error of the calibrated survival; ``None`` before enough was verified."""
+        return self._online.error
+
+    @property
+    def calibration_drift(self) -> float:
+        """Largest factor between an online temperature and its offline fit; 1 is none."""
+        return self._online.drift
+
+    def set_calibration(self, calibration: Calibration) -> None:
+        """Starts over with the offline fit of a drafter, another one than before perhaps."""
+        self._online = OnlineCalibration(calibration, is_fixed=not self._config.online_calibration)
+
+    def set_observer(self, observer: RecordObserver | None) -> None:
+        """Has every record passed to ``observer``, in the engine's thread (evaluation)."""
+        self._observer = observer
+
+    def choose(
+        self, limits: dict[Sequence, int], *, num_requests: int, num_base_tokens: int
+    ) -> dict[Sequence, tuple[int, ...]]:
+        """The drafted tokens of each proposal to verify in the next pass.
+
+        Args:
+            limits: sequences with a proposal, and how much of it the pass can hold.
+            num_requests: sequences that sample in the pass, with and without a proposal.
+            num_base_tokens: tokens that the pass has anyway.
+        """
+        proposals = [s.proposal for s in limits if s.proposal is not None]
+        widths = np.asarray(list(limits.values()), dtype=np.int64)
+        planner = self._budget or FixedBudget(int(widths.max()))
+        confidences = np.zeros((len(proposals), int(widths.max())))
+        if self._budget is not None:  # a fixed budget looks at no confidence
+            confidences = self._calibrated(limits, widths)
+        admitted = planner.plan(
+            confidences,
+            widths,
+            cost_model=self._cost_model,
+            num_requests=num_requests,
+            num_base_tokens=num_base_tokens,
+        )
+        return {
+            sequence: proposal.draft_token_ids[:count]
+            for sequence, proposal, count in zip(limits, proposals, admitted, strict=True)
+        }
+
+    def observe(self, entry: ScheduledSequence, sample: SampleOutput) -> None:
+        """Learns what became of a proposal; to be called while the sequence still has it."""
+        num_admitted = len(entry.draft_token_ids)
+        proposal = entry.sequence.proposal
+        if num_admitted == 0 or proposal is None:
+            return
+        record = VerificationRecord(
+            key=_key(entry.sequence.request.sampling),
+            request_id=entry.sequence.request.request_id,
+            block_size=proposal.num_draft_tokens,
+            confidences=proposal.confidences[:num_admitted],
+            num_accepted_tokens=sample.num_accepted_tokens,
+            acceptance=sample.acceptance,
+        )
+        self._online.observe(record)
+        if self._observer is not None:
+            self._observer(record)
+
+    def _calibrated(
+        self, limits: dict[Sequence, int], widths: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float64]:
+        """Calibrated confidences ``[R, K]``; zero behind each row's width."""
+        shape = (len(widths), int(widths.max()))
+        raw, temperatures = np.zeros(shape), np.ones(shape)
+        for row, (sequence, width) in enumerate(limits.items()):
+            if sequence.proposal is not None:
+                raw[row, :width] = sequence.proposal.confidences[:width]
+                fitted = self._online.temperatures(_key(sequence.request.sampling), shape[1])
+                temperatures[row] = fitted
+        is_candidate = np.arange(shape[1]) < widths[:, None]
+        return np.where(is_candidate, apply_temperatures(raw, temperatures), 0.0)
+
+
+def _key(params: SamplingParams) -> CalibrationKey:
+    return calibration_key(params.temperature, is_seeded=params.seed is not None)

@@ -1,0 +1,192 @@
+"""Temperatures kept current from what is accepted while serving.
+
+**What is learnt.** A position is only known about where it was admitted, so of a round only its
+admitted positions count; for those the outcome "this token and all before it were accepted" is
+always known. Where rejection sampling gives the exact chance of acceptance, it stands in for the
+coin of the last token reached. Admission looks at confidences, never at outcomes, so within what
+was admitted the outcome given the confidences keeps its law: selecting by what a model conditions
+on does not bias it.
+
+**How.** The last rounds of each key are kept, and every so often each position's temperature
+takes scoring steps (Newton's method with the expected curvature) on the log-loss of the survival,
+left to right as in the offline fit, with a normal prior on the logarithm of the temperature around
+that fit. The log-loss is smooth where the binned error is not, and its optimum is the same where
+one temperature can be right.
+
+**Legality** (DESIGN.md, rule 3). With rejection sampling, admission of x_k may depend only on what
+was fixed before x_k was drawn, or is independent of it given that. Temperatures change from
+outcomes of finished passes only. A pass's outcomes involve its own sequences' drafts of rounds
+that are over, and random numbers that are nobody else's; the plan of that pass read no draft of
+a round that was not in it. So when a proposal that contains x_k is planned, the temperatures are a
+function of earlier rounds of its own sequence, which were over before x_k was drawn, and of other
+sequences' outcomes, which x_k had no part in, even where they were drawn while x_k was on its way.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.speculation.calibration import Calibration, apply_temperatures, logit, survival
+from cluster.speculation.record import CalibrationKey, VerificationRecord
+
+Floats = npt.NDArray[np.float64]
+
+MAX_DRIFT = 4.0
+
+_WINDOW_ROUNDS = 1024
+_UPDATE_ROUNDS = 128
+_NUM_SCORING_STEPS = 2
+_LARGEST_STEP = 0.5  # of the logarithm of a temperature
+_PRIOR_STD = 0.3  # of the logarithm of a temperature, around its offline fit
+_NUM_ERROR_BINS = 10
+
+
+class OnlineCalibration:
+    """The temperatures in force, and how wrong they have lately been.
+
+    Guarantees: a temperature stays within a factor of ``MAX_DRIFT`` of its offline fit; memory is
+    bounded by the number of keys; the result does not depend on records that were not passed in.
+
+    Args:
+        offline: where every key starts, and is drawn back to where there are few outcomes.
+        is_fixed: leave the temperatures as they are and only measure their error.
+    """
+
+    def __init__(self, offline: Calibration, *, is_fixed: bool = False) -> None:
+        self._offline = offline
+        self._is_fixed = is_fixed
+        self._windows: dict[CalibrationKey, _Window] = {}
+
+    @property
+    def error(self) -> float | None:
+        """Windowed calibration error of the survival as it was served, in [0, 1].
+
+        The largest over positions and keys of the root mean square gap between survival and
+        outcome in bins, less what chance alone makes of it; each outcome was predicted by
+        temperatures that had not seen it. ``None`` before any key has had enough rounds.
+        """
+        errors = [w.error for w in self._windows.values() if w.error is not None]
+        return max(errors, default=None)
+
+    @property
+    def drift(self) -> float:
+        """Largest factor, up or down, between a temperature and its offline fit; at least 1."""
+        drifts = [float(np.exp(np.abs(w.drift).max())) for w in self._windows.values()]
+        return max(drifts, default=1.0)
+
+    def temperatures(self, key: CalibrationKey, num_positions: int) -> Floats:
+        """``[num_positions]`` temperatures in force."""
+        values = self._offline.temperatures(key, num_positions)
+        window = self._windows.get(key)
+        if window is not None:
+            known = min(num_positions, window.num_positions)
+            values[:known] *= np.exp(window.drift[:known])
+        return values
+
+    def observe(self, record: VerificationRecord) -> None:
+        """Takes in one verified proposal; the temperatures move once every so many."""
+        window = self._windows.get(record.key)
+        if window is None or window.num_positions < record.block_size:
+            # A longer block than any before starts the key anew; that happens once or twice.
+            offline = self._offline.temperatures(record.key, record.block_size)
+            window = self._windows[record.key] = _Window(offline)
+        window.pending.append(record)
+        if len(window.pending) >= _UPDATE_ROUNDS:
+            window.take_in()
+            if not self._is_fixed:
+                window.update()
+
+
+class _Window:
+    """The last rounds of one key, and the drift of its temperatures.
+
+    Attributes:
+        drift: ``[K]`` logarithms of temperature over offline temperature.
+        pending: records not yet in the window.
+        error: see ``OnlineCalibration.error``.
+    """
+
+    def __init__(self, offline: Floats) -> None:
+        self.num_positions = len(offline)
+        self.drift = np.zeros(self.num_positions)
+        self.pending: list[VerificationRecord] = []
+        self.error: float | None = None
+        self._offline = offline
+        shape = (_WINDOW_ROUNDS, self.num_positions)
+        self._logits = np.zeros(shape)
+        self._outcomes = np.full(shape, np.nan)  # not a number where a position is not known
+        self._served = np.zeros(shape)
+        self._num_rounds = 0
+
+    def take_in(self) -> None:
+        """Moves the pending records into the window, over the oldest ones."""
+        shape = (len(self.pending), self.num_positions)
+        confidences, outcomes = np.full(shape, 0.5), np.full(shape, np.nan)
+        for row, record in enumerate(self.pending):
+            width, num_accepted = len(record.confidences), record.num_accepted_tokens
+            confidences[row, :width] = record.confidences
+            outcomes[row, :num_accepted] = 1.0
+            outcomes[row, num_accepted:width] = 0.0
+            if record.acceptance:
+                last = min(num_accepted + 1, width)
+                outcomes[row, :last] = record.acceptance[:last]
+        rows = np.arange(self._num_rounds, self._num_rounds + len(self.pending)) % _WINDOW_ROUNDS
+        temperatures = self._offline * np.exp(self.drift)
+        self._logits[rows] = logit(confidences)
+        self._outcomes[rows] = np.minimum(outcomes, 1.0)
+        self._served[rows] = survival(apply_temperatures(confidences, temperatures))
+        self._num_rounds += len(self.pending)
+        self.pending.clear()
+        if self._num_rounds >= _WINDOW_ROUNDS // 2:
+            self.error = self._served_error()
+
+    def update(self) -> None:
+        """Scoring steps for every position, left to right."""
+        num_rows = min(self._num_rounds, _WINDOW_ROUNDS)
+        logits = self._logits[:num_rows] / self._offline
+        before = np.ones(num_rows)
+        for position in range(self.num_positions):
+            outcome = self._outcomes[:num_rows, position]
+            known = ~np.isnan(outcome)
+            for _ in range(_NUM_SCORING_STEPS):
+                self._step(position, logits[known, position], before[known], outcome[known])
+            before = before / (1 + np.exp(-logits[:, position] / np.exp(self.drift[position])))
+
+    def _step(self, position: int, logits: Floats, before: Floats, outcome: Floats) -> None:
+        """One scoring step on ``-sum(y log P + (1 - y) log(1 - P)) + prior``.
+
+        P = before * sigmoid(z) with z = logit / exp(drift), so dP/d(drift) = -P (1 - sigmoid(z)) z.
+        """
+        scaled = logits / np.exp(self.drift[position])
+        confidence = 1 / (1 + np.exp(-scaled))
+        chance = before * confidence
+        weight = (1 - confidence) * scaled / (1 - chance)
+        precision = _PRIOR_STD**-2
+        gradient = (outcome - chance) @ weight + precision * self.drift[position]
+        curvature = (chance * (1 - chance)) @ weight**2 + precision
+        step = np.clip(gradient / curvature, -_LARGEST_STEP, _LARGEST_STEP)
+        largest = np.log(MAX_DRIFT)
+        self.drift[position] = np.clip(self.drift[position] - step, -largest, largest)
+
+    def _served_error(self) -> float:
+        num_rows = min(self._num_rounds, _WINDOW_ROUNDS)
+        worst = 0.0
+        for position in range(self.num_positions):
+            outcome = self._outcomes[:num_rows, position]
+            known = ~np.isnan(outcome)
+            worst = max(
+                worst, _debiased_gap(self._served[:num_rows, position][known], outcome[known])
+            )
+        return worst
+
+
+def _debiased_gap(chance: Floats, outcome: Floats) -> float:
+    """Root mean square gap over bins, each bin's less the variance of its mean outcome."""
+    if len(chance) == 0:
+        return 0.0
+    bins = np.minimum((chance * _NUM_ERROR_BINS).astype(np.int64), _NUM_ERROR_BINS - 1)
+    counts = np.maximum(np.bincount(bins, minlength=_NUM_ERROR_BINS), 1)
+    gap = np.bincount(bins, chance - outcome, minlength=_NUM_ERROR_BINS) / counts
+    variance = np.bincount(bins, chance * (1 - chance), minlength=_NUM_ERROR_BINS) / counts**2
+    return float(np.sqrt(max(0.0, counts @ (gap**2 - variance) / len(chance))))

@@ -1,0 +1,197 @@
+"""How well confidences agree with what happened: calibration error, AUC, Brier score.
+
+Figures are about whole verified blocks: of every round, what was accepted is known at every
+position. Rounds of one request are not independent, so intervals resample requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.speculation.record import VerificationRecord
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+NUM_BINS = 20
+_NUM_RESAMPLES = 1000
+_NUM_SIMULATIONS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class RoundTable:
+    """N rounds whose whole blocks of K tokens were verified.
+
+    Attributes:
+        confidences: ``[N, K]`` raw.
+        num_accepted: ``[N]``, 0 to K.
+        acceptance: ``[N, K]`` exact chance of each token's acceptance (rejection), or ``None``.
+        request_index: ``[N]``, equal for rounds of one request.
+    """
+
+    confidences: Floats
+    num_accepted: Integers
+    acceptance: Floats | None
+    request_index: Integers
+
+    @classmethod
+    def from_records(cls, records: Sequence[VerificationRecord], num_positions: int) -> RoundTable:
+        """The records whose ``num_positions`` tokens were all admitted; the rest is left out."""
+        whole = [r for r in records if len(r.confidences) == num_positions]
+        numbers: dict[str, int] = {}
+        request_index = [numbers.setdefault(r.request_id, len(numbers)) for r in whole]
+        shape = (len(whole), num_positions)
+        is_exact = bool(whole) and all(r.acceptance for r in whole)
+        return cls(
+            confidences=np.array([r.confidences for r in whole], dtype=np.float64).reshape(shape),
+            num_accepted=np.array([r.num_accepted_tokens for r in whole], dtype=np.int64),
+            acceptance=np.array([r.acceptance for r in whole], dtype=np.float64).reshape(shape)
+            if is_exact
+            else None,
+            request_index=np.array(request_index, dtype=np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.num_accepted)
+
+    @property
+    def num_positions(self) -> int:
+        """K."""
+        return self.confidences.shape[1]
+
+    @property
+    def is_reached(self) -> npt.NDArray[np.bool_]:
+        """``[N, K]`` whether all tokens before a position were accepted."""
+        return np.arange(self.num_positions) <= self.num_accepted[:, None]
+
+    @property
+    def is_accepted(self) -> npt.NDArray[np.bool_]:
+        """``[N, K]`` whether a token and all before it were accepted."""
+        return np.arange(self.num_positions) < self.num_accepted[:, None]
+
+    @property
+    def outcomes(self) -> Floats:
+        """``[N, K]`` whether a token and all before it were accepted, with less noise.
+
+        Where the exact chance of acceptance is known it stands in for the last coin.
+        """
+        if self.acceptance is None:
+            return self.is_accepted.astype(np.float64)
+        return np.where(self.is_reached, np.clip(self.acceptance, 0.0, 1.0), 0.0)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95% bootstrap interval, over resampled requests."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, eq=False)
+class ReliabilityBins:
+    """Predictions in equal-width bins; each array is ``[NUM_BINS]``, zero in an empty bin."""
+
+    count: Integers
+    mean_prediction: Floats
+    mean_outcome: Floats
+
+
+def reliability_bins(predictions: Floats, outcomes: Floats) -> ReliabilityBins:
+    """Sorts predictions in [0, 1] into ``NUM_BINS`` bins of equal width; both are ``[N]``."""
+    bins = _bins(predictions)
+    count = np.bincount(bins, minlength=NUM_BINS)
+    divisor = np.maximum(count, 1)
+    return ReliabilityBins(
+        count=count,
+        mean_prediction=np.bincount(bins, predictions, minlength=NUM_BINS) / divisor,
+        mean_outcome=np.bincount(bins, outcomes, minlength=NUM_BINS) / divisor,
+    )
+
+
+def calibration_error(predictions: Floats, outcomes: Floats) -> float:
+    """Expected calibration error: mean over predictions of their bin's |prediction - outcome|.
+
+    Raises:
+        ValueError: there is nothing to measure.
+    """
+    if len(predictions) == 0:
+        raise ValueError("no rounds to measure the calibration of")
+    gaps = np.bincount(_bins(predictions), predictions - outcomes, minlength=NUM_BINS)
+    return float(np.abs(gaps).sum() / len(predictions))
+
+
+def calibration_error_interval(
+    predictions: Floats, outcomes: Floats, request_index: Integers, seed: int = 0
+) -> Estimate:
+    """``calibration_error`` with an interval.
+
+    Noise only ever adds to this error, and resampling adds it twice: the interval errs upwards.
+    """
+    num_requests = int(request_index.max()) + 1
+    cells = request_index * NUM_BINS + _bins(predictions)
+    size = num_requests * NUM_BINS
+    gaps = np.bincount(cells, predictions - outcomes, minlength=size).reshape(-1, NUM_BINS)
+    counts = np.bincount(request_index, minlength=num_requests)
+    weights = _resamples(num_requests, seed)
+    errors = np.abs(weights @ gaps).sum(axis=1) / (weights @ counts)
+    low, high = np.quantile(errors, (0.025, 0.975))
+    return Estimate(calibration_error(predictions, outcomes), float(low), float(high))
+
+
+def calibration_noise(predictions: Floats, seed: int = 0) -> float:
+    """The error that predictions would show if they were exactly right, for want of rounds."""
+    random = np.random.default_rng(seed)
+    errors = [
+        calibration_error(predictions, np.float64(random.random(len(predictions)) < predictions))
+        for _ in range(_NUM_SIMULATIONS)
+    ]
+    return float(np.mean(errors))
+
+
+def area_under_curve(scores: Floats, is_positive: npt.NDArray[np.bool_]) -> float | None:
+    """Chance that a positive scores above a negative, ties counting half; ``[N]`` each.
+
+    ``None`` where there is no positive or no negative.
+    """
+    num_positive = int(is_positive.sum())
+    num_negative = len(scores) - num_positive
+    if num_positive == 0 or num_negative == 0:
+        return None
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    excess = ranks[is_positive].sum() - num_positive * (num_positive + 1) / 2
+    return float(excess / (num_positive * num_negative))
+
+
+def brier_score(predictions: Floats, outcomes: npt.NDArray[np.bool_]) -> float | None:
+    """Mean squared difference; ``None`` of nothing."""
+    if len(predictions) == 0:
+        return None
+    return float(np.mean((predictions - outcomes) ** 2))
+
+
+def mean_interval(values: Floats, request_index: Integers, seed: int = 0) -> Estimate:
+    """The mean of ``[N]`` values with an interval."""
+    num_requests = int(request_index.max()) + 1
+    sums = np.bincount(request_index, values, minlength=num_requests)
+    counts = np.bincount(request_index, minlength=num_requests)
+    weights = _resamples(num_requests, seed)
+    low, high = np.quantile((weights @ sums) / (weights @ counts), (0.025, 0.975))
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def _bins(predictions: Floats) -> Integers:
+    return np.minimum((predictions * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+
+
+def _resamples(num_requests: int, seed: int) -> Floats:
+    """``[_NUM_RESAMPLES, num_requests]`` how often each request is drawn."""
+    random = np.random.default_rng(seed)
+    chances = np.full(num_requests, 1 / num_requests)
+    return random.multinomial(num_requests, chances, size=_NUM_RESAMPLES).astype(np.float64)
