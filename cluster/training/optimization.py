@@ -16,17 +16,28 @@ _WARMUP = 0.02
 _DECAY = 0.5
 
 
-def learning_rate_factor(progress: float) -> float:
-    """Warm-up, plateau, linear decay to zero, of the part of the budget that is spent (0 to 1)."""
-    if progress < _WARMUP:
-        return max(progress, 1e-4) / _WARMUP
-    return min(1.0, max(0.0, 1.0 - progress) / _DECAY)
+def learning_rate_factor(progress: float, warmup: float = _WARMUP, decay: float = _DECAY) -> float:
+    """Warm-up, plateau, linear decay to zero, of the part of the budget that is spent (0 to 1).
+
+    ``warmup`` and ``decay`` are the first and the last part of the budget.
+    """
+    if progress < warmup:
+        return max(progress, 1e-4) / warmup
+    return min(1.0, max(0.0, 1.0 - progress) / decay)
 
 
 class Optimizers:
     """Muon for the matrices inside layers, AdamW for embeddings, vectors and output matrices."""
 
-    def __init__(self, model: nn.Module, adamw_names: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adamw_names: tuple[str, ...],
+        muon_learning_rate: float = MUON_LEARNING_RATE,
+        adamw_learning_rate: float = ADAMW_LEARNING_RATE,
+        weight_decay: float = WEIGHT_DECAY,
+        max_grad_norm: float = 1.0,
+    ) -> None:
         """``adamw_names``: matrices whose name contains one of these go to AdamW."""
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
@@ -38,20 +49,21 @@ class Optimizers:
         self.parameters = matrices + rest
         muon = torch.optim.Muon(
             matrices,
-            lr=MUON_LEARNING_RATE,
-            weight_decay=WEIGHT_DECAY,
+            lr=muon_learning_rate,
+            weight_decay=weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
-        adamw = torch.optim.AdamW(rest, lr=ADAMW_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+        adamw = torch.optim.AdamW(rest, lr=adamw_learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self._optimizers: list[torch.optim.Optimizer] = [muon, adamw]
-        self._base = [MUON_LEARNING_RATE, ADAMW_LEARNING_RATE]
+        self._base = [muon_learning_rate, adamw_learning_rate]
+        self._max_grad_norm = max_grad_norm
 
     def step(self, factor: float) -> float:
-        """Clips gradients to norm 1, steps at ``factor`` of the full rate, clears gradients.
+        """Clips gradients, steps at ``factor`` of the full rate, clears gradients.
 
         Returns the gradient norm before clipping.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm)
         for optimizer, base in zip(self._optimizers, self._base, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * factor
@@ -81,6 +93,10 @@ class Budget:
     spent_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Time counts from now on."""
         self._last = time.monotonic()
 
     def progress(self, step: int) -> float:

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ class Worker:
 
     rank: int = 0
     count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def leads(self) -> bool:
@@ -40,9 +41,27 @@ class Worker:
         """The leader's ``value``, the same on every worker."""
         if self.count == 1:
             return value
-        shared = torch.tensor(value, dtype=torch.float64)
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.broadcast(shared, src=0)
         return float(shared)
+
+    def share_of_mean(self, mean: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """A scalar whose average over the workers is the mean over all workers' rows.
+
+        Args:
+            mean: over this worker's rows.
+            weight: how much this worker's mean weighs, a scalar.
+        """
+        if self.count == 1:
+            return mean
+        total = weight.detach().clone()
+        dist.all_reduce(total)
+        return mean * (self.count * weight / total)
+
+    def wait(self) -> None:
+        """Returns once every worker is here."""
+        if self.count > 1:
+            dist.barrier()
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replaces gradients by their mean over the workers, in one message."""
