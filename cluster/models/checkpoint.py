@@ -1,8 +1,8 @@
 """Reads and writes drafter checkpoints, and names checkpoints by digest.
 
-A drafter is a folder with ``config.json`` and ``model.safetensors`` in DeepSpec's format. Only
-safetensors are read. Whatever is wrong with a folder is a ``CheckpointError`` that names the file
-and the key.
+A drafter is a folder with ``config.json`` and safetensors: in DeepSpec's format, or a DeepSeek-V4
+target that carries its draft module. Only safetensors are read. Whatever is wrong with a folder
+is a ``CheckpointError`` that names the file and the key.
 """
 
 from __future__ import annotations
@@ -16,26 +16,30 @@ from pathlib import Path
 import torch
 
 from cluster.errors import CheckpointError
+from cluster.models import deepseek_v4_names
 from cluster.models.checkpoint_files import (
     CONFIG,
-    read_json,
+    cast_weights,
     read_tensors,
-    weight_files,
     write_checkpoint,
 )
+from cluster.models.deepseek_v4_config import DEEPSEEK_V4
+from cluster.models.deepseek_v4_dspark import DeepSeekV4DSparkDrafter
+from cluster.models.drafter_config import load_drafter_config
 from cluster.models.dspark import DSparkDrafter
 from cluster.models.dspark_config import GEMMA4, QWEN3, DSparkConfig
 from cluster.models.dspark_config import (
     check_drafter_matches_target as check_drafter_matches_target,
 )
-from cluster.models.eagle3_config import Eagle3Config, is_eagle3
 from cluster.models.gemma4_dspark import Gemma4DSparkDrafter
 from cluster.models.hub import local_folder
 from cluster.models.qwen3_dspark import Qwen3DSparkDrafter
+from cluster.models.tensor_headers import weight_files
 
 _NETWORKS: dict[str, Callable[[DSparkConfig], DSparkDrafter]] = {
     QWEN3: Qwen3DSparkDrafter,
     GEMMA4: Gemma4DSparkDrafter,
+    DEEPSEEK_V4: DeepSeekV4DSparkDrafter,
 }
 
 
@@ -49,23 +53,6 @@ class Projection:
 
     weight: torch.Tensor
     target_layer_ids: tuple[int, ...]
-
-
-def load_drafter_config(
-    path: str | Path, num_target_layers: int | None = None
-) -> DSparkConfig | Eagle3Config:
-    """Reads and checks ``config.json`` of the drafter in folder ``path``.
-
-    ``num_target_layers`` is for EAGLE-3 checkpoints that leave their layers to the target.
-
-    Raises:
-        CheckpointError: the file is missing, is not JSON, or describes no drafter.
-    """
-    file = local_folder(path) / CONFIG
-    data = read_json(file)
-    if is_eagle3(data):
-        return Eagle3Config.from_dict(data, str(file), num_target_layers)
-    return DSparkConfig.from_dict(data, str(file))
 
 
 def build_drafter(config: DSparkConfig) -> DSparkDrafter:
@@ -87,11 +74,19 @@ def load_drafter(
     config = load_drafter_config(path)
     if not isinstance(config, DSparkConfig):
         raise CheckpointError(str(path), "architectures", "is no DSpark drafter")
-    tensors = read_tensors(local_folder(path), _shapes(config), "a DSpark drafter")
+    in_target = config.architecture == DEEPSEEK_V4
+    tensors = read_tensors(
+        local_folder(path),
+        _shapes(config),
+        only_for="a DSpark drafter",
+        rename=deepseek_v4_names.canonical if in_target else str,
+        is_ours=deepseek_v4_names.is_ours if in_target else None,
+    )
     drafter = build_drafter(config)
     drafter.load_checkpoint_tensors(tensors)
     drafter.requires_grad_(False)
-    return drafter.to(device=device, dtype=dtype).eval()
+    cast_weights(drafter, dtype, drafter.is_float32)
+    return drafter.to(device).eval()
 
 
 def load_projection(
@@ -117,7 +112,9 @@ def save_drafter(
     drafter: DSparkDrafter, path: str | Path, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Writes ``drafter`` to folder ``path``; each file is replaced atomically."""
-    write_checkpoint(path, drafter.config.to_dict(), drafter.checkpoint_tensors(), dtype)
+    write_checkpoint(
+        path, drafter.config.to_dict(), drafter.checkpoint_tensors(), dtype, drafter.is_float32
+    )
 
 
 def target_digest(path: str | Path) -> str:

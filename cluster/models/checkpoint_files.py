@@ -1,159 +1,28 @@
-"""The files of a checkpoint: ``config.json`` and safetensors, one or several under an index.
-
-Everything that can be wrong with a file is found from its header, before a tensor is read, and is
-a ``CheckpointError`` that names the file and the key.
-"""
+"""Reads and writes the files of a checkpoint: ``config.json`` and safetensors, one or several
+under an index."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import struct
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from cluster.errors import CheckpointError
+from cluster.models.tensor_headers import WEIGHTS, check_tensors
 
 CONFIG = "config.json"
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-
-# A safetensors file starts with the length of its header, which is JSON.
-_LENGTH = struct.Struct("<Q")
-_MAX_HEADER_BYTES = 100_000_000
-_DTYPES = ("BF16", "F16", "F32", "F64", "I32", "I64", "BOOL")
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """What a safetensors header says of one tensor; ``dtype`` is the format's own name for it."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, unreadable or holds something else.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(str(path), None, "no such file") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(path), None, f"cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(str(path), None, "must hold one JSON object")
-    return data
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of a folder's safetensors files: one, or those of its index.
-
-    Raises:
-        CheckpointError: the index is broken.
-    """
-    if (folder / _WEIGHTS).exists() or not (folder / _INDEX).exists():
-        return [_WEIGHTS]
-    weight_map = read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(str(folder / _INDEX), "weight_map", "is missing or empty")
-    for key, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(str(folder / _INDEX), key, f"names no file here: {name!r}")
-    return sorted(set(weight_map.values()))
-
-
-def read_headers(folder: Path, is_ours: Callable[[str], bool]) -> dict[str, TensorEntry]:
-    """Where a folder's tensors are, by their names in the files.
-
-    Args:
-        folder: the checkpoint's folder.
-        is_ours: which names are of interest; files that hold none of them by an index are not
-            opened.
-
-    Raises:
-        CheckpointError: a file is missing, is cut off, or its header is broken.
-    """
-    names = weight_files(folder)
-    if names != [_WEIGHTS]:
-        weight_map = read_json(folder / _INDEX)["weight_map"]
-        names = sorted({name for key, name in weight_map.items() if is_ours(key)})
-    entries: dict[str, TensorEntry] = {}
-    for name in names:
-        entries.update(_read_header(folder / name))
-    return {key: entry for key, entry in entries.items() if is_ours(key)}
-
-
-def check_tensors(
-    folder: Path,
-    expected: Mapping[str, torch.Size],
-    only_for: str | None = None,
-    optional: Collection[str] = (),
-    rename: Callable[[str], str] = str,
-    is_ours: Callable[[str], bool] | None = None,
-) -> dict[str, TensorEntry]:
-    """Checks the tensors named in ``expected`` by the files' headers alone.
-
-    Args:
-        folder: the checkpoint's folder.
-        expected: shape by name.
-        only_for: where given, what the checkpoint must be, and any other tensor is an error; else
-            other tensors are left alone.
-        optional: names that may be missing.
-        rename: from a name in a file to a name in ``expected``.
-        is_ours: with ``only_for``, which names in the files belong to it (default: all).
-
-    Returns:
-        Where the tensors are, by their names in the files.
-
-    Raises:
-        CheckpointError: names the file and the tensor that is missing, unexpected, of the wrong
-            shape, quantised or cut off, or the file that is missing or broken.
-    """
-
-    def is_wanted(key: str) -> bool:
-        if only_for is None:
-            return rename(key) in expected
-        return is_ours is None or is_ours(key)
-
-    entries = read_headers(folder, is_wanted)
-    for key, entry in entries.items():
-        file = str(entry.path)
-        if entry.dtype not in _DTYPES:
-            raise CheckpointError(
-                file,
-                key,
-                f"is quantised ({entry.dtype}); only {', '.join(_DTYPES)} are read, "
-                "so dequantise the drafter first",
-            )
-        shape = expected.get(rename(key))
-        if shape is None:
-            raise CheckpointError(file, key, f"is no weight of {only_for}")
-        if tuple(shape) != entry.shape:
-            raise CheckpointError(file, key, f"has shape {list(entry.shape)}, not {list(shape)}")
-    missing = sorted(set(expected) - set(optional) - {rename(key) for key in entries})
-    if missing:
-        single = weight_files(folder) == [_WEIGHTS]
-        raise CheckpointError(
-            str(folder / (_WEIGHTS if single else _INDEX)), missing[0], "is missing"
-        )
-    return entries
 
 
 def read_tensors(
     folder: Path,
-    expected: Mapping[str, torch.Size],
+    expected: Mapping[str, Sequence[int]],
     only_for: str | None = None,
     optional: Collection[str] = (),
     rename: Callable[[str], str] = str,
@@ -180,11 +49,12 @@ def write_checkpoint(
     config: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
+    is_float32: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Writes a checkpoint to folder ``path``; each file is replaced atomically.
 
-    Floating-point tensors are written in ``dtype``, which ``config.json`` names; others as they
-    are.
+    Floating-point tensors are written in ``dtype``, which ``config.json`` names, or in fp32 where
+    ``is_float32`` says so of their name; others as they are.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,54 +62,30 @@ def write_checkpoint(
     partial = folder / (CONFIG + ".partial")
     partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / CONFIG)
-    stored = {
-        name: value.detach()
-        .to("cpu", dtype if value.is_floating_point() else value.dtype)
-        .contiguous()
-        for name, value in tensors.items()
-    }
-    partial = folder / (_WEIGHTS + ".partial")
-    save_file(stored, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / _WEIGHTS)
+
+    def stored(name: str, value: torch.Tensor) -> torch.Tensor:
+        floats = torch.float32 if is_float32(name) else dtype
+        wanted = floats if value.is_floating_point() else value.dtype
+        return value.detach().to("cpu", wanted).contiguous()
+
+    partial = folder / (WEIGHTS + ".partial")
+    save_file(
+        {name: stored(name, value) for name, value in tensors.items()},
+        partial,
+        metadata={"format": "pt"},
+    )
+    os.replace(partial, folder / WEIGHTS)
 
 
-def _read_header(path: Path) -> dict[str, TensorEntry]:
-    """The header of one safetensors file, checked against the file's length."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(_LENGTH.size)
-            length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else 0
-            if not 0 < length <= min(size - _LENGTH.size, _MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    str(path), None, f"broken safetensors: {size} bytes do not hold its header"
-                )
-            header = json.loads(file.read(length))
-    except FileNotFoundError as error:
-        raise CheckpointError(str(path), None, "no such file") from error
-    except OSError as error:
-        raise CheckpointError(str(path), None, f"cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(str(path), None, f"broken safetensors header: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(str(path), None, "broken safetensors header: must be an object")
-    payload = size - _LENGTH.size - length
-    header.pop("__metadata__", None)
-    return {key: _read_entry(path, key, value, payload) for key, value in header.items()}
+def cast_weights(
+    network: nn.Module, dtype: torch.dtype, is_float32: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Brings a network's weights to ``dtype``, but for those that ``is_float32`` names and those
+    that are no floating-point numbers.
 
-
-def _read_entry(path: Path, key: str, value: Any, payload: int) -> TensorEntry:
-    try:
-        dtype, shape = str(value["dtype"]), tuple(int(side) for side in value["shape"])
-        begin, end = (int(offset) for offset in value["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(str(path), key, "has a broken entry in the header") from error
-    if not 0 <= begin <= end or math.prod(shape) < 0:
-        raise CheckpointError(str(path), key, "has a broken entry in the header")
-    if end > payload:
-        raise CheckpointError(
-            str(path),
-            key,
-            f"the file is cut off: the tensor ends at byte {end} of {payload} that are there",
-        )
-    return TensorEntry(path, dtype, shape)
+    Unlike ``network.to(dtype)`` it leaves what is computed and not stored alone: rotary
+    frequencies rounded to bf16 turn far positions by whole radians.
+    """
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if is_float32(name) else dtype)

@@ -246,6 +246,11 @@ class DSparkDrafter(nn.Module, ABC):
         """Takes over what ``checkpoint_tensors`` gives; every name must be there."""
         self.load_state_dict(tensors)
 
+    def is_float32(self, name: str) -> bool:
+        """Whether the tensor of this name, in ``state_dict`` or ``checkpoint_tensors``, is fp32
+        whatever the dtype of the others."""
+        return False
+
     def _visible(self, lengths: torch.Tensor, length: int) -> torch.Tensor:
         """Which of ``length`` context columns rows that see the first ``lengths [B, R]`` of them
         attend to: bool ``[B, R, length]``."""

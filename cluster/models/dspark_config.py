@@ -139,18 +139,30 @@ class DSparkConfig:
             )
         if self.head_dim % 2:
             raise reader.error("head_dim", f"must be even, not {self.head_dim}")
-        if self.mask_token_id >= self.vocab_size:
-            raise reader.error(
-                "mask_token_id", f"{self.mask_token_id} is outside vocab_size {self.vocab_size}"
-            )
-        for layer_id in self.target_layer_ids:
-            if layer_id >= self.num_target_layers:
-                raise reader.error(
-                    "target_layer_ids",
-                    f"{layer_id} is out of range for num_target_layers {self.num_target_layers}",
-                )
+        self.check_tokens_and_layers(
+            reader, "mask_token_id", "target_layer_ids", "num_target_layers"
+        )
         if self.confidence_head_with_markov and self.markov_rank == 0:
             raise reader.error("confidence_head_with_markov", "true needs markov_rank above 0")
+
+    def check_tokens_and_layers(
+        self, reader: ConfigReader, mask_token_key: str, layers_key: str, depth_key: str
+    ) -> None:
+        """Checks the mask token against the vocabulary and the layers against the target's depth;
+        the keys are the file's names for them.
+
+        Raises:
+            CheckpointError: one is out of range.
+        """
+        if self.mask_token_id >= self.vocab_size:
+            raise reader.error(
+                mask_token_key, f"{self.mask_token_id} is outside vocab_size {self.vocab_size}"
+            )
+        last = self.target_layer_ids[-1]
+        if last >= self.num_target_layers:
+            raise reader.error(
+                layers_key, f"{last} is out of range for {depth_key} {self.num_target_layers}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The ``config.json`` of this drafter, as ``from_dict`` reads it."""

@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cluster.errors import CheckpointError
-from cluster.models.checkpoint import load_drafter_config
-from cluster.models.checkpoint_files import read_tensors, weight_files, write_checkpoint
+from cluster.models.checkpoint_files import cast_weights, read_tensors, write_checkpoint
+from cluster.models.drafter_config import load_drafter_config
 from cluster.models.eagle3 import Eagle3Config, Eagle3Drafter
 from cluster.models.hub import local_folder
+from cluster.models.tensor_headers import weight_files
 
 _EMBEDDING = "embed_tokens.weight"
 _MAP = ("d2t", "t2d")
@@ -68,7 +69,8 @@ def load_eagle3(
     if "d2t" in vocabulary:
         _set_vocabulary(drafter, vocabulary, str(folder))
     drafter.requires_grad_(False)
-    return drafter.to(device=device, dtype=dtype).eval()
+    cast_weights(drafter, dtype)
+    return drafter.to(device).eval()
 
 
 def save_eagle3(
