@@ -8,12 +8,12 @@ from typing import Any
 
 from cluster.errors import CheckpointError
 from cluster.models.deepseek_v4_config import DEEPSEEK_V4, DeepSeekV4DSparkConfig
-from cluster.models.deepseek_v4_names import stage_of
+from cluster.models.deepseek_v4_names import is_ours, stage_of
 from cluster.models.dspark_config import DSparkConfig
 from cluster.models.eagle3_config import Eagle3Config, is_eagle3
 from cluster.models.hub import local_folder
 from cluster.models.json_files import read_json
-from cluster.models.tensor_headers import read_headers
+from cluster.models.tensor_headers import check_tensors, read_headers
 
 _CONFIG = "config.json"
 
@@ -55,3 +55,17 @@ def _count_stages(folder: Path) -> int:
         missing = next(stage for stage in range(len(stages) + 1) if stage not in stages)
         raise CheckpointError(str(folder), f"mtp.{missing}", "has no tensors")
     return len(stages)
+
+
+def check_drafter_files(path: str | Path, config: DSparkConfig | Eagle3Config) -> None:
+    """Checks what can be known of a drafter's weights without torch: that every file is there and
+    whole, and that the projection fits and is not quantised. Loading checks the other tensors.
+
+    Raises:
+        CheckpointError: names the file and the tensor.
+    """
+    folder = local_folder(path)
+    in_target = isinstance(config, DeepSeekV4DSparkConfig)
+    read_headers(folder, is_ours if in_target else lambda name: True)
+    width = config.hidden_size
+    check_tensors(folder, {config.projection_key: (width, len(config.target_layer_ids) * width)})
