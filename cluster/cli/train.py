@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +31,30 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Runs the command. Raises: cluster.errors for bad configuration, data and checkpoints."""
     from cluster.training.config import load_train_config
-    from cluster.training.loop import check_inputs, train
-    from cluster.training.parallel import Worker
+    from cluster.training.loop import check_inputs, log_to_stderr, train_worker
+    from cluster.training.report import require_extra
+    from cluster.training.resume import read_summary
 
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    logging.getLogger("cluster").setLevel(logging.INFO)
+    log_to_stderr()
     config = load_train_config(args.config, tuple(args.set))
-    if config.parallel.num_workers == 1 and not config.parallel.use_gpu:
-        summary = train(config, Worker())
+    parallel = config.parallel
+    if parallel.num_workers == 1:
+        train_worker(config, 0, 1, "cuda" if parallel.use_gpu else "cpu")
     else:
+        require_extra("parallel.num_workers", "ray.train.torch")
         from cluster.actors.training import train_on_ray
 
         check_inputs(config)
-        summary = train_on_ray(train, config, config.parallel)
+        train_on_ray(
+            train_worker,
+            config,
+            num_workers=parallel.num_workers,
+            use_gpu=parallel.use_gpu,
+            cpus_per_worker=parallel.cpus_per_worker,
+            max_failures=parallel.max_failures,
+            folder=config.run_folder / "ray",
+        )
+    summary = read_summary(Path(config.output.folder))
     if args.json:
         print(json.dumps(summary))
     else:

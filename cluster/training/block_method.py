@@ -18,6 +18,12 @@ from cluster.models.checkpoint import (
 from cluster.models.dspark import DSparkConfig, DSparkDrafter
 from cluster.training.config import TrainConfig
 from cluster.training.dataset import Batch
+from cluster.training.draft_method import (
+    DraftMethod,
+    feature_layers,
+    freeze_output,
+    shape_of,
+)
 from cluster.training.drafter_loss import (
     BlockLoss,
     LossWeights,
@@ -25,15 +31,15 @@ from cluster.training.drafter_loss import (
     sample_anchors,
     sample_answer_anchors,
 )
-from cluster.training.methods import feature_layers, freeze_output, shape_of
 
 
-class BlockMethod:
+class BlockMethod(DraftMethod):
     """DSpark, and DFlash as its special case without Markov and confidence heads.
 
     See ``DraftMethod``.
     """
 
+    network: DSparkDrafter
     adamw_names = ("markov_head", "confidence_head")
 
     def __init__(

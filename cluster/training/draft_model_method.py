@@ -18,17 +18,18 @@ from transformers import (
 from cluster.errors import CheckpointError
 from cluster.training.config import TrainConfig
 from cluster.training.dataset import Batch
+from cluster.training.draft_method import DraftMethod, shape_of
 from cluster.training.drafter_loss import BlockLoss
-from cluster.training.methods import shape_of
 
 
-class DraftModelMethod:
+class DraftModelMethod(DraftMethod):
     """A Qwen3 language model learns the text, and by ``total_variation`` the target's own law.
 
     Acceptance is given for runs of ``block_size`` guesses along the text. See ``DraftMethod``.
     """
 
-    target_layer_ids: tuple[int, ...] = ()
+    network: Qwen3ForCausalLM
+    target_layer_ids = ()
     adamw_names = ("embed_tokens", "lm_head")
 
     def __init__(

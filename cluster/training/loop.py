@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from cluster.errors import CheckpointError, ConfigError
 from cluster.models.checkpoint import target_digest
 from cluster.training.config import TrainConfig
 from cluster.training.dataset import Batch
+from cluster.training.draft_method import feature_layers
 from cluster.training.drafter_loss import BlockLoss
 from cluster.training.feature_cache import FeatureCache
 from cluster.training.features import FeatureTarget
-from cluster.training.methods import build_method, feature_layers
+from cluster.training.methods import build_method
 from cluster.training.optimization import Budget, Optimizers, learning_rate_factor
 from cluster.training.parallel import Worker
 from cluster.training.report import Reporter
@@ -37,6 +40,18 @@ def train(config: TrainConfig, worker: Worker) -> dict[str, Any]:
         ConfigError, CheckpointError, DataError: before anything long starts.
     """
     return DrafterTraining(config, worker).run()
+
+
+def train_worker(config: TrainConfig, rank: int, count: int, device: str) -> None:
+    """``train`` for a launcher of workers, inside its process group."""
+    log_to_stderr()
+    train(config, Worker(rank, count, torch.device(device)))
+
+
+def log_to_stderr() -> None:
+    """Shows what training logs."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("cluster").setLevel(logging.INFO)
 
 
 def check_inputs(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Source]:
@@ -81,6 +96,8 @@ class DrafterTraining:
         self._settings = _settings(config, source)
         self._optimizers, self._budget, self.step = self._restore()
         self._training, self._heldout = build_datasets(config, source, tokenizer, worker)
+        if self.step == 0:
+            self.method.prepare(self._training)
         self._caches = self._fill_caches(model.config.get_text_config().hidden_size)
         epochs = config.optimization.epochs
         if epochs is not None:

@@ -22,19 +22,16 @@ _DISTRIBUTION = "dspark-cluster"
 _logger = logging.getLogger(__name__)
 
 
-def require_extra(key: str, module: str) -> Any:
-    """The module, which comes with the extra ``train``.
+def require_extra(key: str, module: str) -> None:
+    """Checks that a module that comes with the extra ``train`` can be imported.
 
     Raises:
-        ConfigError: it is not installed; says how it is.
+        ConfigError: naming the key that asks for it, and how to install it.
     """
     try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.split(".")[0]
-        raise ConfigError(
-            key, f"needs {package}: pip install '{_DISTRIBUTION}[train]', or set it to false"
-        ) from None
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(key, f"needs pip install '{_DISTRIBUTION}[train]': {error}") from None
 
 
 class Reporter:
