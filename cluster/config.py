@@ -67,6 +67,10 @@ class TargetConfig(Section):
     deterministic: bool = Field(
         default=False, description="bit-identical outputs whatever the batch (slow)"
     )
+    verify_curve: str | None = Field(
+        default=None,
+        description="file of `dspark profile`; unset: measured at start, or cached from earlier",
+    )
     trust_remote_code: bool = False
     collective_timeout_s: float = Field(
         default=60.0,
@@ -245,7 +249,7 @@ class ClusterConfig(Section):
 
         Args:
             values: the mapping.
-            base_dir: folder that relative model paths are looked up in first.
+            base_dir: folder that relative paths are looked up in first.
 
         Raises:
             ConfigError: naming the key's dotted path.
@@ -253,9 +257,10 @@ class ClusterConfig(Section):
         config = parse_section(cls, values)
         if base_dir is None:
             return config
-        target = config.target.model_copy(
-            update={"model": resolve_path(config.target.model, base_dir)}
-        )
+        paths = {"model": resolve_path(config.target.model, base_dir)}
+        if config.target.verify_curve is not None:
+            paths["verify_curve"] = resolve_path(config.target.verify_curve, base_dir)
+        target = config.target.model_copy(update=paths)
         speculative = config.speculative
         if speculative is not None and speculative.model is not None:
             speculative = speculative.model_copy(

@@ -1,57 +1,268 @@
-"""Measures what a pass costs, over real batch sizes, when an engine starts."""
+"""Measures what the target's steps cost, over batch tokens and context, as they are when serving.
+
+A measured step is a whole one: flattening, the pass through all shards, verifying and sampling. It
+consists of sequences that decode with blocks of guesses and, where the batch is larger than all
+blocks, of a prompt chunk; their pages are spread over the cache as those of requests that grow
+side by side.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.config import TargetConfig
+from cluster.engine.pages import PagePool
 from cluster.engine.runner import Runner
-from cluster.engine.step_input import StepInput
+from cluster.engine.sampler import SampleInput, Sampler
+from cluster.engine.scheduler import ScheduledSequence, flatten
+from cluster.engine.sequence import Sequence
+from cluster.request import Request, SamplingParams
+from cluster.speculation.verify_curve import CurveOrigin, VerifyCurve
 
-_REPEATS = 2
+# A decoding sequence of a measured step: its own token and seven guesses.
+BLOCK_TOKENS = 8
 _MAX_DETERMINISTIC_TOKENS = 16  # one pass a token: the curve is a straight line
+_CONTEXT_DIVISORS = (16, 4, 1)  # of the largest context; time grows with it almost linearly
+_QUICK_REPEATS = 2
+_QUICK_S = 1.0
+_VISITS = 2
+_PASSES_PER_VISIT = 3
 
 
-def profile_verify_curve(runner: Runner, config: TargetConfig) -> dict[int, float]:
-    """Times passes of 1, 2, 4, ... tokens; the first run of each size warms up and is not counted.
+@dataclass(frozen=True)
+class BatchShape:
+    """Sequences of one step: new tokens and cached tokens of each."""
 
-    Everything is read from and written to page 0, which no request ever holds.
+    query_lens: tuple[int, ...]
+    cached_lens: tuple[int, ...]
 
-    Returns:
-        Seconds of the fastest of the counted runs, by number of tokens.
+
+class StepProbe:
+    """Runs steps of a wanted size that nobody asked for.
+
+    Guarantees: writes to free pages only, and gives them back before ``measure`` returns; one call
+    of ``measure`` is one pass.
+
+    Args:
+        runner: the target's shards, with no pass under way.
+        pages: the cache's pages.
+        config: of the target.
+        max_model_len: longest sequence.
     """
-    curve: dict[int, float] = {}
-    largest = min(config.max_num_batched_tokens, config.max_num_seqs * config.page_size)
-    if config.deterministic:
-        largest = min(largest, _MAX_DETERMINISTIC_TOKENS)
-    size = 1
-    while size <= largest:
-        step = _dummy_step(size, config)
-        seconds = []
-        for _ in range(1 + _REPEATS):
+
+    def __init__(
+        self, runner: Runner, pages: PagePool, config: TargetConfig, max_model_len: int
+    ) -> None:
+        self._runner = runner
+        self._pages = pages
+        self._config = config
+        self._max_model_len = max_model_len
+        # Streams of its own: measuring must not change what requests draw.
+        self._sampler = Sampler(eos_token_ids=(), device=runner.shard.device, seed=0)
+        self._random = np.random.default_rng(0)
+
+    def token_sizes(self) -> list[int]:
+        """Batch tokens worth measuring: powers of two and the largest step."""
+        largest = self._config.max_num_batched_tokens
+        if self._config.deterministic:
+            largest = min(largest, _MAX_DETERMINISTIC_TOKENS)
+        return sorted({*(2**k for k in range(largest.bit_length())), largest})
+
+    def context_sizes(self) -> list[int]:
+        """Context tokens worth measuring: none, and up to what fits the cache and the batch."""
+        if self._config.deterministic:
+            return [0]
+        sequences = self._config.max_num_seqs
+        free = (self._pages.num_pages - sequences) * self._pages.page_size
+        largest = min(sequences * self._max_model_len, free) - sequences * BLOCK_TOKENS
+        sizes = {largest // divisor for divisor in _CONTEXT_DIVISORS} if largest > 0 else set()
+        return sorted({0, *sizes})
+
+    def shape(self, num_tokens: int, context_tokens: int) -> BatchShape | None:
+        """The batch that stands for a size: no more sequences than blocks and context need.
+
+        Returns:
+            ``None`` where no batch can be so.
+        """
+        limit = self._max_model_len
+        num_blocks = -(-num_tokens // BLOCK_TOKENS)
+        num_contexts = -(-context_tokens // max(limit - BLOCK_TOKENS, 1))
+        size = min(max(num_blocks, num_contexts), num_tokens, self._config.max_num_seqs)
+        lens = np.full(size, min(num_tokens // size, BLOCK_TOKENS))
+        rest = num_tokens - int(lens.sum())
+        if lens[0] < BLOCK_TOKENS:
+            lens[:rest] += 1
+        else:  # more than all blocks: what is left are prompts
+            lens[::-1] += _filled(np.full(size, limit - BLOCK_TOKENS), rest)
+        cached = np.minimum(limit - lens, context_tokens // size)
+        cached += _filled(limit - lens - cached, context_tokens - int(cached.sum()))
+        if lens.sum() != num_tokens or cached.sum() != context_tokens or (cached < 0).any():
+            return None
+        num_pages = sum(self._pages.pages_for(int(n)) for n in lens + cached)
+        if num_pages > self._pages.num_pages:
+            return None
+        return BatchShape(tuple(lens.tolist()), tuple(cached.tolist()))
+
+    def warm_up(self) -> None:
+        """Runs the smallest and the largest step once: the first ones are slow on any device."""
+        sizes = self.token_sizes()
+        for size in (sizes[0], sizes[-1]):
+            if (shape := self.shape(size, 0)) is not None:
+                self.measure(shape)
+
+    def measure(self, shape: BatchShape) -> float:
+        """Seconds of one step.
+
+        Raises:
+            RuntimeError: requests hold the pages that it needs, or the shards are broken.
+        """
+        held: list[int] = []
+        entries = self._entries(shape, held)
+        try:
             start = time.perf_counter()
-            runner.launch(step)
-            runner.collect()
-            seconds.append(time.perf_counter() - start)
-        curve[size] = min(seconds[1:])
-        size *= 2
-    return curve
+            self._runner.launch(flatten(entries, self._pages.page_size))
+            self._sampler.sample(self._runner.collect(), [_sample_input(e) for e in entries])
+            return time.perf_counter() - start
+        finally:
+            self._pages.shrink(held, 0)
+
+    def _entries(self, shape: BatchShape, held: list[int]) -> list[ScheduledSequence]:
+        sizes = list(zip(shape.query_lens, shape.cached_lens, strict=True))
+        num_pages = [self._pages.pages_for(query + cached) for query, cached in sizes]
+        if not self._pages.grow(held, sum(num_pages) * self._pages.page_size):
+            raise RuntimeError("no free pages to measure a step with")
+        dealt = self._random.permutation(held).tolist()
+        entries = []
+        for (query, cached), count in zip(sizes, num_pages, strict=True):
+            pages, dealt = dealt[:count], dealt[count:]
+            num_committed = 1 if query <= BLOCK_TOKENS else query
+            token_ids = self._random.integers(0, self._runner.shard.vocab_size, cached + query)
+            committed = token_ids[: cached + num_committed].tolist()
+            sequence = Sequence(
+                request=Request(
+                    request_id="profile",
+                    prompt_token_ids=tuple(committed),
+                    sampling=SamplingParams(),
+                ),
+                token_ids=committed,
+                num_prompt_tokens=len(committed),
+                max_output_tokens=BLOCK_TOKENS,
+                num_computed_tokens=cached,
+                pages=pages,
+            )
+            drafts = tuple(token_ids[cached + num_committed :].tolist())
+            entries.append(ScheduledSequence(sequence, num_committed, drafts))
+        return entries
 
 
-def _dummy_step(num_tokens: int, config: TargetConfig) -> StepInput:
-    """``num_tokens`` tokens in as many sequences as may run at once, all on page 0."""
-    num_sequences = min(num_tokens, config.max_num_seqs)
-    lengths = np.full(num_sequences, num_tokens // num_sequences, dtype=np.int64)
-    lengths[: num_tokens % num_sequences] += 1
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    return StepInput(
-        token_ids=np.zeros(num_tokens, dtype=np.int64),
-        positions=positions,
-        slots=positions.copy(),
-        query_lens=lengths,
-        context_lens=lengths,
-        block_tables=np.zeros((num_sequences, 1), dtype=np.int64),
-        logit_rows=np.arange(num_tokens),
+class CurveProfiler:
+    """Measures a verify curve: quickly at once, thoroughly one pass at a time, or as told.
+
+    Noise of a shared machine only ever adds time: a point is the least of what it measured, and
+    repeats are spread over time (all points in turn), so that a disturbance hits one of them.
+
+    Args:
+        probe: runs the steps.
+        origin: noted in the curves.
+        tokens, contexts: the grid; unset: the probe's.
+    """
+
+    def __init__(
+        self,
+        probe: StepProbe,
+        origin: CurveOrigin | None = None,
+        *,
+        tokens: list[int] | None = None,
+        contexts: list[int] | None = None,
+    ) -> None:
+        self._probe = probe
+        self._origin = origin
+        sizes = tokens or probe.token_sizes()
+        self._tokens = [size for size in sizes if probe.shape(size, 0) is not None]
+        self._contexts = contexts or probe.context_sizes()
+        self._shapes = {
+            (row, column): shape
+            for row, size in enumerate(self._tokens)
+            for column, context in enumerate(self._contexts)
+            if (shape := probe.shape(size, context)) is not None
+        }
+        self._seconds = np.full((len(self._tokens), len(self._contexts)), np.inf)
+        self._to_visit = deque([*self._shapes] * _VISITS)
+        self._num_passes = 0
+
+    def profile_quickly(self) -> VerifyCurve:
+        """Every batch size without context, and every context at one batch size; about a second.
+
+        Each of these points is measured at least once, however long that takes.
+        """
+        columns: dict[int, tuple[int, int]] = {}
+        for row, column in self._shapes:  # by rising size: the smallest batch that has the context
+            columns.setdefault(column, (row, column))
+        points = [(row, 0) for row in range(len(self._tokens))] + list(columns.values())[1:]
+        self._measure_in_turn(points, _QUICK_REPEATS, deadline_s=time.perf_counter() + _QUICK_S)
+        return self._curve()
+
+    def profile_all(self, repeats: int) -> VerifyCurve:
+        """Every point of the grid, ``repeats`` times."""
+        self._measure_in_turn(list(self._shapes), repeats)
+        return self._curve()
+
+    def continue_visit(self) -> VerifyCurve | None:
+        """One pass more towards a thorough curve; each point is visited for a few passes in a row.
+
+        Returns:
+            The curve, once every point has been visited often enough: the last call.
+        """
+        point = self._to_visit[0]
+        seconds = self._probe.measure(self._shapes[point])
+        self._num_passes += 1
+        if self._num_passes > 1:  # the first wakes up caches and clocks
+            self._seconds[point] = min(self._seconds[point], seconds)
+        if self._num_passes == _PASSES_PER_VISIT:
+            self._num_passes = 0
+            self._to_visit.popleft()
+        return None if self._to_visit else self._curve()
+
+    @property
+    def is_mid_visit(self) -> bool:
+        """Whether the next pass of ``continue_visit`` should follow at once."""
+        return self._num_passes > 0
+
+    def _measure_in_turn(
+        self, points: list[tuple[int, int]], repeats: int, deadline_s: float = np.inf
+    ) -> None:
+        """Measures every point once to warm up, and then as often as told, if there is time."""
+        for turn in range(1 + repeats):
+            for point in points:
+                if turn > 0 and time.perf_counter() > deadline_s:
+                    return
+                seconds = self._probe.measure(self._shapes[point])
+                self._seconds[point] = seconds if turn <= 1 else min(self._seconds[point], seconds)
+
+    def _curve(self) -> VerifyCurve:
+        """The curve of what has been measured; contexts that were not are left out."""
+        seconds = np.where(np.isinf(self._seconds), np.nan, self._seconds)
+        columns = np.flatnonzero(~np.isnan(seconds).all(axis=0))
+        contexts = [self._contexts[column] for column in columns]
+        return VerifyCurve.fit(self._tokens, contexts, seconds[:, columns], self._origin)
+
+
+def _filled(room: np.ndarray, total: int) -> np.ndarray:
+    """``total`` put into places with ``room``, one after the other; what does not fit is lost."""
+    ends = np.minimum(np.cumsum(room), total)
+    return np.diff(ends, prepend=0)
+
+
+def _sample_input(entry: ScheduledSequence) -> SampleInput:
+    return SampleInput(
+        params=entry.sequence.request.sampling,
+        token_ids=entry.sequence.token_ids,
+        num_prompt_tokens=entry.sequence.num_prompt_tokens,
+        choice_index=0,
+        draft_token_ids=entry.draft_token_ids,
+        proposal=None,
     )

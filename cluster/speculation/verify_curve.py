@@ -152,15 +152,17 @@ class VerifyCurve:
         table = np.array(measured, dtype=np.float64)
         if table.ndim != 2 or table.size == 0 or np.any(np.isnan(table[:, 0])):
             raise ConfigError("seconds", "need a measurement of every size without context")
+        is_missing = np.isnan(table)
+        if np.any(is_missing.all(axis=0)):
+            raise ConfigError("seconds", "need a measurement of every context")
+        table = _pulled_down(np.where(is_missing, np.inf, table))
+        rows = np.arange(len(table))
         for column in range(1, table.shape[1]):
-            known = np.flatnonzero(~np.isnan(table[:, column]))
-            if len(known) == 0:
-                raise ConfigError("seconds", f"column {column} has no measurement")
-            added = table[known, column] - table[known, 0]
-            rows = np.arange(len(table))
-            nearest = np.abs(rows[:, None] - known[None, :]).argmin(axis=1)
-            missing = np.isnan(table[:, column])
-            table[missing, column] = table[missing, 0] + added[nearest[missing]]
+            missing = is_missing[:, column]
+            known = np.flatnonzero(~missing)
+            nearest = known[np.abs(rows[:, None] - known).argmin(axis=1)]
+            added = table[nearest, column] - table[nearest, 0]
+            table[missing, column] = (table[:, 0] + added)[missing]
         return cls(_floats(tokens), _floats(context_tokens), _pulled_down(table), origin)
 
     def seconds(self, num_tokens: npt.ArrayLike, context_tokens: npt.ArrayLike = 0) -> Floats:

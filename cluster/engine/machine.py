@@ -1,0 +1,59 @@
+"""What a measurement depends on of the machine that it was made on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+
+import torch
+import transformers
+
+import cluster
+from cluster.config import TargetConfig
+from cluster.speculation.verify_curve import CurveOrigin
+
+
+def processor_name() -> str:
+    """Model name of the CPU, or what comes nearest."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()
+
+
+def num_cores() -> int:
+    """Cores of the machine."""
+    return os.cpu_count() or 1
+
+
+def accelerator_name() -> str:
+    """Model name of the GPU, empty without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def curve_origin(config: TargetConfig, target_digest: str) -> CurveOrigin:
+    """What a curve that is measured here and now rests on.
+
+    Args:
+        config: of the target.
+        target_digest: ``cluster.models.checkpoint.target_digest``.
+    """
+    return CurveOrigin(
+        target_digest=target_digest,
+        tensor_parallel_size=config.tensor_parallel_size,
+        pipeline_parallel_size=config.pipeline_parallel_size,
+        dtype=config.dtype,
+        device=config.device,
+        num_threads=torch.get_num_threads(),
+        deterministic=config.deterministic,
+        processor=processor_name(),
+        cores=num_cores(),
+        accelerator=accelerator_name() if config.device == "cuda" else "",
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        dspark=cluster.__version__,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
