@@ -1,10 +1,12 @@
 """What every test run shares: the environment, and which markers this machine can run."""
 
+import atexit
 import functools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,11 @@ for name, value in {
     "RAY_USAGE_STATS_ENABLED": "0",
 }.items():
     os.environ.setdefault(name, value)
+
+# What a run measures of this machine is not for the user's own clusters.
+if "DSPARK_CACHE_DIR" not in os.environ:
+    os.environ["DSPARK_CACHE_DIR"] = tempfile.mkdtemp(prefix="dspark-cache-")
+    atexit.register(shutil.rmtree, os.environ["DSPARK_CACHE_DIR"], ignore_errors=True)
 
 SHARED = Path(os.environ.get("DSPARK_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 

@@ -118,7 +118,10 @@ class Shard:
         self._places = places
         worker = self._make_worker()
         self._draft_client = self._make_draft_client()
-        engine = await self._run(lambda: worker.build_engine(self._draft_client))
+        digest = self._digests["target"]
+        engine = await self._run(
+            lambda: worker.build_engine(self._draft_client, target_digest=digest)
+        )
         self._server = ReplicaServer(
             self._replica_id,
             max_model_len=engine.max_model_len,

@@ -297,6 +297,7 @@ class Engine:
             limits,
             num_requests=len(members),
             num_base_tokens=sum(s.num_missing_tokens for s in members),
+            num_context_tokens=sum(s.num_computed_tokens for s in members),
         )
 
     def _launch(self, group: int, entries: list[ScheduledSequence]) -> None:

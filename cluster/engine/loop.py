@@ -118,17 +118,24 @@ class EngineLoop:
             self._wait()
 
     def _wait(self) -> None:
-        """Sleeps until something is posted; checks the cache and keeps the shards company."""
+        """Waits until something is posted; meanwhile keeps the shards company and the cost model
+        current, one pass at a time, so that a request waits for one at most.
+        """
         self.engine.check()
         last_sign = time.monotonic()
+        pause_s = _IDLE_WAIT_S
+        while not self._is_posted(pause_s):
+            pause_s = 0.0 if self.engine.work_idle() else _IDLE_WAIT_S
+            self._load = self.engine.load()  # drafters come and go without any step
+            self.last_progress = time.monotonic()
+            if self.last_progress - last_sign > _KEEP_ALIVE_S:
+                self.engine.keep_alive()
+                last_sign = self.last_progress
+
+    def _is_posted(self, timeout_s: float) -> bool:
+        """Waits for something to do, at most ``timeout_s``."""
         with self._wake:
-            while not self._inbox and not self._stopping:
-                self._load = self.engine.load()  # drafters come and go without any step
-                self._wake.wait(_IDLE_WAIT_S)
-                self.last_progress = time.monotonic()
-                if self.last_progress - last_sign > _KEEP_ALIVE_S:
-                    self.engine.keep_alive()
-                    last_sign = self.last_progress
+            return self._wake.wait_for(lambda: bool(self._inbox) or self._stopping, timeout_s)
 
     def _take_in(self, message: Request | _Cancellation) -> list[RequestOutput]:
         if isinstance(message, _Cancellation):

@@ -68,7 +68,12 @@ class RoundPlanner:
         self._observer = observer
 
     def choose(
-        self, limits: dict[Sequence, int], *, num_requests: int, num_base_tokens: int
+        self,
+        limits: dict[Sequence, int],
+        *,
+        num_requests: int,
+        num_base_tokens: int,
+        num_context_tokens: int,
     ) -> dict[Sequence, tuple[int, ...]]:
         """The drafted tokens of each proposal to verify in the next pass.
 
@@ -76,6 +81,7 @@ class RoundPlanner:
             limits: sequences with a proposal, and how much of it the pass can hold.
             num_requests: sequences that sample in the pass, with and without a proposal.
             num_base_tokens: tokens that the pass has anyway.
+            num_context_tokens: cached tokens of all sequences in the pass.
         """
         proposals = [s.proposal for s in limits if s.proposal is not None]
         widths = np.asarray(list(limits.values()), dtype=np.int64)
@@ -89,6 +95,7 @@ class RoundPlanner:
             cost_model=self._cost_model,
             num_requests=num_requests,
             num_base_tokens=num_base_tokens,
+            num_context_tokens=num_context_tokens,
         )
         return {
             sequence: proposal.draft_token_ids[:count]

@@ -82,8 +82,13 @@ class ShardWorker:
             )
         self._shard = TargetShard(target, self._mesh, self._load_projection())
 
-    def build_engine(self, draft_client: DraftClient | None) -> Engine:
-        """Rank 0: makes the engine; profiles the target, for which all other ranks must follow."""
+    def build_engine(
+        self, draft_client: DraftClient | None, *, target_digest: str | None = None
+    ) -> Engine:
+        """Rank 0: makes the engine; profiles the target, for which all other ranks must follow.
+
+        With ``target_digest`` the verify curve of an earlier start is used, and one is kept.
+        """
         if self._shard is None:
             raise RuntimeError("build_engine before start")
         model = self.config.target.model
@@ -94,6 +99,7 @@ class ShardWorker:
             eos_token_ids=eos_token_ids(model, trust_remote_code=trust),
             tokenizer=load_tokenizer(model, trust_remote_code=trust),
             draft_client=draft_client,
+            target_digest=target_digest,
         )
 
     def follow(self) -> None:
