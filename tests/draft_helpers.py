@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from cluster.config import DrafterConfig
-from cluster.engine.draft_client import DraftRound, DraftSequence, SessionKey
+from cluster.engine.draft_block import BlockMethod
+from cluster.engine.draft_client import DraftClient, DraftRound, DraftSequence, SessionKey
 from cluster.engine.draft_engine import DraftEngine
 from cluster.models.checkpoint import build_drafter
 from cluster.models.dspark import DSparkConfig, DSparkDrafter
@@ -51,11 +52,24 @@ def make_drafter(*, head: str = "vanilla", max_positions: int = 128) -> DSparkDr
 def make_engine(
     drafter: DSparkDrafter, *, draft_top_k: int = 16, seed: int = 1, **options: Any
 ) -> DraftEngine:
-    """An engine with one MiB of pages; ``clock`` and the keys of DrafterConfig as options."""
+    """A block engine with one MiB of pages; ``clock`` and keys of DrafterConfig as options."""
     clock = options.pop("clock", None)
     config = DrafterConfig(**{"kv_cache_memory_mb": 1, "page_size": 4, **options})
     extra = {} if clock is None else {"clock": clock}
-    return DraftEngine(drafter, config, draft_top_k, seed=seed, **extra)
+    generator = torch.Generator().manual_seed(seed)
+    return DraftEngine(BlockMethod(drafter, config, draft_top_k, generator), config, **extra)
+
+
+def append(
+    engine: DraftEngine, replica: str, key: SessionKey, start: int, rows: torch.Tensor
+) -> int | None:
+    """Appends features with tokens that a block drafter does not look at."""
+    return engine.append(replica, key, start, rows, (0,) * (len(rows) + 1))
+
+
+def feed(client: DraftClient, key: SessionKey, start: int, rows: torch.Tensor) -> int:
+    """The same through a client."""
+    return client.feed(key, start, rows, (0,) * (len(rows) + 1))
 
 
 def sequence(
@@ -73,7 +87,7 @@ def sequence(
             session=key,
             committed_length=length,
             num_features=len(rows),
-            new_token_ids=(anchor,),
+            new_token_ids=(0,) * len(rows) + (anchor,),
             num_speculative_tokens=count,
         ),
         rows,

@@ -18,7 +18,7 @@ from cluster.engine.draft_engine import DraftEngine
 from cluster.rpc.drafter_client import GrpcDraftClient
 from cluster.rpc.drafter_server import DrafterServer
 from cluster.v1 import common_pb2
-from tests.draft_helpers import VOCAB, D, make_drafter, make_engine
+from tests.draft_helpers import VOCAB, D, feed, make_drafter, make_engine
 
 DIGESTS = {"target": "t", "tokenizer": "k", "drafter": "d", "projection": "p"}
 GREEDY = DraftSampling(temperature=0.0)
@@ -94,7 +94,7 @@ def open_with(
 ) -> SessionKey:
     key = SessionKey(name, 0)
     assert client.open_session(key, sampling)
-    assert client.feed(key, 0, features(length)) == length
+    assert feed(client, key, 0, features(length)) == length
     assert wait_for(lambda: client.acknowledged_length(key) == length)
     return key
 

@@ -27,9 +27,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.config import ClusterConfig
+from cluster.engine.draft_block import BlockMethod
 from cluster.engine.draft_client import SessionKey
 from cluster.engine.draft_engine import DraftEngine
-from cluster.engine.draft_pass import DraftPass
+from cluster.engine.draft_factory import build_draft_engine
 from cluster.engine.engine import Engine
 from cluster.engine.sampler import Sampler
 from cluster.models.checkpoint import load_drafter, save_drafter
@@ -249,8 +250,10 @@ class _PatientDraftClient(GrpcDraftClient):
         super().__init__(**arguments)
         self._fed: dict[SessionKey, int] = {}
 
-    def feed(self, session: SessionKey, start: int, features: torch.Tensor) -> int:
-        num_rows = super().feed(session, start, features)
+    def feed(
+        self, session: SessionKey, start: int, features: torch.Tensor, token_ids: Sequence[int]
+    ) -> int:
+        num_rows = super().feed(session, start, features, token_ids)
         self._fed[session] = start + num_rows
         return num_rows
 
@@ -294,9 +297,7 @@ def _serve_drafter(config: ClusterConfig, fault: Fault | None, connection: Conne
     assert config.speculative is not None
     torch.set_num_threads(1)
     _plant_in_drafter(fault)
-    drafter = load_drafter(config.speculative.model, torch.float32, "cpu")
-    engine = DraftEngine(drafter, config.drafter, config.speculative.draft_top_k)
-    asyncio.run(_serve(engine, config, connection))
+    asyncio.run(_serve(build_draft_engine(config), config, connection))
 
 
 async def _serve(engine: DraftEngine, config: ClusterConfig, connection: Connection) -> None:
@@ -314,7 +315,7 @@ async def _serve(engine: DraftEngine, config: ClusterConfig, connection: Connect
 def _plant_in_drafter(fault: Fault | None) -> None:
     """Lets the drafter send something else for confidences; rows must all be sampled ones."""
     patch = pytest.MonkeyPatch()  # never undone: the process has no other work
-    original_run, original_sample = DraftPass.run, sample_from_probs
+    original_run, original_sample = BlockMethod.run, sample_from_probs
     uniforms: list[torch.Tensor] = []
 
     def sample(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -322,9 +323,9 @@ def _plant_in_drafter(fault: Fault | None) -> None:
         uniforms.append(1 - torch.exp(-noise.gather(1, chosen.unsqueeze(1)).squeeze(1)))
         return chosen
 
-    def run(self: DraftPass, sessions: Any, sequences: Any) -> list[DraftProposal]:
+    def run(self: BlockMethod, drafts: Any) -> list[DraftProposal]:
         uniforms.clear()
-        proposals = original_run(self, sessions, sequences)
+        proposals = original_run(self, drafts)
         if fault is Fault.SHARED_NOISE:
             rows = torch.stack(uniforms, dim=1).tolist()
         else:
@@ -337,7 +338,7 @@ def _plant_in_drafter(fault: Fault | None) -> None:
     if fault is Fault.SHARED_NOISE:
         patch.setattr("cluster.engine.draft_sampling.sample_from_probs", sample)
     if fault in (Fault.SHARED_NOISE, Fault.DRAFT_PROB_AS_CONFIDENCE):
-        patch.setattr(DraftPass, "run", run)
+        patch.setattr(BlockMethod, "run", run)
 
 
 def _draft_probs(proposal: DraftProposal) -> list[float]:

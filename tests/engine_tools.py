@@ -7,15 +7,12 @@ import traceback
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from cluster.config import ClusterConfig
 from cluster.engine.draft_client import DraftClient
-from cluster.engine.draft_engine import DraftEngine
+from cluster.engine.draft_factory import build_draft_engine
 from cluster.engine.engine import Engine
 from cluster.engine.local_drafter import LocalDraftClient
 from cluster.engine.worker import ShardWorker
-from cluster.models.checkpoint import load_drafter
 from cluster.request import FinishReason, Request, TokenSource, Usage
 
 
@@ -32,13 +29,20 @@ class Completion:
 
 
 def make_config(target: str, drafter: str | None = None, **overrides: Any) -> ClusterConfig:
-    """A configuration for tests; ``overrides`` go to the target, ``speculative`` to speculation."""
+    """A configuration for tests; ``overrides`` go to the target, ``speculative`` to speculation.
+
+    There is speculation when ``drafter`` (a DSpark folder, but for what ``speculative`` says) is
+    given, or ``speculative``.
+    """
     speculative = overrides.pop("speculative", {})
     values: dict[str, Any] = {
         "target": {"model": target, "dtype": "float32", "num_threads": 1, **overrides},
+        "drafter": {"dtype": "float32"},
     }
     if drafter is not None:
-        values["speculative"] = {"method": "dspark", "model": drafter, **speculative}
+        speculative = {"method": "dspark", "model": drafter, **speculative}
+    if speculative:
+        values["speculative"] = speculative
     return ClusterConfig.parse(values)
 
 
@@ -46,9 +50,7 @@ def make_draft_client(config: ClusterConfig) -> DraftClient | None:
     """The configured drafter inside this process."""
     if config.speculative is None:
         return None
-    drafter = load_drafter(config.speculative.model, torch.float32, "cpu")
-    engine = DraftEngine(drafter, config.drafter, config.speculative.draft_top_k)
-    return LocalDraftClient(engine)
+    return LocalDraftClient(build_draft_engine(config))
 
 
 def make_engine(config: ClusterConfig, draft_client: DraftClient | None = None) -> Engine:

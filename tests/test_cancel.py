@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
 from cluster.config import ClusterConfig
 from cluster.engine.draft_engine import DraftEngine
+from cluster.engine.draft_factory import build_draft_method
 from cluster.engine.engine import Engine
 from cluster.engine.loop import EngineLoop
 from cluster.errors import DeadlineExceededError
-from cluster.models.checkpoint import load_drafter
 from cluster.request import RequestOutput, SamplingParams
 from cluster.rpc.client import AsyncClient
 from cluster.rpc.drafter_client import GrpcDraftClient
@@ -46,11 +45,11 @@ class _HeldDraftEngine(DraftEngine):
         self.gate.set()
         self.is_holding = threading.Event()
 
-    def append_features(self, *args: Any) -> int | None:
+    def append(self, *args: Any) -> int | None:
         if not self.gate.is_set():
             self.is_holding.set()
             self.gate.wait(20)
-        return super().append_features(*args)
+        return super().append(*args)
 
 
 @dataclass
@@ -91,8 +90,7 @@ def _slow_down(engine: Engine) -> None:
 @asynccontextmanager
 async def _running(config: ClusterConfig) -> AsyncIterator[_Cluster]:
     assert config.speculative is not None
-    drafter = load_drafter(config.speculative.model, torch.float32, "cpu")
-    draft_engine = _HeldDraftEngine(drafter, config.drafter, config.speculative.draft_top_k)
+    draft_engine = _HeldDraftEngine(build_draft_method(config), config.drafter)
     drafter_server = DrafterServer(
         draft_engine, drafter_id="d0", digests=DIGESTS, config=config.drafter
     )

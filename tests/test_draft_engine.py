@@ -15,7 +15,17 @@ from cluster.engine.local_drafter import LocalDraftClient
 from cluster.errors import InvalidRequestError
 from cluster.speculation.coupling import coupled_pick, gumbel_noise
 from cluster.speculation.proposal import dequantize_draft_probs
-from tests.draft_helpers import BLOCK, VOCAB, D, make_drafter, make_engine, round_of, sequence
+from tests.draft_helpers import (
+    BLOCK,
+    VOCAB,
+    D,
+    append,
+    feed,
+    make_drafter,
+    make_engine,
+    round_of,
+    sequence,
+)
 
 GREEDY = DraftSampling(temperature=0.0)
 COUPLED = DraftSampling(temperature=0.9, top_k=20, seed=7)
@@ -37,7 +47,7 @@ def open_with(
 ) -> SessionKey:
     key = SessionKey(name, 0)
     engine.open(replica, key, sampling)
-    assert engine.append_features(replica, key, 0, features(length, seed)) == length
+    assert append(engine, replica, key, 0, features(length, seed)) == length
     return key
 
 
@@ -65,7 +75,7 @@ def test_a_batch_drafts_what_each_sequence_drafts_alone(head):
     )
     for key in keys[2:]:  # the second round is another replica's
         engine.open("b", key, samplings[keys.index(key)])
-        engine.append_features("b", key, 0, features(lengths[keys.index(key)], keys.index(key)))
+        append(engine, "b", key, 0, features(lengths[keys.index(key)], keys.index(key)))
     results = [r for rows in engine.draft([("a", one), ("b", two)]) for r in rows]
     for result, expected in zip(results, alone, strict=True):
         assert result.proposal.draft_token_ids == expected.draft_token_ids
@@ -80,11 +90,11 @@ def test_feeding_in_parts_and_by_rounds_equals_feeding_at_once(sampling):
     key = SessionKey("r", 0)
     for engine in (whole, parts):
         engine.open("a", key, sampling)
-    whole.append_features("a", key, 0, rows)
-    assert parts.append_features("a", key, 0, rows[:5]) == 5
-    assert parts.append_features("a", key, 5, rows[5:12]) == 12
+    append(whole, "a", key, 0, rows)
+    assert append(parts, "a", key, 0, rows[:5]) == 5
+    assert append(parts, "a", key, 5, rows[5:12]) == 12
     # Overlap is skipped, and rounds append too.
-    assert parts.append_features("a", key, 10, rows[10:14]) == 14
+    assert append(parts, "a", key, 10, rows[10:14]) == 14
     draft_one(parts, key, 18, features=rows[14:17])
     draft_one(parts, key, 21, features=rows[15:20])
     at_once = draft_one(whole, key, 24)
@@ -99,7 +109,7 @@ def test_coupled_tokens_are_the_drafters_law_with_the_shared_noise():
     key = SessionKey("r", 0)
     sampling = DraftSampling(temperature=1.0, seed=-3, choice_index=2)
     engine.open("a", key, sampling)
-    engine.append_features("a", key, 0, rows)
+    append(engine, "a", key, 0, rows)
     tokens = draft_one(engine, key, 13, anchor=5).proposal.draft_token_ids
     with torch.inference_mode():
         keys, values = drafter.context_kv(rows, torch.arange(12))
@@ -180,8 +190,8 @@ def test_missing_unknown_and_stale_bases_are_not_guessed_at():
     assert draft_one(engine, key, 14, features=features(3)).outcome is DraftOutcome.DRAFTED
     for length in (11, 12, 13):
         assert draft_one(engine, key, length).outcome is DraftOutcome.UNKNOWN_SESSION
-    assert engine.append_features("a", key, 20, features(2)) == 13  # a gap
-    assert engine.append_features("b", key, 13, features(2)) is None  # another replica's session
+    assert append(engine, "a", key, 20, features(2)) == 13  # a gap
+    assert append(engine, "b", key, 13, features(2)) is None  # another replica's session
     ((other,),) = engine.draft([("b", round_of(sequence(key, 14)))])
     assert other.outcome is DraftOutcome.UNKNOWN_SESSION
     engine.check_integrity()
@@ -211,7 +221,7 @@ def test_beyond_the_drafters_context_nothing_is_drafted():
     assert draft_one(engine, key, 25 - BLOCK).proposal.num_draft_tokens == BLOCK
     beyond = draft_one(engine, key, 26 - BLOCK, features=features(1))
     assert beyond.proposal.num_draft_tokens == 0
-    assert engine.append_features("a", key, 25 - BLOCK, features(40)) == 65 - BLOCK
+    assert append(engine, "a", key, 25 - BLOCK, features(40)) == 65 - BLOCK
     assert draft_one(engine, key, 66 - BLOCK).proposal.num_draft_tokens == 0
     engine.check_integrity()
 
@@ -235,7 +245,7 @@ def test_short_memory_drops_idle_sessions_and_then_the_one_that_asks():
     assert draft_one(engine, wide, 2049).outcome is DraftOutcome.DRAFTED
     huge = SessionKey("huge", 0)
     engine.open("a", huge, GREEDY)
-    assert engine.append_features("a", huge, 0, features(3800)) is None
+    assert append(engine, "a", huge, 0, features(3800)) is None
     assert engine.length_of("a", huge) is None
     assert engine.length_of("a", wide) == 2048  # nothing was dropped in vain
     engine.check_integrity()
@@ -273,7 +283,7 @@ def test_local_client_is_a_draft_client():
     key = SessionKey("r", 0)
     assert client.is_ready()
     assert client.open_session(key, GREEDY)
-    assert client.feed(key, 0, features(6)) == 6
+    assert feed(client, key, 0, features(6)) == 6
     assert client.acknowledged_length(key) == 6
     (result,) = client.collect(client.start_round(round_of(sequence(key, 7))), 1.0)
     assert result.proposal.num_draft_tokens == client.block_size == BLOCK

@@ -24,7 +24,16 @@ from cluster.rpc.channels import PROTOCOL_VERSION, channel_options
 from cluster.rpc.draft_messages import encode_digests
 from cluster.rpc.drafter_server import DrafterServer
 from cluster.v1 import drafter_pb2, drafter_pb2_grpc
-from tests.draft_helpers import BLOCK, D, make_drafter, make_engine, round_of, sequence
+from tests.draft_helpers import (
+    BLOCK,
+    D,
+    append,
+    feed,
+    make_drafter,
+    make_engine,
+    round_of,
+    sequence,
+)
 from tests.drafter_rpc_tools import (
     DIGESTS,
     GREEDY,
@@ -57,7 +66,7 @@ def test_a_round_over_grpc_equals_one_in_process(loop):
         keys = [open_with(client, f"r{i}", 9 + i, s) for i, s in enumerate(samplings)]
         for i, key in enumerate(keys):
             local.open("local", key, samplings[i])
-            local.append_features("local", key, 0, features(9 + i))
+            append(local, "local", key, 0, features(9 + i))
         for step in range(3):
             draft_round = round_of(
                 *(
@@ -130,7 +139,7 @@ def test_missing_features_are_asked_for_and_fed(loop):
         draft_round = round_of(sequence(key, 20, features=features(2)))
         (result,) = client.collect(client.start_round(draft_round), 5.0)
         assert (result.outcome, result.missing_from) == (DraftOutcome.MISSING, 9)
-        assert client.feed(key, 9, features(10)) == 10
+        assert feed(client, key, 9, features(10)) == 10
         assert wait_for(lambda: client.acknowledged_length(key) == 19)
         (result,) = client.collect(client.start_round(draft_round), 5.0)
         assert result.outcome is DraftOutcome.DRAFTED
@@ -173,7 +182,7 @@ def test_feed_takes_no_more_chunks_than_a_drafter_queues(loop):
         rows = features(2)
         left, deadline = keys, time.monotonic() + 60
         while left and time.monotonic() < deadline:
-            left = [key for key in left if client.feed(key, 0, rows) == 0]
+            left = [key for key in left if feed(client, key, 0, rows) == 0]
             time.sleep(0.01)
         assert not left
         assert wait_for(lambda: all(client.acknowledged_length(key) == 2 for key in keys), 60)
@@ -192,7 +201,7 @@ def test_feed_takes_no_more_than_the_credit(loop):
         assert client.open_session(key, GREEDY)
         taken, calls = 0, 0
         while taken < len(rows):
-            took = client.feed(key, taken, rows[taken:])
+            took = feed(client, key, taken, rows[taken:])
             assert took <= 64
             taken += took
             calls += took > 0
@@ -210,7 +219,7 @@ def test_closing_in_the_middle_of_a_feed_leaves_no_session_behind(loop):
         for index in range(20):
             key = SessionKey(f"r{index}", 0)
             assert client.open_session(key, GREEDY)
-            client.feed(key, 0, features(3000))
+            feed(client, key, 0, features(3000))
             client.close_session(key)
             assert not client.has_session(key)
         assert wait_for(lambda: engine.num_sessions == 0)
@@ -297,7 +306,7 @@ def test_drain_ends_streams_and_sessions_move(loop):
         client.close_session(key)
         moved = SessionKey("r", 1)
         assert client.open_session(moved, GREEDY)
-        client.feed(moved, 0, features(9))
+        feed(client, moved, 0, features(9))
         assert wait_for(lambda: client.acknowledged_length(moved) == 9)
         (result,) = client.collect(client.start_round(round_of(sequence(moved, 10))), 5.0)
         assert result.outcome is DraftOutcome.DRAFTED
@@ -321,7 +330,7 @@ def test_a_restarted_drafter_is_found_again_without_its_old_state(loop):
             client.close_session(key)
             key = SessionKey("r", epoch)
             assert client.open_session(key, GREEDY)
-            assert client.feed(key, 0, features(9)) == 9
+            assert feed(client, key, 0, features(9)) == 9
             assert wait_for(lambda key=key: client.acknowledged_length(key) == 9)
             (result,) = client.collect(client.start_round(round_of(sequence(key, 10))), 5.0)
             assert result.outcome is DraftOutcome.DRAFTED

@@ -56,7 +56,7 @@ def a_round(**changes) -> drafter_pb2.DraftRequest:
         "session": drafter_pb2.SessionKey(request_id="r", epoch=0),
         "committed_length": 5,
         "num_features": 2,
-        "new_token_ids": [1],
+        "new_token_ids": [1, 1, 1],
         "num_speculative_tokens": BLOCK,
     }
     tensor = changes.pop("features", encode_tensor(torch.zeros(2, D)))
@@ -72,6 +72,7 @@ def a_chunk(**changes) -> drafter_pb2.FeedRequest:
         "session": drafter_pb2.SessionKey(request_id="r", epoch=0),
         "start": 0,
         "features": encode_tensor(torch.zeros(2, D)),
+        "token_ids": [1, 1, 1],
         "sampling": drafter_pb2.FeedRequest.DraftSampling(temperature=1.0, top_p=1.0),
     }
     return drafter_pb2.FeedRequest(chunk=drafter_pb2.FeedRequest.Chunk(**{**values, **changes}))
@@ -88,8 +89,10 @@ BAD_DRAFTS = {
         [hello_request(), a_round(num_speculative_tokens=BLOCK + 1)],
         "sequence.num_speculative_tokens",
     ),
-    "tokens": ([hello_request(), a_round(new_token_ids=[VOCAB])], "sequence.new_token_ids"),
+    "tokens": ([hello_request(), a_round(new_token_ids=[1, 1, VOCAB])], "sequence.new_token_ids"),
     "no anchor": ([hello_request(), a_round(new_token_ids=[])], "sequence.new_token_ids"),
+    "too few": ([hello_request(), a_round(new_token_ids=[1, 1])], "sequence.new_token_ids"),
+    "too many": ([hello_request(), a_round(new_token_ids=[1] * 4)], "sequence.new_token_ids"),
     "no session": (
         [hello_request(), a_round(session=drafter_pb2.SessionKey())],
         "session.request_id",
@@ -148,6 +151,10 @@ def test_bad_features_end_their_stream_with_the_fields_name(loop):
         "size": ([a_chunk(features=too_large)], "chunk.features"),
         "width": ([a_chunk(features=encode_tensor(torch.zeros(2, D + 1)))], "chunk.features"),
         "sampling": ([a_chunk(sampling=None)], "chunk.sampling"),
+        "no tokens": ([a_chunk(token_ids=[])], "chunk.token_ids"),
+        "too many tokens": ([a_chunk(token_ids=[1] * 514)], "chunk.token_ids"),
+        "foreign token": ([a_chunk(token_ids=[1, 1, VOCAB])], "chunk.token_ids"),
+        "rows": ([a_chunk(token_ids=[1, 1])], "chunk.features"),
         "temperature": (
             [a_chunk(sampling=drafter_pb2.FeedRequest.DraftSampling(temperature=-1, top_p=1))],
             "sampling.temperature",
@@ -185,9 +192,9 @@ def test_more_than_the_credit_or_four_rounds_end_the_stream(loop):
             time.sleep(0.3)
             return super().draft(rounds)
 
-        def append_features(self, *args):
+        def append(self, *args):
             time.sleep(0.3)
-            return super().append_features(*args)
+            return super().append(*args)
 
     base = make_engine(make_drafter())
     base.__class__ = SlowEngine

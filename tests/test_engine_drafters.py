@@ -27,15 +27,11 @@ def serve(config: ClusterConfig, drafter_id: str, ports: Any) -> None:
     """A drafter process: publishes its port and serves until it is killed."""
     import torch
 
-    from cluster.engine.draft_engine import DraftEngine
-    from cluster.models.checkpoint import load_drafter
+    from cluster.engine.draft_factory import build_draft_engine
     from cluster.rpc.drafter_server import DrafterServer
 
     torch.set_num_threads(1)
-    assert config.speculative is not None
-    engine = DraftEngine(
-        load_drafter(config.speculative.model), config.drafter, config.speculative.draft_top_k
-    )
+    engine = build_draft_engine(config)
 
     async def serve_forever() -> None:
         server = DrafterServer(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 from cluster.config import ClusterConfig
 
 
 def read_digests(config: ClusterConfig) -> dict[str, str]:
-    """Hex SHA-256 of the files behind ``target``, ``tokenizer``, ``drafter`` and ``projection``.
+    """Hex SHA-256 of what is behind ``target``, ``tokenizer``, ``drafter`` and ``projection``.
 
-    Imports torch. The last two are absent without a drafter.
+    Imports torch. The last two are absent without a drafter, the last one with a method that reads
+    no features; for a method without a checkpoint the method's settings stand for the drafter.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
+    from cluster.engine.target import load_text_config
     from cluster.models import checkpoint
 
     target = config.target.model
@@ -20,8 +25,17 @@ def read_digests(config: ClusterConfig) -> dict[str, str]:
         "target": checkpoint.target_digest(target),
         "tokenizer": checkpoint.tokenizer_digest(target),
     }
-    if config.speculative is not None:
-        drafter = config.speculative.checkpoint
-        digests["drafter"] = checkpoint.drafter_digest(drafter)
-        digests["projection"] = checkpoint.projection_digest(drafter)
+    speculative = config.speculative
+    if speculative is None:
+        return digests
+    if speculative.model is None:
+        settings = json.dumps([speculative.method, *speculative.prompt_lookup])
+        digests["drafter"] = hashlib.sha256(settings.encode()).hexdigest()
+    else:
+        digests["drafter"] = checkpoint.drafter_digest(speculative.model)
+    if speculative.uses_features:
+        text_config = load_text_config(target, trust_remote_code=config.target.trust_remote_code)
+        digests["projection"] = checkpoint.projection_digest(
+            speculative.checkpoint, text_config.num_hidden_layers
+        )
     return digests

@@ -60,12 +60,7 @@ def _load(
 ) -> tuple[DraftEngine, dict[str, str]]:
     import torch
 
-    from cluster.engine.draft_engine import DraftEngine
-    from cluster.models.checkpoint import load_drafter
+    from cluster.engine.draft_factory import build_draft_engine
 
     torch.set_num_threads(config.drafter.num_threads)
-    drafter = load_drafter(
-        speculative.checkpoint, getattr(torch, config.drafter.dtype), config.drafter.device
-    )
-    engine = DraftEngine(drafter, config.drafter, speculative.draft_top_k)
-    return engine, read_digests(config)
+    return build_draft_engine(config), read_digests(config)

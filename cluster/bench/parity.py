@@ -18,11 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from cluster.bench.judge import Judgement, judge
 from cluster.bench.report import Report
 from cluster.config import ClusterConfig
-from cluster.engine.draft_engine import DraftEngine
+from cluster.engine.draft_factory import build_draft_engine
 from cluster.engine.engine import Engine
 from cluster.engine.local_drafter import LocalDraftClient
 from cluster.engine.worker import ShardWorker, load_tokenizer
-from cluster.models.checkpoint import load_drafter
 from cluster.request import Request, SamplingParams, SpeculationMode, SpeculationParams
 from cluster.rpc.client import AsyncClient
 from cluster.training.corpus import load_documents
@@ -112,16 +111,12 @@ def make_engine(target: str, drafter: str) -> Engine:
                 "num_threads": torch.get_num_threads(),
             },
             "speculative": {"method": "dspark", "model": drafter},
+            "drafter": {"dtype": "float32"},
         }
     )
     worker = ShardWorker(config, 0)
     worker.start("", 0, 0)
-    if config.speculative is None:
-        raise RuntimeError("the configuration above has a drafter")
-    draft_engine = DraftEngine(
-        load_drafter(drafter), config.drafter, config.speculative.draft_top_k
-    )
-    return worker.build_engine(LocalDraftClient(draft_engine))
+    return worker.build_engine(LocalDraftClient(build_draft_engine(config)))
 
 
 class _LocalCompleter:

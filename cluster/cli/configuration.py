@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import cluster
 from cluster.config import ClusterConfig, load_serve_config
 from cluster.engine.layout import check_split
-from cluster.errors import CheckpointError, ConfigError
-from cluster.models.dspark_config import DSparkConfig, check_drafter_matches_target
+from cluster.errors import ConfigError
+from cluster.models.drafter_check import check_drafter
+from cluster.models.json_files import read_json
 
 DEFAULT_CONFIG = Path("deployments") / "local.yaml"
 
@@ -46,24 +46,19 @@ def _check_checkpoints(config: ClusterConfig) -> None:
         if target.is_absolute() or config.target.model.startswith("."):
             raise ConfigError("target.model", f"no such folder: {target}")
         return
-    target_config = _read_json(target / "config.json")
+    target_config = read_json(target / "config.json")
     _check_layout(config, target_config)
-    if config.speculative is None:
+    if config.speculative is None or config.speculative.model is None:
         return
-    drafter = Path(config.speculative.checkpoint)
+    drafter = Path(config.speculative.model)
     if not drafter.is_dir():
-        if drafter.is_absolute() or config.speculative.checkpoint.startswith("."):
+        if drafter.is_absolute() or config.speculative.model.startswith("."):
             raise ConfigError("speculative.model", f"no such folder: {drafter}")
         return
-    file = drafter / "config.json"
-    drafter_config = DSparkConfig.from_dict(_read_json(file), str(file))
-    check_drafter_matches_target(drafter_config, target_config, str(file))
-    guesses = config.speculative.num_speculative_tokens
-    if guesses is not None and guesses > drafter_config.block_size:
-        raise ConfigError(
-            "speculative.num_speculative_tokens",
-            f"is {guesses}, the drafter's block_size is {drafter_config.block_size}",
-        )
+    text_config = target_config.get("text_config") or target_config
+    # Where the file relies on defaults of its architecture the actors check, who know them.
+    if all(key in text_config for key in ("hidden_size", "vocab_size", "num_hidden_layers")):
+        check_drafter(config.speculative, drafter, text_config, target)
 
 
 def _check_layout(config: ClusterConfig, target_config: dict[str, Any]) -> None:
@@ -73,15 +68,3 @@ def _check_layout(config: ClusterConfig, target_config: dict[str, Any]) -> None:
         tensor_parallel_size=config.target.tensor_parallel_size,
         pipeline_parallel_size=config.target.pipeline_parallel_size,
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(str(path), None, f"cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(str(path), None, f"is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(str(path), None, "must hold one JSON object")
-    return values

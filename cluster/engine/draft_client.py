@@ -5,12 +5,14 @@ which has a timeout. ``cluster.rpc.drafter_client`` implements it over gRPC, and
 ``cluster.engine.local_drafter`` inside the process.
 
 Conventions (DESIGN.md, draft conventions): with n committed tokens, context features exist for
-positions 0 .. n-2; token n-1 is the anchor. A session is keyed (replica, request, epoch).
+positions 0 .. n-2; token n-1 is the anchor. A session is keyed (replica, request, epoch). Tokens
+travel with features, one more of them: whatever ends at position p brings token p+1.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -51,7 +53,7 @@ class DraftSequence:
         committed_length: n; the proposal continues at position n.
         num_features: rows of ``DraftRound.features`` that belong to this sequence; they are the
             features of positions ``n-1-num_features .. n-2``.
-        new_token_ids: tokens committed since this session's last round; the last is the anchor.
+        new_token_ids: tokens of the same positions and of ``n-1``: the last is the anchor.
         num_speculative_tokens: draft tokens wanted, at most the drafter's block size.
     """
 
@@ -64,7 +66,10 @@ class DraftSequence:
 
 @dataclass(frozen=True)
 class DraftRound:
-    """All sequences of one round; ``features`` is ``[sum of num_features, d]`` on the CPU."""
+    """All sequences of one round; ``features`` is ``[sum of num_features, d]`` on the CPU.
+
+    d is 0 for methods that need no features; the rows are counted all the same.
+    """
 
     sequences: tuple[DraftSequence, ...]
     features: torch.Tensor
@@ -112,8 +117,15 @@ class DraftClient(Protocol):
         """Whether the session is open and its drafter is still ready (False: open a new epoch)."""
         ...
 
-    def feed(self, session: SessionKey, start: int, features: torch.Tensor) -> int:
-        """Sends features ``[rows, d]`` of positions ``start ..`` in bulk, without waiting.
+    def feed(
+        self, session: SessionKey, start: int, features: torch.Tensor, token_ids: Sequence[int]
+    ) -> int:
+        """Sends committed positions in bulk, without waiting.
+
+        Args:
+            start: first position.
+            features: ``[rows, d]`` of positions ``start ..``.
+            token_ids: rows + 1 of them, of positions ``start ..``.
 
         Returns:
             How many rows were taken (the byte credit may allow fewer, also none).
@@ -121,7 +133,7 @@ class DraftClient(Protocol):
         ...
 
     def acknowledged_length(self, session: SessionKey) -> int:
-        """Features that the drafter has confirmed from ``feed``: positions 0 .. length-1."""
+        """Positions that the drafter has confirmed from ``feed``: 0 .. length-1."""
         ...
 
     def close_session(self, session: SessionKey) -> None:

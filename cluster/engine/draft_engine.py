@@ -1,4 +1,4 @@
-"""A drafter's engine: sessions of many replicas, their draft KV, and rounds in one pass."""
+"""A drafter's engine: sessions of many replicas, their memory, and rounds in one pass."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from cluster.config import DrafterConfig
@@ -20,90 +18,74 @@ from cluster.engine.draft_client import (
     DraftSequence,
     SessionKey,
 )
-from cluster.engine.draft_pages import DraftPages
-from cluster.engine.draft_pass import DraftPass
+from cluster.engine.draft_method import Draft, DraftMethod, DraftRows
 from cluster.engine.draft_sessions import DraftSession, DraftSessions
+from cluster.engine.pages import PagePool
 from cluster.errors import ConfigError, InvalidRequestError
-from cluster.models.dspark import DSparkDrafter
 from cluster.speculation.proposal import DraftProposal
 
 
-class _Draft(NamedTuple):
-    """A sequence that a pass drafts for, and where its answer goes."""
+class _Place(NamedTuple):
+    """Where a draft's answer goes."""
 
-    session: DraftSession
-    sequence: DraftSequence
     answers: list[DraftResult]
     position: int
-
-
-class _NewRows(NamedTuple):
-    """Feature rows on their way into the pages."""
-
-    features: list[torch.Tensor]
-    positions: list[npt.NDArray[np.int64]]
-    slots: list[npt.NDArray[np.int64]]
 
 
 class DraftEngine:
     """Drafts for the sessions of any number of replicas.
 
     Guarantees:
-    - all sequences of all rounds of one call share one forward pass, and a sequence's greedy or
-      coupled tokens do not depend on what else is in the pass (but for rounding in the logits);
+    - all sequences of all rounds of one call share one pass of the method, and a sequence's greedy
+      or coupled tokens do not depend on what else is in the pass (but for rounding in the logits);
     - a base (session, committed length) gets one proposal: asked again, the same is answered;
     - nothing is drafted on a guessed state: a gap is answered with what is missing, and a session
       that is unknown, was evicted, or whose length went backwards with ``UNKNOWN_SESSION``;
     - sessions and pages are bounded: room is made by dropping the least recently used session
-      that is not in the pass; sessions unused for ``session_ttl_s`` go too.
+      that is not in the pass; sessions unused for ``session_ttl_s`` go too;
+    - behind a method's longest context a session drafts nothing and costs nothing more.
 
     Not thread-safe: one thread owns it (``DraftLoop``'s, or the engine's for a local drafter).
 
     Args:
-        drafter: the network, in evaluation mode, on its device.
+        method: how drafts are made; used by nobody else.
         config: bounds.
-        draft_top_k: entries of each draft distribution that is sampled from and sent.
-        seed: of the drafter's own randomness; ``None`` takes a fresh one.
         clock: monotonic seconds.
+
+    Raises:
+        ConfigError: the memory does not hold one session, however short.
     """
 
     def __init__(
         self,
-        drafter: DSparkDrafter,
+        method: DraftMethod,
         config: DrafterConfig,
-        draft_top_k: int,
         *,
-        seed: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._drafter = drafter
+        shortest = method.num_kept(method.min_length)
+        if (method.num_pages - 1) * method.page_size < max(shortest, 1):
+            raise ConfigError("drafter.kv_cache_memory_mb", "does not hold one session")
+        self._method = method
         self._config = config
         self._clock = clock
         self._sessions = DraftSessions(config.max_sessions)
-        self._pages = _allocate_pages(drafter, config)
-        generator = torch.Generator(next(drafter.parameters()).device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
-        self._pass = DraftPass(drafter, self._pages, draft_top_k, generator)
-        # A block's last slot must have a position, so the anchor's is at most this.
-        self._max_features = drafter.config.max_position_embeddings - self.block_size
+        self._pages = PagePool(method.num_pages, method.page_size)
 
     @property
     def block_size(self) -> int:
         """Most tokens drafted in a round."""
-        return self._drafter.config.block_size
+        return self._method.block_size
 
     @property
     def vocab_size(self) -> int:
         """Token ids drafted are below it."""
-        return self._drafter.config.vocab_size
+        return self._method.vocab_size
 
     @property
     def feature_size(self) -> int:
-        """Values of one position's features."""
-        return self._drafter.config.hidden_size
+        """Values of one position's features; 0: token ids are enough."""
+        return self._method.feature_size
 
     @property
     def num_sessions(self) -> int:
@@ -111,7 +93,7 @@ class DraftEngine:
         return len(self._sessions)
 
     def length_of(self, replica_id: str, key: SessionKey) -> int | None:
-        """Features held by a session, or ``None`` for an unknown one."""
+        """Positions held by a session, or ``None`` for an unknown one."""
         session = self._sessions.get(replica_id, key)
         return None if session is None else session.length
 
@@ -134,17 +116,23 @@ class DraftEngine:
         self._sessions.add(DraftSession(replica_id, key, sampling, now))
 
     @torch.inference_mode()
-    def append_features(
-        self, replica_id: str, key: SessionKey, start: int, rows: torch.Tensor
+    def append(
+        self,
+        replica_id: str,
+        key: SessionKey,
+        start: int,
+        features: torch.Tensor,
+        token_ids: Sequence[int],
     ) -> int | None:
-        """Appends context features; what overlaps with positions held already is skipped.
+        """Appends committed positions; what overlaps with positions held already is skipped.
 
         Args:
-            start: position of the first row.
-            rows: ``[n, d]``.
+            start: first position.
+            features: ``[N, d]`` of positions ``start .. start+N-1``.
+            token_ids: N+1 of them, of positions ``start .. start+N``.
 
         Returns:
-            The length now held, which is less than ``start + n`` (and nothing was appended) when
+            The length now held, which is less than ``start + N`` (and nothing was appended) when
             there is a gap before ``start``; ``None`` when the session is unknown or no memory
             could be found for it.
         """
@@ -152,12 +140,12 @@ class DraftEngine:
         if session is None:
             return None
         self._sessions.touch(session, self._clock())
-        end = start + len(rows)
+        end = start + len(features)
         if start <= session.length < end:
-            new_rows = _NewRows([], [], [])
-            if not self._append(session, end, rows, new_rows, keep=set()):
+            rows = self._extend(session, end, features, token_ids, keep=set())
+            if rows is None:
                 return None
-            self._pass.write(*new_rows)
+            self._method.write([rows])
         return session.length
 
     @torch.inference_mode()
@@ -176,36 +164,43 @@ class DraftEngine:
             for replica_id, draft_round in rounds
             for sequence in draft_round.sequences
         }
-        drafts: list[_Draft] = []
-        new_rows = _NewRows([], [], [])
+        drafts: list[Draft] = []
+        places: list[_Place] = []
+        idle_rows: list[DraftRows] = []
         all_answers: list[list[DraftResult]] = []
         for replica_id, draft_round in rounds:
             answers: list[DraftResult] = []
             all_answers.append(answers)
             row = 0
             for sequence in draft_round.sequences:
-                rows = draft_round.features[row : row + sequence.num_features]
+                features = draft_round.features[row : row + sequence.num_features]
                 row += sequence.num_features
                 session = self._sessions.get(replica_id, sequence.session)
                 answer = _refusal(session, sequence)
                 if session is not None and answer is None:
                     self._sessions.touch(session, self._clock())
                     answer = _nothing(sequence)
-                    if not self._append(
-                        session, sequence.committed_length - 1, rows, new_rows, keep=in_pass
-                    ):
+                    end = sequence.committed_length - 1
+                    rows = self._extend(
+                        session, end, features, sequence.new_token_ids, keep=in_pass
+                    )
+                    if rows is None:
                         answer = _unknown(sequence)
                     elif self._can_draft(sequence):
-                        drafts.append(_Draft(session, sequence, answers, len(answers)))
+                        drafts.append(Draft(sequence, rows))
+                        places.append(_Place(answers, len(answers)))
+                    else:
+                        idle_rows.append(rows)
                     session.last_result = answer
                 answers.append(answer or _unknown(sequence))
-        self._pass.write(*new_rows)
+        if idle_rows:
+            self._method.write(idle_rows)
         if drafts:
-            proposals = self._pass.run([d.session for d in drafts], [d.sequence for d in drafts])
-            for draft, proposal in zip(drafts, proposals, strict=True):
-                result = replace(draft.answers[draft.position], proposal=proposal)
+            proposals = self._method.run(drafts)
+            for draft, place, proposal in zip(drafts, places, proposals, strict=True):
+                result = replace(place.answers[place.position], proposal=proposal)
                 draft.session.last_result = result
-                draft.answers[draft.position] = result
+                place.answers[place.position] = result
         return all_answers
 
     def close(self, replica_id: str, key: SessionKey) -> None:
@@ -234,48 +229,51 @@ class DraftEngine:
         Raises:
             RuntimeError: it is not so.
         """
-        self._pages.check_integrity([page for s in self._sessions for page in s.pages])
+        self._pages.check([session.pages for session in self._sessions])
         for session in self._sessions:
-            if len(session.pages) != self._pages_for(session.length):
+            is_begun = session.length > 0 or session.pages
+            num_pages = self._pages.pages_for(self._num_kept(session.length))
+            if is_begun and len(session.pages) != num_pages:
                 raise RuntimeError(
                     f"draft session {session.key} has {len(session.pages)} pages "
                     f"for {session.length} positions"
                 )
 
     def _can_draft(self, sequence: DraftSequence) -> bool:
-        is_within = sequence.committed_length - 1 <= self._max_features
+        length = sequence.committed_length - 1
+        is_within = self._method.min_length <= length <= self._method.max_length
         return is_within and sequence.num_speculative_tokens > 0
 
-    def _append(
+    def _extend(
         self,
         session: DraftSession,
         length: int,
-        rows: torch.Tensor,
-        new_rows: _NewRows,
+        features: torch.Tensor,
+        token_ids: Sequence[int],
         *,
         keep: set[tuple[str, SessionKey]],
-    ) -> bool:
-        """Makes the session ``length`` long with the last of ``rows``, queued in ``new_rows``.
+    ) -> DraftRows | None:
+        """Makes the session ``length`` long and returns what is new to it, to be written.
 
-        Positions behind the drafter's context are counted and not kept. Sessions other than
-        ``keep`` are dropped where memory is short; returns False, and drops the session itself,
-        where that would not be enough.
+        Positions behind the method's context are counted and not kept. Sessions other than
+        ``keep`` are dropped where memory is short; where that would not be enough the session
+        itself is dropped, and the result is ``None``.
+
+        Args:
+            features: of the last positions before ``length``, as many as are needed or more.
+            token_ids: of the same positions and of ``length`` itself.
         """
-        needed = self._pages_for(length) - len(session.pages)
-        if needed > self._pages.num_free and not self._evict(needed, session, keep):
+        kept = self._num_kept(length)
+        missing = self._pages.pages_for(kept) - len(session.pages)
+        if missing > self._pages.num_free and not self._evict(missing, session, keep):
             self._drop(session)
-            return False
-        session.pages.extend(self._pages.allocate(needed))
-        positions = np.arange(session.length, min(length, self._max_features))
-        if len(positions) > 0:
-            page_size = self._pages.page_size
-            table = np.array(session.pages, dtype=np.int64)
-            first_row = len(rows) - (length - session.length)
-            new_rows.features.append(rows[first_row : first_row + len(positions)])
-            new_rows.positions.append(positions)
-            new_rows.slots.append(table[positions // page_size] * page_size + positions % page_size)
+            return None
+        self._pages.grow(session.pages, kept)
+        start = session.length
+        first = start - (length - len(features))
+        end = max(first, first + min(length, self._method.max_length) - start)
         session.length = length
-        return True
+        return DraftRows(session, start, features[first:end], token_ids[first : end + 1])
 
     def _evict(self, needed: int, session: DraftSession, keep: set[tuple[str, SessionKey]]) -> bool:
         """Drops the least recently used sessions until ``needed`` pages are free, or none."""
@@ -289,11 +287,11 @@ class DraftEngine:
         return True
 
     def _drop(self, session: DraftSession) -> None:
-        self._pages.release(session.pages)
+        self._pages.shrink(session.pages, 0)
         self._sessions.remove(session)
 
-    def _pages_for(self, length: int) -> int:
-        return self._pages.pages_for(min(length, self._max_features))
+    def _num_kept(self, length: int) -> int:
+        return self._method.num_kept(min(length, self._method.max_length))
 
 
 def _refusal(session: DraftSession | None, sequence: DraftSequence) -> DraftResult | None:
@@ -347,23 +345,4 @@ def _cut(result: DraftResult, num_tokens: int) -> DraftResult:
             draft_prob_token_ids=None if columns is None else columns[:num_tokens],
             draft_prob_values=None if values is None else values[:num_tokens],
         ),
-    )
-
-
-def _allocate_pages(drafter: DSparkDrafter, config: DrafterConfig) -> DraftPages:
-    shape = drafter.config
-    parameter = next(drafter.parameters())
-    values_per_position = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
-    page_bytes = values_per_position * parameter.dtype.itemsize * config.page_size
-    num_pages = (config.kv_cache_memory_mb << 20) // page_bytes
-    if num_pages < 2:
-        raise ConfigError("drafter.kv_cache_memory_mb", "does not hold two pages")
-    return DraftPages(
-        num_pages=num_pages,
-        page_size=config.page_size,
-        num_layers=shape.num_hidden_layers,
-        num_kv_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        dtype=parameter.dtype,
-        device=parameter.device,
     )

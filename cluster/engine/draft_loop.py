@@ -39,11 +39,15 @@ class RoundAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureChunk:
-    """Features ``[rows, d]`` of positions ``start ..``; with ``sampling`` the session is opened."""
+    """Committed positions ``start ..``; with ``sampling`` the session is opened.
+
+    ``features`` are ``[rows, d]``, ``token_ids`` rows + 1.
+    """
 
     session: SessionKey
     start: int
     features: torch.Tensor
+    token_ids: tuple[int, ...]
     sampling: DraftSampling | None = None
 
 
@@ -207,8 +211,8 @@ class DraftLoop:
         try:
             if chunk.sampling is not None:
                 self._engine.open(replica_id, chunk.session, chunk.sampling)
-            length = self._engine.append_features(
-                replica_id, chunk.session, chunk.start, chunk.features
+            length = self._engine.append(
+                replica_id, chunk.session, chunk.start, chunk.features, chunk.token_ids
             )
         except Exception as error:  # as above: the sender is told, the loop goes on
             logger.exception("appending draft features failed")

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from cluster.engine.draft_client import DraftSampling
+from cluster.engine.draft_method import Draft
 from cluster.request import SamplingParams
 from cluster.speculation.coupling import coupled_pick, gumbel_noise
-from cluster.speculation.proposal import dequantize_draft_probs, quantize_draft_probs
+from cluster.speculation.proposal import (
+    DraftProposal,
+    dequantize_draft_probs,
+    quantize_draft_probs,
+)
 from cluster.speculation.sampling import SamplingBatch, process_logits, sample_from_probs
 
 
@@ -104,3 +110,94 @@ class DraftSampler:
         chosen = sample_from_probs(probs, noise).unsqueeze(1)
         token_ids[self._sampled_rows] = columns.gather(1, chosen).squeeze(1).to(torch.int64)
         return DraftPick(token_ids, columns, values)
+
+
+class ProposalDrawing:
+    """Draws the tokens of B drafts, position by position, and makes their proposals.
+
+    Guarantees: those of ``DraftSampler``; a proposal carries the laws of its tokens exactly when
+    its session asked for them.
+
+    Args:
+        drafts: the B drafts.
+        top_k, generator, device: as in ``DraftSampler``.
+    """
+
+    def __init__(
+        self,
+        drafts: Sequence[Draft],
+        *,
+        top_k: int,
+        generator: torch.Generator,
+        device: torch.device,
+    ) -> None:
+        self._drafts = drafts
+        self._samplings = [draft.session.sampling for draft in drafts]
+        committed = np.array([d.sequence.committed_length for d in drafts], dtype=np.int64)
+        self._sampler = DraftSampler(
+            self._samplings, committed, top_k=top_k, generator=generator, device=device
+        )
+        self._token_ids: list[torch.Tensor] = []
+        self._law_token_ids: list[torch.Tensor] = []
+        self._law_values: list[torch.Tensor] = []
+
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """Draws the next token of each draft from logits ``[B, V]``; returns ids ``[B]``."""
+        pick = self._sampler.pick(logits, len(self._token_ids))
+        self._token_ids.append(pick.token_ids)
+        if pick.prob_token_ids is not None and pick.prob_values is not None:
+            self._law_token_ids.append(pick.prob_token_ids)
+            self._law_values.append(pick.prob_values)
+        return pick.token_ids
+
+    def proposals(self, confidences: torch.Tensor) -> list[DraftProposal]:
+        """The proposals of all drafts, each as long as was asked for.
+
+        Args:
+            confidences: ``[B, K]`` of the K tokens drawn.
+        """
+        laws: list[tuple[Any, Any] | None] = [None] * len(self._drafts)
+        if self._law_token_ids:
+            columns, values = _on_host(self._law_token_ids), _on_host(self._law_values)
+            for index, row in enumerate(self._sampler.sampled_rows.tolist()):
+                if self._samplings[row].send_probs:
+                    laws[row] = columns[index], values[index]
+        return [
+            _proposal(ids, chances, law, draft.sequence.num_speculative_tokens)
+            for ids, chances, law, draft in zip(
+                _on_host(self._token_ids),
+                confidences.cpu().numpy(),
+                laws,
+                self._drafts,
+                strict=True,
+            )
+        ]
+
+
+def own_confidence(logits: torch.Tensor) -> torch.Tensor:
+    """The largest chance in each law of ``[..., V]`` logits at temperature 1: ``[...]``.
+
+    Stands in for a confidence head. It knows the law and nothing of the token drawn from it.
+    """
+    return (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp()
+
+
+def _on_host(columns: list[torch.Tensor]) -> npt.NDArray[Any]:
+    """K tensors ``[B, ...]`` as one array ``[B, K, ...]``."""
+    array: npt.NDArray[Any] = torch.stack(columns, dim=1).cpu().numpy()
+    return array
+
+
+def _proposal(
+    token_ids: npt.NDArray[np.int64],
+    confidences: npt.NDArray[np.float32],
+    law: tuple[Any, Any] | None,
+    num_tokens: int,
+) -> DraftProposal:
+    columns, values = (None, None) if law is None else law
+    return DraftProposal(
+        draft_token_ids=tuple(token_ids[:num_tokens].tolist()),
+        confidences=tuple(confidences[:num_tokens].tolist()),
+        draft_prob_token_ids=None if columns is None else columns[:num_tokens],
+        draft_prob_values=None if values is None else values[:num_tokens],
+    )

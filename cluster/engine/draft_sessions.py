@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
+
 from cluster.engine.draft_client import DraftResult, DraftSampling, SessionKey
 
 
@@ -14,8 +16,9 @@ class DraftSession:
     """One request's draft state of one epoch.
 
     Attributes:
-        length: features received: positions 0 .. length-1, kept as far as the drafter reaches.
+        length: positions received, 0 .. length-1, kept as far as the drafter reaches.
         pages: block table of what is kept.
+        hidden: EAGLE-3's output ``[d]`` at the last position, which the next draft starts from.
         last_result: the proposal for the newest base, kept so that a base gets only one.
         last_used: monotonic seconds.
     """
@@ -26,6 +29,7 @@ class DraftSession:
     last_used: float
     length: int = 0
     pages: list[int] = field(default_factory=list)
+    hidden: torch.Tensor | None = None
     last_result: DraftResult | None = None
 
 

@@ -52,7 +52,8 @@ class Drafting:
     Args:
         client: the drafters.
         config: caps and deadlines.
-        read_features: reads cached features of ``(sequence, first position, end)`` ranges, stacked.
+        read_features: reads cached features of ``(sequence, first position, end)`` ranges, stacked;
+            not used with methods that need none.
         max_model_len: no guess goes beyond it.
         stats: the engine's totals, in which late and stale proposals are counted.
     """
@@ -88,6 +89,7 @@ class Drafting:
         block_size = self._client.block_size
         if block_size == 0:
             return
+        max_inline = max(_MAX_INLINE_FEATURES, block_size + 1)
         bulk: list[Sequence] = []
         joining: list[tuple[Sequence, int]] = []
         for sequence in sequences:
@@ -98,7 +100,7 @@ class Drafting:
                 continue
             is_decoding = sequence.num_missing_tokens == 1
             is_first = sequence.num_fed_features == 0
-            if is_first or lacking > _MAX_INLINE_FEATURES or not is_decoding:
+            if is_first or lacking > max_inline or not is_decoding:
                 bulk.append(sequence)
             elif self._is_acknowledged(sequence):
                 num_drafts = self._num_drafts(sequence, block_size)
@@ -110,7 +112,10 @@ class Drafting:
         ]
         if not ranges:
             return
-        features = self._read_features(ranges)
+        if self._config.uses_features:
+            features = self._read_features(ranges)
+        else:
+            features = torch.empty(sum(end - start for _, start, end in ranges), 0)
         row = 0
         for sequence, start, end in ranges[: len(bulk)]:
             self._feed(sequence, start, features[row : row + end - start])
@@ -165,7 +170,8 @@ class Drafting:
     def _feed(self, sequence: Sequence, start: int, rows: torch.Tensor) -> None:
         if sequence.session is None:
             raise RuntimeError("a sequence without a session cannot be fed")
-        sequence.num_fed_features += self._client.feed(sequence.session, start, rows)
+        token_ids = sequence.token_ids[start : start + len(rows) + 1]
+        sequence.num_fed_features += self._client.feed(sequence.session, start, rows, token_ids)
         sequence.num_bulk_features = sequence.num_fed_features
 
     def _start_round(
@@ -175,7 +181,6 @@ class Drafting:
         members: dict[SessionKey, Sequence] = {}
         for (sequence, _), entry in zip(joining, entries, strict=True):
             sequence.num_fed_features = sequence.num_computed_tokens
-            sequence.num_announced_tokens = len(sequence.token_ids)
             members[entry.session] = sequence
         handle = self._client.start_round(DraftRound(entries, features))
         deadline = time.monotonic() + self.timeout_s
@@ -200,7 +205,12 @@ class Drafting:
             min_p=params.min_p,
             seed=params.seed if is_seeded else None,
             choice_index=sequence.request.choice_index,
-            send_probs=not params.is_greedy and not is_seeded and self._config.trust_drafter,
+            send_probs=(
+                not params.is_greedy
+                and not is_seeded
+                and self._config.trust_drafter
+                and self._config.method != "ngram"  # whose law is one-hot
+            ),
         )
         sequence.session_epoch += 1
         session = SessionKey(sequence.request.request_id, sequence.session_epoch)
@@ -208,7 +218,6 @@ class Drafting:
             return False
         sequence.session = session
         sequence.num_fed_features = sequence.num_bulk_features = 0
-        sequence.num_announced_tokens = 0
         return True
 
     def _num_drafts(self, sequence: Sequence, block_size: int) -> int:
@@ -228,7 +237,7 @@ def _entry(sequence: Sequence, num_drafts: int) -> DraftSequence:
         session=sequence.session,
         committed_length=len(sequence.token_ids),
         num_features=sequence.num_computed_tokens - sequence.num_fed_features,
-        new_token_ids=tuple(sequence.token_ids[sequence.num_announced_tokens :]),
+        new_token_ids=tuple(sequence.token_ids[sequence.num_fed_features :]),
         num_speculative_tokens=num_drafts,
     )
 

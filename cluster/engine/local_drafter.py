@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from cluster.engine.draft_client import (
@@ -50,13 +52,15 @@ class LocalDraftClient:
         """Whether the session is open and was not evicted."""
         return self._engine.length_of(_REPLICA_ID, session) is not None
 
-    def feed(self, session: SessionKey, start: int, features: torch.Tensor) -> int:
-        """Appends features ``[rows, d]``; takes all of them, or none if the session is gone."""
-        length = self._engine.append_features(_REPLICA_ID, session, start, features)
+    def feed(
+        self, session: SessionKey, start: int, features: torch.Tensor, token_ids: Sequence[int]
+    ) -> int:
+        """Appends positions; takes all of them, or none if the session is gone."""
+        length = self._engine.append(_REPLICA_ID, session, start, features, token_ids)
         return 0 if length is None or length < start else len(features)
 
     def acknowledged_length(self, session: SessionKey) -> int:
-        """Features held."""
+        """Positions held."""
         return self._engine.length_of(_REPLICA_ID, session) or 0
 
     def close_session(self, session: SessionKey) -> None:

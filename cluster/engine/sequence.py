@@ -42,7 +42,6 @@ class Sequence:
     session_epoch: int = 0
     num_fed_features: int = 0
     num_bulk_features: int = 0
-    num_announced_tokens: int = 0
 
     @property
     def num_output_tokens(self) -> int:

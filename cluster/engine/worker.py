@@ -21,12 +21,9 @@ from cluster.engine.mesh import Mesh, open_store
 from cluster.engine.runner import Runner, follow
 from cluster.engine.target import TargetShard, load_text_config
 from cluster.errors import CheckpointError
-from cluster.models.checkpoint import (
-    Projection,
-    check_drafter_matches_target,
-    load_drafter_config,
-    load_projection,
-)
+from cluster.models.checkpoint import Projection, load_projection
+from cluster.models.drafter_check import check_drafter
+from cluster.models.hub import local_folder
 
 
 class ShardWorker:
@@ -119,15 +116,18 @@ class ShardWorker:
 
     def _load_projection(self) -> Projection | None:
         speculative = self.config.speculative
-        if speculative is None:
+        if speculative is None or speculative.model is None:
             return None
         target = load_text_config(
             self.config.target.model, trust_remote_code=self.config.target.trust_remote_code
         )
-        check_drafter_matches_target(
-            load_drafter_config(speculative.checkpoint), target.to_dict(), speculative.checkpoint
+        folder = local_folder(speculative.checkpoint)
+        check_drafter(
+            speculative, folder, target.to_dict(), local_folder(self.config.target.model)
         )
-        return load_projection(speculative.checkpoint)
+        if not speculative.uses_features:
+            return None
+        return load_projection(folder, num_target_layers=target.num_hidden_layers)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from grpc import aio
 
 # Raised when a message of an internal stream changes its meaning; both sides must be equal.
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 KEEPALIVE_TIME_S = 10.0
 KEEPALIVE_TIMEOUT_S = 5.0

@@ -27,6 +27,9 @@ from cluster.speculation.proposal import DraftProposal
 from cluster.v1 import common_pb2, drafter_pb2
 
 MAX_CHUNK_BYTES = 256 << 10
+# A drafter that runs a model over a chunk's tokens keeps rounds waiting meanwhile.
+MAX_CHUNK_ROWS = 512
+TOKEN_ID_BYTES = 4
 MAX_REQUEST_ID_CHARS = 512
 _OUTCOMES = {
     DraftOutcome.DRAFTED: drafter_pb2.DraftResponse.OUTCOME_DRAFTED,
@@ -160,14 +163,20 @@ def decode_answer(
     return list(results.values())
 
 
+def chunk_bytes(message: drafter_pb2.FeedRequest.Chunk) -> int:
+    """What a chunk takes of the byte credit: its features and token ids."""
+    return len(message.features.data) + len(message.token_ids) * TOKEN_ID_BYTES
+
+
 def encode_chunk(chunk: FeatureChunk) -> drafter_pb2.FeedRequest:
-    """Features of one session, at most ``MAX_CHUNK_BYTES`` of them."""
+    """Positions of one session, at most ``MAX_CHUNK_ROWS`` and ``MAX_CHUNK_BYTES`` of them."""
     sampling = chunk.sampling
     return drafter_pb2.FeedRequest(
         chunk=drafter_pb2.FeedRequest.Chunk(
             session=encode_session(chunk.session),
             start=chunk.start,
             features=encode_tensor(chunk.features),
+            token_ids=chunk.token_ids,
             sampling=None
             if sampling is None
             else drafter_pb2.FeedRequest.DraftSampling(
@@ -183,14 +192,21 @@ def encode_chunk(chunk: FeatureChunk) -> drafter_pb2.FeedRequest:
     )
 
 
-def decode_chunk(message: drafter_pb2.FeedRequest.Chunk, *, feature_size: int) -> FeatureChunk:
-    """A replica's features; sampling is set exactly where they start at 0.
+def decode_chunk(
+    message: drafter_pb2.FeedRequest.Chunk, *, feature_size: int, vocab_size: int
+) -> FeatureChunk:
+    """A replica's positions; sampling is set exactly where they start at 0.
 
     Raises:
         InvalidRequestError: naming the first field that is wrong.
     """
-    if len(message.features.data) > MAX_CHUNK_BYTES:
+    if chunk_bytes(message) > MAX_CHUNK_BYTES:
         raise InvalidRequestError("chunk.features", f"is larger than {MAX_CHUNK_BYTES} bytes")
+    num_rows = len(message.token_ids) - 1
+    if not 0 <= num_rows <= MAX_CHUNK_ROWS:
+        raise InvalidRequestError(
+            "chunk.token_ids", f"must be 1 to {MAX_CHUNK_ROWS + 1}, got {num_rows + 1}"
+        )
     if message.start < 0:
         raise InvalidRequestError("chunk.start", f"must be 0 or more, got {message.start}")
     if message.HasField("sampling") != (message.start == 0):
@@ -202,8 +218,9 @@ def decode_chunk(message: drafter_pb2.FeedRequest.Chunk, *, feature_size: int) -
             message.features,
             name="chunk.features",
             dtypes=FLOAT_DTYPES,
-            shape=(None, feature_size),
+            shape=(num_rows, feature_size),
         ),
+        token_ids=_decode_token_ids(message.token_ids, "chunk.token_ids", vocab_size),
         sampling=_decode_sampling(message.sampling) if message.start == 0 else None,
     )
 
@@ -223,18 +240,27 @@ def _decode_sequence(
             "sequence.num_speculative_tokens",
             f"must be from 0 to {block_size}, got {message.num_speculative_tokens}",
         )
-    token_ids = tuple(message.new_token_ids)
-    if not token_ids or not all(0 <= token_id < vocab_size for token_id in token_ids):
+    if len(message.new_token_ids) != num_features + 1:
         raise InvalidRequestError(
-            "sequence.new_token_ids", f"must be one or more ids below {vocab_size}"
+            "sequence.new_token_ids",
+            f"must be {num_features + 1} for {num_features} features, "
+            f"got {len(message.new_token_ids)}",
         )
     return DraftSequence(
         session=decode_session(message.session),
         committed_length=committed_length,
         num_features=num_features,
-        new_token_ids=token_ids,
+        new_token_ids=_decode_token_ids(
+            message.new_token_ids, "sequence.new_token_ids", vocab_size
+        ),
         num_speculative_tokens=message.num_speculative_tokens,
     )
+
+
+def _decode_token_ids(token_ids: Sequence[int], name: str, vocab_size: int) -> tuple[int, ...]:
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        raise InvalidRequestError(name, f"must be ids below {vocab_size}")
+    return tuple(token_ids)
 
 
 def _decode_sampling(message: drafter_pb2.FeedRequest.DraftSampling) -> DraftSampling:

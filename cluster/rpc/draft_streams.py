@@ -13,6 +13,7 @@ from cluster.engine.draft_engine import DraftEngine
 from cluster.engine.draft_loop import DraftLoop, RoundAnswer
 from cluster.errors import InvalidRequestError, QueueFullError
 from cluster.rpc.draft_messages import (
+    chunk_bytes,
     decode_chunk,
     decode_round,
     decode_session,
@@ -149,10 +150,14 @@ class FeedStream:
             await self._context.write(drafter_pb2.FeedResponse(ack=ack))
 
     def _submit(self, message: drafter_pb2.FeedRequest.Chunk) -> None:
-        num_bytes = len(message.features.data)
+        num_bytes = chunk_bytes(message)
         if num_bytes > self._credit_bytes:
             raise QueueFullError("more features than the credit allows", retry_after_s=0.1)
-        chunk = decode_chunk(message, feature_size=self._engine.feature_size)
+        chunk = decode_chunk(
+            message,
+            feature_size=self._engine.feature_size,
+            vocab_size=self._engine.vocab_size,
+        )
         self._credit_bytes -= num_bytes
         self._draft_loop.submit_features(
             self._replica_id,

@@ -19,7 +19,14 @@ from cluster.engine.draft_client import (
 )
 from cluster.engine.draft_loop import FeatureChunk
 from cluster.rpc.cluster_status import DrafterStatus
-from cluster.rpc.draft_messages import MAX_CHUNK_BYTES, encode_chunk, encode_round
+from cluster.rpc.draft_messages import (
+    MAX_CHUNK_BYTES,
+    MAX_CHUNK_ROWS,
+    TOKEN_ID_BYTES,
+    chunk_bytes,
+    encode_chunk,
+    encode_round,
+)
 from cluster.rpc.draft_session import ClientSession, DraftClientStats, RoundHandle
 from cluster.rpc.drafter_connection import DrafterConnection
 
@@ -136,10 +143,15 @@ class GrpcDraftClient:
             found = self._sessions.get(session)
             return found is not None and found.is_live
 
-    def feed(self, session: SessionKey, start: int, features: torch.Tensor) -> int:
-        """Sends features ``[rows, d]`` of positions ``start ..`` in bulk, without waiting.
+    def feed(
+        self, session: SessionKey, start: int, features: torch.Tensor, token_ids: Sequence[int]
+    ) -> int:
+        """Sends committed positions in bulk, without waiting. A session's first are from 0 on.
 
-        A session's first features start at position 0.
+        Args:
+            start: first position.
+            features: ``[rows, d]`` of positions ``start ..``.
+            token_ids: rows + 1 of them, of positions ``start ..``.
 
         Returns:
             How many rows were taken: fewer, also none, when the byte credit is used up, the
@@ -154,27 +166,32 @@ class GrpcDraftClient:
                 return 0
             if not found.is_open and start != 0:
                 raise ValueError(f"the first features of {session} start at {start}")
-            row_bytes = features.shape[1] * features.dtype.itemsize
-            num_rows = min(len(features), found.connection.credit_bytes // row_bytes)
-            chunk_rows = max(MAX_CHUNK_BYTES // row_bytes, 1)
+            connection = found.connection
+            row_bytes = features.shape[1] * features.dtype.itemsize + TOKEN_ID_BYTES
+            # A chunk has one token more than rows.
+            largest = min(max((MAX_CHUNK_BYTES - TOKEN_ID_BYTES) // row_bytes, 1), MAX_CHUNK_ROWS)
+            first = 0
             # The first chunk opens the session on the drafter, even when it holds nothing.
-            is_opening = not found.is_open and len(features) == 0
-            for first in [0] if is_opening else range(0, num_rows, chunk_rows):
-                if not found.connection.can_send_chunk:
-                    return first
-                rows = features[first : min(first + chunk_rows, num_rows)]
+            while first < len(features) or not found.is_open:
+                affordable = (connection.credit_bytes - TOKEN_ID_BYTES) // row_bytes
+                rows = features[first : first + min(largest, max(affordable, 0))]
+                is_stuck = len(rows) == 0 and first < len(features)
+                if is_stuck or affordable < 0 or not connection.can_send_chunk:
+                    break
                 chunk = FeatureChunk(
                     session=session,
                     start=start + first,
                     features=rows,
+                    token_ids=tuple(token_ids[first : first + len(rows) + 1]),
                     sampling=found.sampling if start + first == 0 else None,
                 )
-                end = start + first + len(rows)
-                found.connection.send_chunk(found, end, len(rows) * row_bytes, encode_chunk(chunk))
-            return num_rows
+                first += len(rows)
+                message = encode_chunk(chunk)
+                connection.send_chunk(found, start + first, chunk_bytes(message.chunk), message)
+            return first
 
     def acknowledged_length(self, session: SessionKey) -> int:
-        """Features that the drafter is known to hold: positions 0 .. length-1."""
+        """Positions that the drafter is known to hold: 0 .. length-1."""
         with self._changed:
             found = self._sessions.get(session)
             return found.acknowledged_length if found is not None and found.is_live else 0

@@ -84,6 +84,7 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         drafter_id: unique in the cluster.
         digests: hex SHA-256 by name (``target``, ``tokenizer``, ``drafter``, ``projection``).
         config: port range.
+        method: how it drafts, for the replicas' information.
     """
 
     def __init__(
@@ -211,6 +212,7 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
             block_size=engine.block_size,
             feed_credit_bytes=self._feed_credit_bytes,
             vocab_size=engine.vocab_size,
+            feature_size=engine.feature_size,
         )
         return _Served(engine, digests, welcome)
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.v1 import common_pb2 as cluster_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/drafter.proto\x12\ncluster.v1\x1a\x17\x63luster/v1/common.proto\"/\n\nSessionKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\xd5\x04\n\x0c\x44raftRequest\x12/\n\x05hello\x18\x01 \x01(\x0b\x32\x1e.cluster.v1.DraftRequest.HelloH\x00\x12/\n\x05round\x18\x02 \x01(\x0b\x32\x1e.cluster.v1.DraftRequest.RoundH\x00\x12/\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x1e.cluster.v1.DraftRequest.CloseH\x00\x1a`\n\x05Hello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x12)\n\x07\x64igests\x18\x03 \x01(\x0b\x32\x18.cluster.v1.ModelDigests\x1au\n\x05Round\x12\x10\n\x08round_id\x18\x01 \x01(\x03\x12\x34\n\tsequences\x18\x02 \x03(\x0b\x32!.cluster.v1.DraftRequest.Sequence\x12$\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x12.cluster.v1.Tensor\x1a\x9a\x01\n\x08Sequence\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.cluster.v1.SessionKey\x12\x18\n\x10\x63ommitted_length\x18\x02 \x01(\x05\x12\x14\n\x0cnum_features\x18\x03 \x01(\x05\x12\x15\n\rnew_token_ids\x18\x04 \x03(\x05\x12\x1e\n\x16num_speculative_tokens\x18\x05 \x01(\x05\x1a\x31\n\x05\x43lose\x12(\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.cluster.v1.SessionKeyB\t\n\x07message\"\xdd\x06\n\rDraftResponse\x12\x34\n\x07welcome\x18\x01 \x01(\x0b\x32!.cluster.v1.DraftResponse.WelcomeH\x00\x12\x38\n\tproposals\x18\x02 \x01(\x0b\x32#.cluster.v1.DraftResponse.ProposalsH\x00\x1a\xb5\x01\n\x07Welcome\x12\x12\n\ndrafter_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x12)\n\x07\x64igests\x18\x03 \x01(\x0b\x32\x18.cluster.v1.ModelDigests\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x12\n\nblock_size\x18\x05 \x01(\x05\x12\x19\n\x11\x66\x65\x65\x64_credit_bytes\x18\x06 \x01(\x03\x12\x12\n\nvocab_size\x18\x07 \x01(\x05\x1a\x84\x01\n\tProposals\x12\x10\n\x08round_id\x18\x01 \x01(\x03\x12\x35\n\tproposals\x18\x02 \x03(\x0b\x32\".cluster.v1.DraftResponse.Proposal\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x1a\xa6\x02\n\x08Proposal\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.cluster.v1.SessionKey\x12\x18\n\x10\x63ommitted_length\x18\x02 \x01(\x05\x12\x32\n\x07outcome\x18\x03 \x01(\x0e\x32!.cluster.v1.DraftResponse.Outcome\x12\x14\n\x0cmissing_from\x18\x04 \x01(\x05\x12\x17\n\x0f\x64raft_token_ids\x18\x05 \x03(\x05\x12\x13\n\x0b\x63onfidences\x18\x06 \x03(\x02\x12\x30\n\x14\x64raft_prob_token_ids\x18\x07 \x01(\x0b\x32\x12.cluster.v1.Tensor\x12-\n\x11\x64raft_prob_values\x18\x08 \x01(\x0b\x32\x12.cluster.v1.Tensor\"i\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_DRAFTED\x10\x01\x12\x13\n\x0fOUTCOME_MISSING\x10\x02\x12\x1b\n\x17OUTCOME_UNKNOWN_SESSION\x10\x03\x42\t\n\x07message\"\xea\x03\n\x0b\x46\x65\x65\x64Request\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.cluster.v1.FeedRequest.HelloH\x00\x12.\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1d.cluster.v1.FeedRequest.ChunkH\x00\x1a\x35\n\x05Hello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x1a\x9e\x01\n\x05\x43hunk\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.cluster.v1.SessionKey\x12\r\n\x05start\x18\x02 \x01(\x05\x12$\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x12.cluster.v1.Tensor\x12\x37\n\x08sampling\x18\x04 \x01(\x0b\x32%.cluster.v1.FeedRequest.DraftSampling\x1a\x97\x01\n\rDraftSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x14\n\x0c\x63hoice_index\x18\x06 \x01(\x05\x12\x12\n\nsend_probs\x18\x07 \x01(\x08\x42\x07\n\x05_seedB\t\n\x07message\"\xf2\x01\n\x0c\x46\x65\x65\x64Response\x12\x33\n\x07welcome\x18\x01 \x01(\x0b\x32 .cluster.v1.FeedResponse.WelcomeH\x00\x12+\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x1c.cluster.v1.FeedResponse.AckH\x00\x1a\x1f\n\x07Welcome\x12\x14\n\x0c\x63redit_bytes\x18\x01 \x01(\x03\x1aT\n\x03\x41\x63k\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.cluster.v1.SessionKey\x12\x0e\n\x06length\x18\x02 \x01(\x05\x12\x14\n\x0c\x63redit_bytes\x18\x03 \x01(\x03\x42\t\n\x07message2\x91\x01\n\x0e\x44rafterService\x12@\n\x05\x44raft\x12\x18.cluster.v1.DraftRequest\x1a\x19.cluster.v1.DraftResponse(\x01\x30\x01\x12=\n\x04\x46\x65\x65\x64\x12\x17.cluster.v1.FeedRequest\x1a\x18.cluster.v1.FeedResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/drafter.proto\x12\ncluster.v1\x1a\x17\x63luster/v1/common.proto\"/\n\nSessionKey\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"\xd5\x04\n\x0c\x44raftRequest\x12/\n\x05hello\x18\x01 \x01(\x0b\x32\x1e.cluster.v1.DraftRequest.HelloH\x00\x12/\n\x05round\x18\x02 \x01(\x0b\x32\x1e.cluster.v1.DraftRequest.RoundH\x00\x12/\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x1e.cluster.v1.DraftRequest.CloseH\x00\x1a`\n\x05Hello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x12)\n\x07\x64igests\x18\x03 \x01(\x0b\x32\x18.cluster.v1.ModelDigests\x1au\n\x05Round\x12\x10\n\x08round_id\x18\x01 \x01(\x03\x12\x34\n\tsequences\x18\x02 \x03(\x0b\x32!.cluster.v1.DraftRequest.Sequence\x12$\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x12.cluster.v1.Tensor\x1a\x9a\x01\n\x08Sequence\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.cluster.v1.SessionKey\x12\x18\n\x10\x63ommitted_length\x18\x02 \x01(\x05\x12\x14\n\x0cnum_features\x18\x03 \x01(\x05\x12\x15\n\rnew_token_ids\x18\x04 \x03(\x05\x12\x1e\n\x16num_speculative_tokens\x18\x05 \x01(\x05\x1a\x31\n\x05\x43lose\x12(\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.cluster.v1.SessionKeyB\t\n\x07message\"\xf3\x06\n\rDraftResponse\x12\x34\n\x07welcome\x18\x01 \x01(\x0b\x32!.cluster.v1.DraftResponse.WelcomeH\x00\x12\x38\n\tproposals\x18\x02 \x01(\x0b\x32#.cluster.v1.DraftResponse.ProposalsH\x00\x1a\xcb\x01\n\x07Welcome\x12\x12\n\ndrafter_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x12)\n\x07\x64igests\x18\x03 \x01(\x0b\x32\x18.cluster.v1.ModelDigests\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x12\n\nblock_size\x18\x05 \x01(\x05\x12\x19\n\x11\x66\x65\x65\x64_credit_bytes\x18\x06 \x01(\x03\x12\x12\n\nvocab_size\x18\x07 \x01(\x05\x12\x14\n\x0c\x66\x65\x61ture_size\x18\x08 \x01(\x05\x1a\x84\x01\n\tProposals\x12\x10\n\x08round_id\x18\x01 \x01(\x03\x12\x35\n\tproposals\x18\x02 \x03(\x0b\x32\".cluster.v1.DraftResponse.Proposal\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x1a\xa6\x02\n\x08Proposal\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.cluster.v1.SessionKey\x12\x18\n\x10\x63ommitted_length\x18\x02 \x01(\x05\x12\x32\n\x07outcome\x18\x03 \x01(\x0e\x32!.cluster.v1.DraftResponse.Outcome\x12\x14\n\x0cmissing_from\x18\x04 \x01(\x05\x12\x17\n\x0f\x64raft_token_ids\x18\x05 \x03(\x05\x12\x13\n\x0b\x63onfidences\x18\x06 \x03(\x02\x12\x30\n\x14\x64raft_prob_token_ids\x18\x07 \x01(\x0b\x32\x12.cluster.v1.Tensor\x12-\n\x11\x64raft_prob_values\x18\x08 \x01(\x0b\x32\x12.cluster.v1.Tensor\"i\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_DRAFTED\x10\x01\x12\x13\n\x0fOUTCOME_MISSING\x10\x02\x12\x1b\n\x17OUTCOME_UNKNOWN_SESSION\x10\x03\x42\t\n\x07message\"\xfd\x03\n\x0b\x46\x65\x65\x64Request\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.cluster.v1.FeedRequest.HelloH\x00\x12.\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1d.cluster.v1.FeedRequest.ChunkH\x00\x1a\x35\n\x05Hello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x1a\xb1\x01\n\x05\x43hunk\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.cluster.v1.SessionKey\x12\r\n\x05start\x18\x02 \x01(\x05\x12$\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x12.cluster.v1.Tensor\x12\x37\n\x08sampling\x18\x04 \x01(\x0b\x32%.cluster.v1.FeedRequest.DraftSampling\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x1a\x97\x01\n\rDraftSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x14\n\x0c\x63hoice_index\x18\x06 \x01(\x05\x12\x12\n\nsend_probs\x18\x07 \x01(\x08\x42\x07\n\x05_seedB\t\n\x07message\"\xf2\x01\n\x0c\x46\x65\x65\x64Response\x12\x33\n\x07welcome\x18\x01 \x01(\x0b\x32 .cluster.v1.FeedResponse.WelcomeH\x00\x12+\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x1c.cluster.v1.FeedResponse.AckH\x00\x1a\x1f\n\x07Welcome\x12\x14\n\x0c\x63redit_bytes\x18\x01 \x01(\x03\x1aT\n\x03\x41\x63k\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.cluster.v1.SessionKey\x12\x0e\n\x06length\x18\x02 \x01(\x05\x12\x14\n\x0c\x63redit_bytes\x18\x03 \x01(\x03\x42\t\n\x07message2\x91\x01\n\x0e\x44rafterService\x12@\n\x05\x44raft\x12\x18.cluster.v1.DraftRequest\x1a\x19.cluster.v1.DraftResponse(\x01\x30\x01\x12=\n\x04\x46\x65\x65\x64\x12\x17.cluster.v1.FeedRequest\x1a\x18.cluster.v1.FeedResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,29 +45,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAFTREQUEST_CLOSE']._serialized_start=652
   _globals['_DRAFTREQUEST_CLOSE']._serialized_end=701
   _globals['_DRAFTRESPONSE']._serialized_start=715
-  _globals['_DRAFTRESPONSE']._serialized_end=1576
+  _globals['_DRAFTRESPONSE']._serialized_end=1598
   _globals['_DRAFTRESPONSE_WELCOME']._serialized_start=845
-  _globals['_DRAFTRESPONSE_WELCOME']._serialized_end=1026
-  _globals['_DRAFTRESPONSE_PROPOSALS']._serialized_start=1029
-  _globals['_DRAFTRESPONSE_PROPOSALS']._serialized_end=1161
-  _globals['_DRAFTRESPONSE_PROPOSAL']._serialized_start=1164
-  _globals['_DRAFTRESPONSE_PROPOSAL']._serialized_end=1458
-  _globals['_DRAFTRESPONSE_OUTCOME']._serialized_start=1460
-  _globals['_DRAFTRESPONSE_OUTCOME']._serialized_end=1565
-  _globals['_FEEDREQUEST']._serialized_start=1579
-  _globals['_FEEDREQUEST']._serialized_end=2069
+  _globals['_DRAFTRESPONSE_WELCOME']._serialized_end=1048
+  _globals['_DRAFTRESPONSE_PROPOSALS']._serialized_start=1051
+  _globals['_DRAFTRESPONSE_PROPOSALS']._serialized_end=1183
+  _globals['_DRAFTRESPONSE_PROPOSAL']._serialized_start=1186
+  _globals['_DRAFTRESPONSE_PROPOSAL']._serialized_end=1480
+  _globals['_DRAFTRESPONSE_OUTCOME']._serialized_start=1482
+  _globals['_DRAFTRESPONSE_OUTCOME']._serialized_end=1587
+  _globals['_FEEDREQUEST']._serialized_start=1601
+  _globals['_FEEDREQUEST']._serialized_end=2110
   _globals['_FEEDREQUEST_HELLO']._serialized_start=278
   _globals['_FEEDREQUEST_HELLO']._serialized_end=331
-  _globals['_FEEDREQUEST_CHUNK']._serialized_start=1746
-  _globals['_FEEDREQUEST_CHUNK']._serialized_end=1904
-  _globals['_FEEDREQUEST_DRAFTSAMPLING']._serialized_start=1907
-  _globals['_FEEDREQUEST_DRAFTSAMPLING']._serialized_end=2058
-  _globals['_FEEDRESPONSE']._serialized_start=2072
-  _globals['_FEEDRESPONSE']._serialized_end=2314
-  _globals['_FEEDRESPONSE_WELCOME']._serialized_start=2186
-  _globals['_FEEDRESPONSE_WELCOME']._serialized_end=2217
-  _globals['_FEEDRESPONSE_ACK']._serialized_start=2219
-  _globals['_FEEDRESPONSE_ACK']._serialized_end=2303
-  _globals['_DRAFTERSERVICE']._serialized_start=2317
-  _globals['_DRAFTERSERVICE']._serialized_end=2462
+  _globals['_FEEDREQUEST_CHUNK']._serialized_start=1768
+  _globals['_FEEDREQUEST_CHUNK']._serialized_end=1945
+  _globals['_FEEDREQUEST_DRAFTSAMPLING']._serialized_start=1948
+  _globals['_FEEDREQUEST_DRAFTSAMPLING']._serialized_end=2099
+  _globals['_FEEDRESPONSE']._serialized_start=2113
+  _globals['_FEEDRESPONSE']._serialized_end=2355
+  _globals['_FEEDRESPONSE_WELCOME']._serialized_start=2227
+  _globals['_FEEDRESPONSE_WELCOME']._serialized_end=2258
+  _globals['_FEEDRESPONSE_ACK']._serialized_start=2260
+  _globals['_FEEDRESPONSE_ACK']._serialized_end=2344
+  _globals['_DRAFTERSERVICE']._serialized_start=2358
+  _globals['_DRAFTERSERVICE']._serialized_end=2503
 # @@protoc_insertion_point(module_scope)

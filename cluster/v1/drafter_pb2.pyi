@@ -75,7 +75,7 @@ class DraftResponse(_message.Message):
     OUTCOME_MISSING: DraftResponse.Outcome
     OUTCOME_UNKNOWN_SESSION: DraftResponse.Outcome
     class Welcome(_message.Message):
-        __slots__ = ("drafter_id", "protocol_version", "digests", "method", "block_size", "feed_credit_bytes", "vocab_size")
+        __slots__ = ("drafter_id", "protocol_version", "digests", "method", "block_size", "feed_credit_bytes", "vocab_size", "feature_size")
         DRAFTER_ID_FIELD_NUMBER: _ClassVar[int]
         PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
         DIGESTS_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,7 @@ class DraftResponse(_message.Message):
         BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
         FEED_CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
         VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+        FEATURE_SIZE_FIELD_NUMBER: _ClassVar[int]
         drafter_id: str
         protocol_version: int
         digests: _common_pb2.ModelDigests
@@ -90,7 +91,8 @@ class DraftResponse(_message.Message):
         block_size: int
         feed_credit_bytes: int
         vocab_size: int
-        def __init__(self, drafter_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., digests: _Optional[_Union[_common_pb2.ModelDigests, _Mapping]] = ..., method: _Optional[str] = ..., block_size: _Optional[int] = ..., feed_credit_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+        feature_size: int
+        def __init__(self, drafter_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., digests: _Optional[_Union[_common_pb2.ModelDigests, _Mapping]] = ..., method: _Optional[str] = ..., block_size: _Optional[int] = ..., feed_credit_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., feature_size: _Optional[int] = ...) -> None: ...
     class Proposals(_message.Message):
         __slots__ = ("round_id", "proposals", "queue_seconds", "compute_seconds")
         ROUND_ID_FIELD_NUMBER: _ClassVar[int]
@@ -137,16 +139,18 @@ class FeedRequest(_message.Message):
         protocol_version: int
         def __init__(self, replica_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
     class Chunk(_message.Message):
-        __slots__ = ("session", "start", "features", "sampling")
+        __slots__ = ("session", "start", "features", "sampling", "token_ids")
         SESSION_FIELD_NUMBER: _ClassVar[int]
         START_FIELD_NUMBER: _ClassVar[int]
         FEATURES_FIELD_NUMBER: _ClassVar[int]
         SAMPLING_FIELD_NUMBER: _ClassVar[int]
+        TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
         session: SessionKey
         start: int
         features: _common_pb2.Tensor
         sampling: FeedRequest.DraftSampling
-        def __init__(self, session: _Optional[_Union[SessionKey, _Mapping]] = ..., start: _Optional[int] = ..., features: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., sampling: _Optional[_Union[FeedRequest.DraftSampling, _Mapping]] = ...) -> None: ...
+        token_ids: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, session: _Optional[_Union[SessionKey, _Mapping]] = ..., start: _Optional[int] = ..., features: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., sampling: _Optional[_Union[FeedRequest.DraftSampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
     class DraftSampling(_message.Message):
         __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "choice_index", "send_probs")
         TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
