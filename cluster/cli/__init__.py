@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from cluster import __version__
 from cluster.cli import bench, demo, down, generate, status, swap, train, up
-from cluster.errors import CheckpointError, ConfigError, DsparkError, InvalidRequestError
+from cluster.errors import CheckpointError, ConfigError, DataError, DsparkError, InvalidRequestError
 
 _EXIT_FAILURE = 1
 _EXIT_USAGE = 2
-_USAGE_ERRORS = (ConfigError, CheckpointError, InvalidRequestError)
+_USAGE_ERRORS = (ConfigError, CheckpointError, DataError, InvalidRequestError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
