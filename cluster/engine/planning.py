@@ -106,7 +106,7 @@ class RoundPlanner:
         """Learns what became of a proposal; to be called while the sequence still has it."""
         num_admitted = len(entry.draft_token_ids)
         proposal = entry.sequence.proposal
-        if num_admitted == 0 or proposal is None:
+        if proposal is None:
             return
         record = VerificationRecord(
             key=_key(entry.sequence.request.sampling),
@@ -116,7 +116,8 @@ class RoundPlanner:
             num_accepted_tokens=sample.num_accepted_tokens,
             acceptance=sample.acceptance,
         )
-        self._online.observe(record)
+        if num_admitted > 0:
+            self._online.observe(record)
         if self._observer is not None:
             self._observer(record)
 

@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 
 _SMALLEST = 1e-6  # a confidence of exactly 0 or 1 has no logit
 _SEARCH_RANGE = (0.05, 20.0)
-_NUM_GRID = 61
+_NUM_GRID = 41
 _NUM_REFINEMENTS = 2
 
 
@@ -70,29 +70,37 @@ def survival(confidences: Floats) -> Floats:
 
 
 def fit_temperatures(table: RoundTable) -> tuple[float, ...]:
-    """One temperature per position, left to right.
+    """One temperature per position, left to right, each with the least calibration error.
+
+    A position that no round has a token at gets 1.
 
     Raises:
         ValueError: the table is empty.
     """
-    logits, outcomes = logit(table.confidences), table.outcomes
+    if len(table) == 0:
+        raise ValueError("no rounds to fit temperatures on")
+    logits, outcomes, is_drafted = logit(table.confidences), table.outcomes, table.is_drafted
     before = np.ones(len(table))
     temperatures = []
     for position in range(table.num_positions):
-        best = _search(logits[:, position], before, outcomes[:, position])
+        column, rows = logits[:, position], is_drafted[:, position]
+        best = _search(column[rows], before[rows], outcomes[rows, position]) if rows.any() else 1.0
         temperatures.append(best)
-        before = before / (1 + np.exp(-logits[:, position] / best))
+        before = before / (1 + np.exp(-column / best))
     return tuple(temperatures)
 
 
 def _search(logits: Floats, before: Floats, outcomes: Floats) -> float:
+    """The temperature with the least error of ``before * sigmoid(logits / T)``: finer grids."""
     low, high = np.log(_SEARCH_RANGE)
+    best = 0.0
     for _ in range(1 + _NUM_REFINEMENTS):
         grid = np.linspace(low, high, _NUM_GRID)
         errors = [
-            calibration_error(before / (1 + np.exp(-logits / np.exp(t))), outcomes) for t in grid
+            calibration_error(before / (1 + np.exp(-logits / np.exp(value))), outcomes)
+            for value in grid
         ]
-        best = grid[int(np.argmin(errors))]
-        width = 2 * (high - low) / (_NUM_GRID - 1)
-        low, high = best - width, best + width
+        best = float(grid[int(np.argmin(errors))])
+        spacing = (high - low) / (_NUM_GRID - 1)
+        low, high = best - spacing, best + spacing
     return float(np.exp(best))

@@ -34,11 +34,11 @@ Floats = npt.NDArray[np.float64]
 
 MAX_DRIFT = 4.0
 
-_WINDOW_ROUNDS = 1024
-_UPDATE_ROUNDS = 128
+_WINDOW_ROUNDS = 2048
+_UPDATE_ROUNDS = 256
 _NUM_SCORING_STEPS = 2
 _LARGEST_STEP = 0.5  # of the logarithm of a temperature
-_PRIOR_STD = 0.3  # of the logarithm of a temperature, around its offline fit
+_PRIOR_STD = 0.2  # of the logarithm of a temperature, around its offline fit
 _NUM_ERROR_BINS = 10
 
 

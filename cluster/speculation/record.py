@@ -24,12 +24,13 @@ class CalibrationKey(NamedTuple):
 
 
 class VerificationRecord(NamedTuple):
-    """One verified proposal, k of whose tokens were admitted (k >= 1).
+    """One verified proposal, k of whose tokens were admitted.
 
     Attributes:
         key: its verifier (greedy counts as coupled) and temperature bucket.
         request_id: whose it was; proposals of one request are not independent.
-        block_size: drafted tokens that could have been admitted, at least k.
+        block_size: drafted tokens of the proposal, at least k; 0 where the drafter had nothing to
+            propose.
         confidences: k raw confidences, as the drafter sent them.
         num_accepted_tokens: accepted by the verifier, 0 to k, also where the request then ended
             inside the block.

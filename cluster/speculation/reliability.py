@@ -1,7 +1,7 @@
 """How well confidences agree with what happened: calibration error, AUC, Brier score.
 
-Figures are about whole verified blocks: of every round, what was accepted is known at every
-position. Rounds of one request are not independent, so intervals resample requests.
+Figures are about rounds whose drafted tokens were all verified, so that of every one it is known
+what was accepted. Rounds of one request are not independent, so intervals resample requests.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from cluster.speculation.record import VerificationRecord
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
 
 NUM_BINS = 20
 _NUM_RESAMPLES = 1000
@@ -24,35 +25,41 @@ _NUM_SIMULATIONS = 20
 
 @dataclass(frozen=True, eq=False)
 class RoundTable:
-    """N rounds whose whole blocks of K tokens were verified.
+    """N rounds of at most K drafted tokens, all of which were verified.
 
     Attributes:
-        confidences: ``[N, K]`` raw.
-        num_accepted: ``[N]``, 0 to K.
+        confidences: ``[N, K]`` raw; without meaning behind ``num_drafted``.
+        num_drafted: ``[N]``, 0 to K; less than K where the drafter had less to say.
+        num_accepted: ``[N]``, 0 to ``num_drafted``.
         acceptance: ``[N, K]`` exact chance of each token's acceptance (rejection), or ``None``.
         request_index: ``[N]``, equal for rounds of one request.
     """
 
     confidences: Floats
+    num_drafted: Integers
     num_accepted: Integers
     acceptance: Floats | None
     request_index: Integers
 
     @classmethod
     def from_records(cls, records: Sequence[VerificationRecord], num_positions: int) -> RoundTable:
-        """The records whose ``num_positions`` tokens were all admitted; the rest is left out."""
-        whole = [r for r in records if len(r.confidences) == num_positions]
-        numbers: dict[str, int] = {}
-        request_index = [numbers.setdefault(r.request_id, len(numbers)) for r in whole]
+        """The records whose drafted tokens were all admitted; the rest is left out."""
+        whole = [r for r in records if len(r.confidences) == r.block_size]
         shape = (len(whole), num_positions)
-        is_exact = bool(whole) and all(r.acceptance for r in whole)
+        confidences, acceptance = np.full(shape, 0.5), np.zeros(shape)
+        numbers: dict[str, int] = {}
+        request_index = np.zeros(len(whole), dtype=np.int64)
+        for row, record in enumerate(whole):
+            confidences[row, : len(record.confidences)] = record.confidences
+            acceptance[row, : len(record.acceptance)] = record.acceptance
+            request_index[row] = numbers.setdefault(record.request_id, len(numbers))
+        is_exact = any(r.acceptance for r in whole)
         return cls(
-            confidences=np.array([r.confidences for r in whole], dtype=np.float64).reshape(shape),
+            confidences=confidences,
+            num_drafted=np.array([len(r.confidences) for r in whole], dtype=np.int64),
             num_accepted=np.array([r.num_accepted_tokens for r in whole], dtype=np.int64),
-            acceptance=np.array([r.acceptance for r in whole], dtype=np.float64).reshape(shape)
-            if is_exact
-            else None,
-            request_index=np.array(request_index, dtype=np.int64),
+            acceptance=acceptance if is_exact else None,
+            request_index=request_index,
         )
 
     def __len__(self) -> int:
@@ -64,12 +71,17 @@ class RoundTable:
         return self.confidences.shape[1]
 
     @property
-    def is_reached(self) -> npt.NDArray[np.bool_]:
-        """``[N, K]`` whether all tokens before a position were accepted."""
-        return np.arange(self.num_positions) <= self.num_accepted[:, None]
+    def is_drafted(self) -> Booleans:
+        """``[N, K]`` whether there was a token."""
+        return np.arange(self.num_positions) < self.num_drafted[:, None]
 
     @property
-    def is_accepted(self) -> npt.NDArray[np.bool_]:
+    def is_reached(self) -> Booleans:
+        """``[N, K]`` whether there was a token, and all before it were accepted."""
+        return self.is_drafted & (np.arange(self.num_positions) <= self.num_accepted[:, None])
+
+    @property
+    def is_accepted(self) -> Booleans:
         """``[N, K]`` whether a token and all before it were accepted."""
         return np.arange(self.num_positions) < self.num_accepted[:, None]
 
@@ -147,14 +159,13 @@ def calibration_error_interval(
 def calibration_noise(predictions: Floats, seed: int = 0) -> float:
     """The error that predictions would show if they were exactly right, for want of rounds."""
     random = np.random.default_rng(seed)
-    errors = [
-        calibration_error(predictions, np.float64(random.random(len(predictions)) < predictions))
-        for _ in range(_NUM_SIMULATIONS)
-    ]
+    shape = (_NUM_SIMULATIONS, len(predictions))
+    outcomes = (random.random(shape) < predictions).astype(np.float64)
+    errors = [calibration_error(predictions, simulated) for simulated in outcomes]
     return float(np.mean(errors))
 
 
-def area_under_curve(scores: Floats, is_positive: npt.NDArray[np.bool_]) -> float | None:
+def area_under_curve(scores: Floats, is_positive: Booleans) -> float | None:
     """Chance that a positive scores above a negative, ties counting half; ``[N]`` each.
 
     ``None`` where there is no positive or no negative.
@@ -169,7 +180,7 @@ def area_under_curve(scores: Floats, is_positive: npt.NDArray[np.bool_]) -> floa
     return float(excess / (num_positive * num_negative))
 
 
-def brier_score(predictions: Floats, outcomes: npt.NDArray[np.bool_]) -> float | None:
+def brier_score(predictions: Floats, outcomes: Booleans) -> float | None:
     """Mean squared difference; ``None`` of nothing."""
     if len(predictions) == 0:
         return None

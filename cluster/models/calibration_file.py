@@ -1,0 +1,149 @@
+"""``calibration.json`` beside a drafter's weights: the temperatures of its confidences.
+
+The file belongs to one drafter and one target and says which, by digest; it is no part of the
+drafter's own digest, so calibrating again does not make another drafter of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import CheckpointError
+from cluster.models.checkpoint import drafter_digest, target_digest
+from cluster.models.hub import local_folder
+from cluster.models.json_files import read_json
+from cluster.speculation.calibration import Calibration
+from cluster.speculation.record import BUCKETS, VERIFIERS, CalibrationKey
+
+FILE_NAME = "calibration.json"
+SCHEMA_VERSION = 1
+
+_ADVICE = "run `dspark calibrate` again, or remove the file"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationEntry:
+    """The fit of one verifier and temperature bucket.
+
+    Attributes:
+        temperatures: by position, all positive.
+        num_rounds: verified blocks that it was fitted on.
+        metrics: what was measured before and after, for readers; JSON values.
+    """
+
+    key: CalibrationKey
+    temperatures: tuple[float, ...]
+    num_rounds: int
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_calibration(
+    drafter: str | Path, target: str | Path, entries: Sequence[CalibrationEntry]
+) -> Path:
+    """Writes the file into the drafter's folder, in place of the one there, atomically.
+
+    Returns:
+        Its path.
+
+    Raises:
+        CheckpointError: a folder's digest cannot be taken, or the file cannot be written.
+    """
+    path = local_folder(drafter) / FILE_NAME
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "drafter_digest": drafter_digest(drafter),
+        "target_digest": target_digest(target),
+        "entries": [
+            {
+                "verifier": entry.key.verifier,
+                "temperature_bucket": entry.key.bucket,
+                "temperatures": list(entry.temperatures),
+                "num_rounds": entry.num_rounds,
+                "metrics": dict(entry.metrics),
+            }
+            for entry in entries
+        ],
+    }
+    partial = path.with_name(FILE_NAME + ".partial")
+    try:
+        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(str(path), None, f"cannot be written: {error.strerror}") from error
+    return path
+
+
+def load_calibration(
+    drafter: str | Path,
+    target: str | Path,
+    *,
+    num_positions: int | None = None,
+    digests: Mapping[str, str] | None = None,
+) -> Calibration:
+    """The calibration of a drafter for a target; an empty one where there is no file.
+
+    Args:
+        num_positions: temperatures that every entry must have; unset: any number.
+        digests: of ``drafter`` and ``target`` where they are known already; else they are taken
+            from the files, if there is a calibration to compare them with.
+
+    Raises:
+        CheckpointError: naming file and key: it is not JSON, of another schema, for another
+            drafter or target, or has a key, a length or a value that cannot be right.
+    """
+    path = local_folder(drafter) / FILE_NAME
+    if not path.exists():
+        return Calibration()
+    document = read_json(path)
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(str(path), "schema_version", f"is {version}, not {SCHEMA_VERSION}")
+    known = digests or {}
+    for key, compute, folder in (
+        ("drafter", drafter_digest, drafter),
+        ("target", target_digest, target),
+    ):
+        if document.get(f"{key}_digest") != (known.get(key) or compute(folder)):
+            message = f"is not that of {folder}: it was fitted for another {key}; {_ADVICE}"
+            raise CheckpointError(str(path), f"{key}_digest", message)
+    entries = document.get("entries")
+    if not isinstance(entries, list):
+        raise CheckpointError(str(path), "entries", "must be a list")
+    fitted: dict[CalibrationKey, tuple[float, ...]] = {}
+    for index, entry in enumerate(entries):
+        name = f"entries.{index}"
+        fit_key, temperatures = _read_entry(path, name, entry, num_positions)
+        if fit_key in fitted:
+            raise CheckpointError(str(path), name, f"repeats {fit_key.verifier} {fit_key.bucket}")
+        fitted[fit_key] = temperatures
+    return Calibration(fitted)
+
+
+def _read_entry(
+    path: Path, name: str, entry: Any, num_positions: int | None
+) -> tuple[CalibrationKey, tuple[float, ...]]:
+    if not isinstance(entry, dict):
+        raise CheckpointError(str(path), name, "must be an object")
+    for key, known in (("verifier", VERIFIERS), ("temperature_bucket", BUCKETS)):
+        if entry.get(key) not in known:
+            message = f"is {entry.get(key)!r}, not one of {', '.join(known)}"
+            raise CheckpointError(str(path), f"{name}.{key}", message)
+    values = entry.get("temperatures")
+    where = f"{name}.temperatures"
+    if not isinstance(values, list) or not values:
+        raise CheckpointError(str(path), where, "must be a list of numbers")
+    if num_positions is not None and len(values) != num_positions:
+        message = f"has {len(values)} values for a drafter of {num_positions} positions"
+        raise CheckpointError(str(path), where, message)
+    for position, value in enumerate(values):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
+            message = f"is {value!r}, not a positive number"
+            raise CheckpointError(str(path), f"{where}.{position}", message)
+    return CalibrationKey(entry["verifier"], entry["temperature_bucket"]), tuple(map(float, values))
