@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from cluster.engine.engine import EngineLoad
+from cluster.engine.load import EngineLoad
 from cluster.engine.text import TextStream
 from cluster.errors import DsparkError, QueueFullError
 from cluster.request import (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 
 from cluster.actors.digests import read_digests
+from cluster.actors.drafter_choice import DrafterChoice, DrafterInUse, starting_config
 from cluster.config import ClusterConfig, SpeculativeConfig
 
 if TYPE_CHECKING:
@@ -20,13 +21,19 @@ class Drafter:
 
     Guarantees: when it is stopped it reports NOT_SERVING, finishes the rounds at hand and closes
     its streams, so that replicas decode plainly or move their sessions; none of them waits for it.
+    What it is swapped to is loaded beside what it drafts with, which goes on until then, and for
+    good where the other cannot be loaded.
     """
 
     # Serve awaits the constructor and the destructor of a deployment.
     async def __init__(self, config: ClusterConfig) -> None:  # type: ignore[misc]
-        speculative = config.speculative
+        started = starting_config(config)
+        # While speculation is off, a new one is ready for when it comes back.
+        speculative = started.speculative or config.speculative
         if speculative is None:
             raise ValueError("a drafter needs the configuration's `speculative` part")
+        self._speculative = speculative
+        config = config.model_copy(update={"speculative": speculative})
         engine, digests = await asyncio.to_thread(_load, config, speculative)
         # Imported here: whoever builds or starts the application needs neither torch nor gRPC.
         from cluster.rpc.drafter_server import DrafterServer
@@ -41,18 +48,40 @@ class Drafter:
         host = config.drafter.host or ray.util.get_node_ip_address()
         port = await self._server.start(host)
         self._address = f"{host}:{port}"
+        self._choice = DrafterChoice(started, self._use)
+        self._choosing = asyncio.create_task(self._choice.run())
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What target replicas get to know of this drafter."""
         return {"address": self._address}
 
+    async def reconfigure(self, user_config: Any) -> None:
+        """Drafts with what ``user_config`` says as soon as that is loaded."""
+        self._choice.want(user_config)
+
+    async def drafter_in_use(self) -> DrafterInUse:
+        """How far the last swap is; without speculation there is nothing to wait for."""
+        return self._choice.state()
+
     def check_health(self) -> None:
-        """Raises when nothing is drafted any more."""
+        """Raises when nothing is drafted, or swapped, any more."""
         if not self._server.is_healthy:
             raise RuntimeError("the drafter's thread has ended")
+        if self._choosing.done():
+            self._choosing.result()
 
     async def __del__(self) -> None:
+        self._choosing.cancel()
         await self._server.drain()
+
+    async def _use(self, config: ClusterConfig) -> bool:
+        speculative = config.speculative
+        if speculative is None or speculative == self._speculative:
+            return True
+        engine, digests = await asyncio.to_thread(_load, config, speculative)
+        self._speculative = speculative
+        await self._server.swap(engine, digests=digests, method=speculative.method)
+        return True
 
 
 def _load(

@@ -84,6 +84,11 @@ class LaunchedCluster:
     ) -> None:
         self.stop()
 
+    @property
+    def ray_address(self) -> str:
+        """``host:port`` of the Ray cluster."""
+        return ray.get_runtime_context().gcs_address
+
     def wait_running(self, timeout_s: float) -> str:
         """Waits until Serve calls every deployment running.
 

@@ -10,15 +10,15 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import ray
 
 from cluster.actors.digests import read_digests
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, SpeculativeConfig
 from cluster.rpc.cluster_status import ReplicaParts, ShardStatus
 
 if TYPE_CHECKING:
@@ -46,6 +46,13 @@ class ShardHealth:
     predicted_step_s: float = 0.0
 
 
+class _StagedDrafter(NamedTuple):
+    """What rank 0 goes over to: a configuration and, where it drafts, the client for it."""
+
+    config: ClusterConfig
+    client: GrpcDraftClient | None
+
+
 class Shard:
     """Hosts a ``ShardWorker``; on rank 0 the engine loop and the replica's gRPC streams as well.
 
@@ -64,6 +71,8 @@ class Shard:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard")
         self._following: asyncio.Future[None] | None = None
         self._draft_client: GrpcDraftClient | None = None
+        self._staged: _StagedDrafter | None = None
+        self._drafters: list[tuple[str, str]] = []
         self._loop: EngineLoop | None = None
         self._server: ReplicaServer | None = None
 
@@ -117,7 +126,7 @@ class Shard:
 
         self._places = places
         worker = self._make_worker()
-        self._draft_client = self._make_draft_client()
+        self._draft_client = self._make_draft_client(self._config, self._digests)
         digest = self._digests["target"]
         engine = await self._run(
             lambda: worker.build_engine(self._draft_client, target_digest=digest)
@@ -137,8 +146,56 @@ class Shard:
 
     def set_drafters(self, drafters: list[tuple[str, str]]) -> None:
         """Rank 0: the drafters there are now, as (id, address)."""
-        if self._draft_client is not None:
-            self._draft_client.set_drafters(drafters)
+        self._drafters = drafters
+        for client in self._draft_clients():
+            client.set_drafters(drafters)
+
+    async def stage_drafter(self, speculative: SpeculativeConfig | None) -> None:
+        """Loads what this rank needs for another drafter, beside what is in use.
+
+        Rank 0 connects to the drafters, which may not be ready for it yet.
+
+        Raises:
+            CheckpointError: the drafter cannot be read, or does not fit the target.
+            ConfigError: its features cannot be taken from this target.
+        """
+        config = self._config.model_copy(update={"speculative": speculative})
+        worker = self._make_worker()
+        # Not in the worker's thread, which serves.
+        await asyncio.to_thread(worker.stage_drafter, config)
+        if self._rank > 0:
+            return
+        digests = await asyncio.to_thread(read_digests, config)
+        await self._leave_staged()
+        client = self._make_draft_client(config, digests)
+        if client is not None:
+            client.set_drafters(self._drafters)
+        self._staged = _StagedDrafter(config, client)
+
+    async def use_staged_drafter(self) -> bool:
+        """Rank 0: goes over to what is staged on all ranks, if some drafter is ready for it.
+
+        Returns:
+            Whether it is in use.
+        """
+        staged = self._staged
+        if staged is None:
+            return True
+        if staged.config.speculative == self._config.speculative:
+            await self._leave_staged()  # back to what is in use still
+            return True
+        if staged.client is not None and not staged.client.is_ready():
+            return False
+        if self._loop is None:
+            raise RuntimeError("use_staged_drafter before serve")
+        self._staged = None
+        former, self._draft_client = self._draft_client, staged.client
+        self._config = staged.config
+        speculative = staged.config.speculative
+        await asyncio.wrap_future(self._loop.swap_drafter(speculative, staged.client))
+        if former is not None:
+            await asyncio.to_thread(former.close)
+        return True
 
     async def health(self) -> ShardHealth:
         """How the shard is; that it answers at all says the most."""
@@ -171,8 +228,8 @@ class Shard:
         """Ends the work and leaves the process group; rank 0 tells the others that it is over."""
         if self._loop is not None:
             await asyncio.to_thread(self._loop.stop)
-        if self._draft_client is not None:
-            await asyncio.to_thread(self._draft_client.close)
+        for client in self._draft_clients():
+            await asyncio.to_thread(client.close)
         if self._following is not None:
             await asyncio.wait([self._following])
         if self._worker is not None:
@@ -188,19 +245,30 @@ class Shard:
             self._worker = ShardWorker(self._config, self._rank)
         return self._worker
 
-    def _make_draft_client(self) -> GrpcDraftClient | None:
-        if self._config.speculative is None:
+    def _draft_clients(self) -> list[GrpcDraftClient]:
+        staged = None if self._staged is None else self._staged.client
+        return [client for client in (self._draft_client, staged) if client is not None]
+
+    async def _leave_staged(self) -> None:
+        staged, self._staged = self._staged, None
+        if staged is not None and staged.client is not None:
+            await asyncio.to_thread(staged.client.close)
+
+    def _make_draft_client(
+        self, config: ClusterConfig, digests: Mapping[str, str]
+    ) -> GrpcDraftClient | None:
+        if config.speculative is None:
             return None
         from cluster.engine.target import load_text_config
         from cluster.rpc.drafter_client import GrpcDraftClient
 
-        target = self._config.target
+        target = config.target
         model = load_text_config(target.model, trust_remote_code=target.trust_remote_code)
         return GrpcDraftClient(
             replica_id=self._replica_id,
-            digests=self._digests,
+            digests=digests,
             vocab_size=model.vocab_size,
-            config=self._config.speculative,
+            config=config.speculative,
             event_loop=asyncio.get_running_loop(),
         )
 

@@ -32,7 +32,8 @@ class ShardGroup:
 
     Guarantees: a group starts once and is never mended; ``wait_broken`` returns as soon as one
     shard is beyond repair; after ``kill`` no shard lives and the placement group is gone. Shards
-    also die with the process that holds this object, because it owns them.
+    also die with the process that holds this object, because it owns them. All shards go over to
+    another drafter between the same two steps, or none does.
     """
 
     def __init__(self, config: ClusterConfig, replica_id: str) -> None:
@@ -40,6 +41,7 @@ class ShardGroup:
         self._replica_id = replica_id
         self._placement: PlacementGroup | None = None
         self._shards: list[Any] = []
+        self._staged: ClusterConfig | None = None
 
     async def start(self) -> str:
         """Starts every shard, joins them and loads the model.
@@ -81,6 +83,25 @@ class ShardGroup:
     def set_drafters(self, drafters: list[tuple[str, str]]) -> None:
         """Tells rank 0 which drafters there are, as (id, address); does not wait."""
         self._shards[0].set_drafters.remote(drafters)
+
+    async def use_drafter(self, config: ClusterConfig) -> bool:
+        """Goes over to the drafter of ``config``; requests go on.
+
+        Returns:
+            Whether it is in use; False while no drafter is ready for it. To be called again then.
+
+        Raises:
+            ray.exceptions.RayTaskError: a shard cannot load what it needs of it.
+        """
+        if self._staged is not config:
+            self._staged = None
+            stages = (shard.stage_drafter.remote(config.speculative) for shard in self._shards)
+            # Every one to its end: a later call must not meet what this one has left running.
+            for outcome in await asyncio.gather(*stages, return_exceptions=True):
+                if isinstance(outcome, BaseException):
+                    raise outcome
+            self._staged = config
+        return await self._shards[0].use_staged_drafter.remote()
 
     async def wait_broken(self) -> str:
         """Returns why the group cannot go on, once that is so."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from typing import Any
 
 from ray import serve
 
 from cluster.actors.discovery import ReplicaAddress, watch_replicas
+from cluster.actors.drafter_choice import DrafterChoice, DrafterInUse, starting_config
 from cluster.actors.names import DRAFTER
 from cluster.actors.shard_group import ShardGroup
 from cluster.config import ClusterConfig
@@ -22,7 +24,8 @@ class TargetReplica:
     Guarantees: Serve calls this replica running only after every shard has loaded its part and
     rank 0 serves; the published address is then rank 0's and never changes. When a shard is beyond
     repair, all shards are killed and this process ends, so that Serve starts a fresh replica: a
-    process group is never mended in place. Tokens never pass through here.
+    process group is never mended in place. Tokens never pass through here. A swap of the drafter
+    waits until some drafter is ready for it, and costs no request.
     """
 
     # Serve awaits the constructor, the hooks and the destructor of a deployment.
@@ -30,16 +33,29 @@ class TargetReplica:
         """``parts`` are handles to the deployments this one uses; Serve wants to know them."""
         context = serve.get_replica_context()
         self._config = config
-        self._shards = ShardGroup(config, context.replica_id.unique_id)
+        started = starting_config(config)
+        self._shards = ShardGroup(started, context.replica_id.unique_id)
         self._address = await self._shards.start()
-        self._tasks = [asyncio.create_task(self._end_when_broken())]
-        if config.speculative is not None:
+        self._choice = DrafterChoice(started, self._shards.use_drafter)
+        self._tasks = [
+            asyncio.create_task(self._end_when_broken()),
+            asyncio.create_task(self._choice.run()),
+        ]
+        if config.speculative is not None:  # else the application has no drafters
             watch = watch_replicas(context.app_name, DRAFTER, self._on_drafters)
             self._tasks.append(asyncio.create_task(watch))
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What routers get to know of this replica."""
         return {"address": self._address}
+
+    async def reconfigure(self, user_config: Any) -> None:
+        """Takes drafts of what ``user_config`` says as soon as there are some."""
+        self._choice.want(user_config)
+
+    async def drafter_in_use(self) -> DrafterInUse:
+        """How far the last swap is."""
+        return self._choice.state()
 
     def check_health(self) -> None:
         """Raises what ended one of the background tasks, if any did."""

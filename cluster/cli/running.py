@@ -51,6 +51,7 @@ class RunningCluster:
             report: takes one line of progress.
         """
         self.address = ""
+        self.ray_address = ""
         # Sockets live below it, and their paths may have about 100 characters.
         self.temp_dir = Path(tempfile.mkdtemp(prefix="dspark-", dir=_short_temp_dir()))
         self.startup_s = 0.0
@@ -100,6 +101,7 @@ class RunningCluster:
             raise KeyboardInterrupt from None
         _raise_on_sigterm()  # Ray has put a handler of its own there
         self._report("starting router, target shards and drafters")
+        self.ray_address = self._cluster.ray_address
         self.address = self._cluster.wait_running(deadline - time.monotonic())
         self._report("waiting for every part to be ready")
         wait_ready(self.address, self._config, deadline)

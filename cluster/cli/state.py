@@ -23,6 +23,7 @@ class ClusterState:
         process: the ``dspark up`` that holds it; the cluster ends with that process.
         config: path of its configuration file.
         address: ``host:port`` of its router; empty until every part is ready.
+        ray_address: ``host:port`` of its Ray cluster, known with ``address``.
         temp_dir: folder of Ray's files, known with ``address``.
         children: the processes that it started here, known once every part is ready.
     """
@@ -30,6 +31,7 @@ class ClusterState:
     process: Process
     config: str
     address: str = ""
+    ray_address: str = ""
     temp_dir: str = ""
     children: tuple[Process, ...] = ()
 
@@ -65,6 +67,7 @@ def read_state() -> ClusterState | None:
             process=Process(*values["process"]),
             config=values["config"],
             address=values["address"],
+            ray_address=values["ray_address"],
             temp_dir=values["temp_dir"],
             children=tuple(Process(*child) for child in values["children"]),
         )

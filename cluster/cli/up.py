@@ -95,6 +95,7 @@ def _hold(
             state = dataclasses.replace(
                 state,
                 address=cluster.address,
+                ray_address=cluster.ray_address,
                 temp_dir=str(cluster.temp_dir),
                 children=children,
             )

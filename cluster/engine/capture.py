@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from cluster.errors import ConfigError
 from cluster.models.checkpoint import Projection
@@ -13,6 +14,8 @@ from cluster.models.checkpoint import Projection
 
 class FeatureCapture:
     """Forward hooks on one stage's target layers, and each layer's share of the projection.
+
+    Between ``attach`` and ``detach``, which are not to be called while a pass runs.
 
     Layer i is the residual stream after layer i, with whatever the layer itself scales it by; -1
     is the embedding, as the first layer gets it. Of several residual streams (hyper-connections)
@@ -40,6 +43,8 @@ class FeatureCapture:
     ) -> None:
         self._captured: dict[int, torch.Tensor] = {}
         self._weights: list[tuple[int, torch.Tensor]] = []
+        self._modules: list[tuple[int, nn.Module]] = []
+        self._hooks: list[RemovableHandle] = []
         hidden_size = projection.weight.shape[1] // len(projection.target_layer_ids)
         like = decoder.embed_tokens.weight
         for index, layer_id in enumerate(projection.target_layer_ids):
@@ -54,10 +59,22 @@ class FeatureCapture:
                 module = decoder.layers[layer_id - layers.start]
             else:
                 continue
-            module.register_forward_hook(self._hook(layer_id))
+            self._modules.append((layer_id, module))
             columns = slice(index * hidden_size, (index + 1) * hidden_size)
             weight = projection.weight[:, columns].to(like.device, like.dtype).contiguous()
             self._weights.append((layer_id, weight))
+
+    def attach(self) -> None:
+        """Begins to catch what passes through the layers."""
+        self._hooks = [
+            module.register_forward_hook(self._hook(layer_id)) for layer_id, module in self._modules
+        ]
+
+    def detach(self) -> None:
+        """Catches nothing more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def project(self) -> torch.Tensor | None:
         """This stage's part of the last pass's features.

@@ -93,7 +93,9 @@ class Drafting:
         bulk: list[Sequence] = []
         joining: list[tuple[Sequence, int]] = []
         for sequence in sequences:
-            if sequence.request.speculation.is_off or not self._open(sequence):
+            if sequence.request.speculation.is_off or sequence.has_outdated_features:
+                continue
+            if not self._open(sequence):
                 continue
             lacking = sequence.num_computed_tokens - sequence.num_fed_features
             if lacking <= 0:

@@ -9,49 +9,30 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, SpeculativeConfig
 from cluster.engine.curve_keeper import CurveKeeper
 from cluster.engine.draft_client import DraftClient
-from cluster.engine.drafting import Drafting, feature_slots
+from cluster.engine.drafting import feature_slots
+from cluster.engine.feature_refresh import FeatureRefresh
+from cluster.engine.load import EngineLoad
 from cluster.engine.pages import PagePool
-from cluster.engine.planning import RecordObserver, RoundPlanner
+from cluster.engine.planning import RecordObserver
 from cluster.engine.profile import StepProbe
 from cluster.engine.runner import Runner
 from cluster.engine.sampler import SampleInput, SampleOutput, Sampler
 from cluster.engine.scheduler import ScheduledSequence, Scheduler, flatten
 from cluster.engine.sequence import Sequence
+from cluster.engine.speculator import Speculator
 from cluster.engine.text import TextStream
-from cluster.errors import ConfigError, DeadlineExceededError, InvalidRequestError
-from cluster.request import FinishReason, Request, RequestOutput, SpeculationStats, Usage
+from cluster.errors import DeadlineExceededError, InvalidRequestError
+from cluster.request import FinishReason, Request, RequestOutput, SpeculationStats
 from cluster.speculation.calibration import Calibration
 from cluster.speculation.cost_model import CostModel
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """What a replica reports of itself; times and shares are of the moment of the report.
-
-    Attributes:
-        calibration_error: of the confidences as served (``OnlineCalibration.error``); ``None``
-            before enough was verified.
-        calibration_drift: largest factor between a temperature in force and its offline fit.
-    """
-
-    num_running: int = 0
-    num_waiting: int = 0
-    kv_cache_usage: float = 0.0
-    num_output_tokens: int = 0
-    num_preemptions: int = 0
-    speculation_state: str = "off"
-    speculation_reason: str = ""
-    stats: SpeculationStats = field(default_factory=SpeculationStats)
-    calibration_error: float | None = None
-    calibration_drift: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,13 +86,8 @@ class Engine:
         self._runner = runner
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._pages = PagePool(shard.num_pages, shard.page_size)
-        if self._pages.num_pages * shard.page_size < self.max_model_len:
-            raise ConfigError(
-                "target.num_pages",
-                f"{self._pages.num_pages} usable pages of {shard.page_size} tokens cannot hold one "
-                f"context of {self.max_model_len}; raise kv_cache_memory_mb or lower max_model_len",
-            )
+        self._pages = PagePool(shard.num_pages, shard.page_size, shard.cache.release)
+        self._pages.check_holds(self.max_model_len)
         self._num_groups = runner.num_stages
         self._scheduler = Scheduler(config.target, self._pages, self._num_groups)
         speculative = config.speculative
@@ -123,16 +99,11 @@ class Engine:
         )
         self._stats = SpeculationStats()
         self._waited_s = 0.0
-        self._drafting: Drafting | None = None
-        self._planner: RoundPlanner | None = None
         probe = StepProbe(runner, self._pages, config.target, self.max_model_len)
         self._curve_keeper = CurveKeeper(probe, config.target, target_digest)
         self.cost_model = CostModel(self._curve_keeper.curve)
-        if draft_client is not None and speculative is not None:
-            self._drafting = Drafting(
-                draft_client, speculative, self._read_features, self.max_model_len, self._stats
-            )
-            self._planner = RoundPlanner(speculative, self.cost_model, calibration or Calibration())
+        self._speculator = self._make_speculator(speculative, draft_client, calibration)
+        self._refresh = FeatureRefresh(self._scheduler, self.cost_model)
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: deque[_Pass] = deque()
         self._next_group = 0
@@ -157,7 +128,6 @@ class Engine:
         )
         if request.request_id in self._sequences:
             raise InvalidRequestError("request_id", f"'{request.request_id}' is being served")
-        prompt = list(request.prompt_token_ids)
         text = None
         if request.sampling.stop:
             if self._tokenizer is None:
@@ -165,13 +135,7 @@ class Engine:
             text = TextStream(self._tokenizer, request.sampling.stop)
             for token_id in request.resume_token_ids:
                 text.push(token_id)
-        sequence = Sequence(
-            request=request,
-            token_ids=prompt + list(request.resume_token_ids),
-            num_prompt_tokens=len(prompt),
-            max_output_tokens=min(request.sampling.max_tokens, self.max_model_len - len(prompt)),
-            text=text,
-        )
+        sequence = Sequence.of(request, max_model_len=self.max_model_len, text=text)
         self._scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
 
@@ -184,6 +148,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Launches what fits, finishes the oldest pass, and tells what every request gained."""
         outputs = self._end_marked()
+        self._refresh.advance()
         while len(self._in_flight) < self._num_groups and self._launch_next():
             pass
         if self._in_flight:
@@ -192,13 +157,13 @@ class Engine:
 
     def load(self) -> EngineLoad:
         """The moment's load and the totals since the start."""
-        if self._drafting is None:
+        speculator = self._speculator
+        if speculator is None:
             state, reason = "off", "no drafter is configured"
-        elif not self._drafting.is_ready:
+        elif not speculator.is_ready:
             state, reason = "off", "no drafter is ready"
         else:
             state, reason = "on", "a drafter is ready"
-        planner = self._planner
         return EngineLoad(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
@@ -208,20 +173,59 @@ class Engine:
             speculation_state=state,
             speculation_reason=reason,
             stats=self._stats,
-            calibration_error=planner.calibration_error if planner is not None else None,
-            calibration_drift=planner.calibration_drift if planner is not None else 1.0,
+            calibration_error=speculator.calibration_error if speculator is not None else None,
+            calibration_drift=speculator.calibration_drift if speculator is not None else 1.0,
         )
 
     def observe_rounds(self, observer: RecordObserver) -> None:
         """Has a record of every verified proposal passed to ``observer`` (evaluation)."""
-        if self._planner is not None:
-            self._planner.set_observer(observer)
+        if self._speculator is not None:
+            self._speculator.set_observer(observer)
+
+    def swap_drafter(
+        self,
+        speculative: SpeculativeConfig | None,
+        draft_client: DraftClient | None,
+        calibration: Calibration | None = None,
+    ) -> list[RequestOutput]:
+        """Goes over to another drafter between two passes; no request and no output changes.
+
+        Passes under way are finished with the guesses of the former drafter; what it has proposed
+        beyond that is never verified. Where the drafter reads other features than are cached,
+        sequences are computed again one by one, and decode plainly until then.
+
+        Args:
+            speculative: how it drafts; every shard has staged its projection.
+            draft_client: the drafters; the former one is left to the caller. Both are ``None`` for
+                plain decoding.
+            calibration: of its confidences; unset: they are taken as they are.
+
+        Returns:
+            What requests gained by the passes that were under way.
+        """
+        former, self._speculator = self._speculator, None
+        if former is not None:
+            for sequence in self._sequences.values():
+                former.forget(sequence)
+        outputs: list[RequestOutput] = []
+        while self._in_flight:
+            outputs += self._finish(self._in_flight.popleft())
+        for sequence in self._sequences.values():
+            sequence.proposal = None
+        self._refresh.mark(
+            self._sequences.values(),
+            are_read=speculative is not None and speculative.uses_features,
+            are_kept=self._runner.use_staged_features(),
+        )
+        self._sampler.trust_drafter = speculative is None or speculative.trust_drafter
+        self._speculator = self._make_speculator(speculative, draft_client, calibration)
+        return outputs
 
     def predicted_step_s(self) -> float:
         """Seconds that the longest step should take: the largest pass, every round too late."""
         draft_s = 0.0
-        if self._drafting is not None:
-            draft_s = self._drafting.timeout_s * self._num_groups
+        if self._speculator is not None:
+            draft_s = self._speculator.timeout_s * self._num_groups
         return draft_s + float(self.cost_model.verify_seconds(self._max_batch_tokens))
 
     def check(self) -> None:
@@ -244,8 +248,8 @@ class Engine:
 
     def close(self) -> None:
         """Ends the drafters' connections and lets the other shards stop."""
-        if self._drafting is not None:
-            self._drafting.close()
+        if self._speculator is not None:
+            self._speculator.close()
         self._runner.stop()
 
     def _end_marked(self) -> list[RequestOutput]:
@@ -267,8 +271,11 @@ class Engine:
             group = (self._next_group + offset) % self._num_groups
             if group in busy:
                 continue
-            self._collect_drafts(group)
-            entries = self._scheduler.schedule(group, self._choose_drafts(group))
+            drafts: dict[Sequence, tuple[int, ...]] = {}
+            if self._speculator is not None:
+                self._waited_s += self._speculator.collect(group)
+                drafts = self._speculator.choose(group, self._scheduler)
+            entries = self._scheduler.schedule(group, drafts)
             if entries:
                 self._launch(group, entries)
                 self._next_group = (group + 1) % self._num_groups
@@ -278,26 +285,22 @@ class Engine:
     def _clock(self) -> float:
         return time.monotonic() - self._waited_s
 
-    def _collect_drafts(self, group: int) -> None:
-        """Takes the group's proposals; what is waited for is the visible time of drafting."""
-        if self._drafting is not None and self._drafting.is_under_way(group):
-            start = time.monotonic()
-            self._drafting.collect(group)
-            waited_s = time.monotonic() - start
-            self._waited_s += waited_s
-            self.cost_model.observe_draft(waited_s)
-
-    def _choose_drafts(self, group: int) -> dict[Sequence, tuple[int, ...]]:
-        """How much of each proposal to verify in the group's next pass."""
-        limits = self._scheduler.draft_limits(group)
-        if self._planner is None or not limits:
-            return {}
-        members = self._scheduler.group_members(group)
-        return self._planner.choose(
-            limits,
-            num_requests=len(members),
-            num_base_tokens=sum(s.num_missing_tokens for s in members),
-            num_context_tokens=sum(s.num_computed_tokens for s in members),
+    def _make_speculator(
+        self,
+        speculative: SpeculativeConfig | None,
+        draft_client: DraftClient | None,
+        calibration: Calibration | None,
+    ) -> Speculator | None:
+        if speculative is None or draft_client is None:
+            return None
+        return Speculator(
+            speculative,
+            draft_client,
+            calibration=calibration or Calibration(),
+            cost_model=self.cost_model,
+            read_features=self._read_features,
+            max_model_len=self.max_model_len,
+            stats=self._stats,
         )
 
     def _launch(self, group: int, entries: list[ScheduledSequence]) -> None:
@@ -336,8 +339,8 @@ class Engine:
             self._clock() - done.started_s,
             num_context_tokens=done.num_context_tokens,
         )
-        if self._drafting is not None:
-            self._drafting.announce(done.group, going_on)
+        if self._speculator is not None:
+            self._speculator.announce(done.group, going_on)
         return outputs
 
     def _commit(
@@ -345,15 +348,10 @@ class Engine:
     ) -> tuple[RequestOutput, FinishReason | None]:
         """Appends a sequence's new tokens, cut where it ends."""
         sequence = entry.sequence
-        if self._planner is not None:
-            self._planner.observe(entry, sample)
+        if self._speculator is not None:
+            self._speculator.observe(entry, sample)
         offset = sequence.num_output_tokens
-        reason = None
-        for token_id in sample.token_ids:
-            sequence.token_ids.append(token_id)
-            reason = self._finish_reason(sequence, token_id)
-            if reason is not None:
-                break
+        reason = sequence.append(sample.token_ids, self._eos_token_ids)
         kept = sequence.num_output_tokens - offset
         accepted = min(sample.num_accepted_tokens, kept)
         sequence.num_computed_tokens += entry.num_tokens + accepted
@@ -369,45 +367,28 @@ class Engine:
             token_sources=sample.token_sources[:kept],
             logprobs=sample.logprobs[:kept],
             finish_reason=reason,
-            usage=_usage(sequence) if reason is not None else None,
+            usage=sequence.usage() if reason is not None else None,
         )
         return output, reason
-
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        params = sequence.request.sampling
-        if sequence.text is not None and sequence.text.push(token_id).stopped:
-            return FinishReason.STOP
-        is_eos = token_id in self._eos_token_ids and not params.ignore_eos
-        if is_eos or token_id in params.stop_token_ids:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if sequence.room <= 0 else None
 
     def _end(self, sequence: Sequence, *, error: Exception) -> RequestOutput:
         self._remove(sequence)
         return RequestOutput(
             request_id=sequence.request.request_id,
             token_offset=sequence.num_output_tokens,
-            usage=_usage(sequence),
+            usage=sequence.usage(),
             error=error,
         )
 
     def _remove(self, sequence: Sequence) -> None:
-        if self._drafting is not None:
-            self._drafting.forget(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence)
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request.request_id]
 
     def _read_features(self, ranges: list[tuple[Sequence, int, int]]) -> torch.Tensor:
         slots = feature_slots(ranges, self._pages.page_size)
         return self._runner.shard.gather_features(torch.from_numpy(slots))
-
-
-def _usage(sequence: Sequence) -> Usage:
-    return Usage(
-        prompt_tokens=sequence.num_prompt_tokens,
-        completion_tokens=sequence.num_output_tokens,
-        speculation=sequence.stats,
-    )
 
 
 def _sample_input(entry: ScheduledSequence) -> SampleInput:

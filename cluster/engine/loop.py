@@ -7,11 +7,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
-from cluster.engine.engine import Engine, EngineLoad
+from cluster.config import SpeculativeConfig
+from cluster.engine.draft_client import DraftClient
+from cluster.engine.engine import Engine
+from cluster.engine.load import EngineLoad
 from cluster.errors import DsparkError, ReplicaLostError
 from cluster.request import Request, RequestOutput
+from cluster.speculation.calibration import Calibration
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +32,19 @@ class _Cancellation:
 
     request_id: str
     error: Exception
+
+
+@dataclass(frozen=True)
+class _Swap:
+    """Another drafter, for the next time that no pass is about to start."""
+
+    speculative: SpeculativeConfig | None
+    draft_client: DraftClient | None
+    calibration: Calibration | None
+    done: Future[None] = field(default_factory=Future)
+
+
+_Message = Request | _Cancellation | _Swap
 
 
 def _lost(request_id: str, reason: str) -> RequestOutput:
@@ -50,7 +68,7 @@ class EngineLoop:
         self.failure: BaseException | None = None
         self.last_progress = time.monotonic()
         self._on_outputs = on_outputs
-        self._inbox: deque[Request | _Cancellation] = deque()
+        self._inbox: deque[_Message] = deque()
         self._active: set[str] = set()
         self._wake = threading.Condition()
         self._stopping = False
@@ -85,6 +103,28 @@ class EngineLoop:
         with self._wake:
             self._inbox.append(_Cancellation(request_id, error))
             self._wake.notify()
+
+    def swap_drafter(
+        self,
+        speculative: SpeculativeConfig | None,
+        draft_client: DraftClient | None,
+        calibration: Calibration | None = None,
+    ) -> Future[None]:
+        """Goes over to another drafter between two passes; see ``Engine.swap_drafter``.
+
+        Returns:
+            Done when the former drafter is used no more; ``ReplicaLostError`` when the engine ends
+            before.
+        """
+        swap = _Swap(speculative, draft_client, calibration)
+        with self._wake:
+            reason = self._end_reason
+            if reason is None:
+                self._inbox.append(swap)
+                self._wake.notify()
+        if reason is not None:
+            swap.done.set_exception(ReplicaLostError(reason))
+        return swap.done
 
     def load(self) -> EngineLoad:
         """The load after the last step."""
@@ -137,7 +177,9 @@ class EngineLoop:
         with self._wake:
             return self._wake.wait_for(lambda: bool(self._inbox) or self._stopping, timeout_s)
 
-    def _take_in(self, message: Request | _Cancellation) -> list[RequestOutput]:
+    def _take_in(self, message: _Message) -> list[RequestOutput]:
+        if isinstance(message, _Swap):
+            return self._swap(message)
         if isinstance(message, _Cancellation):
             self.engine.cancel(message.request_id, message.error)
             return []
@@ -147,6 +189,19 @@ class EngineLoop:
             return [RequestOutput(request_id=message.request_id, token_offset=0, error=error)]
         self._active.add(message.request_id)
         return []
+
+    def _swap(self, swap: _Swap) -> list[RequestOutput]:
+        if not swap.done.set_running_or_notify_cancel():
+            return []
+        try:
+            outputs = self.engine.swap_drafter(
+                swap.speculative, swap.draft_client, swap.calibration
+            )
+        except BaseException as error:
+            swap.done.set_exception(error)
+            raise
+        swap.done.set_result(None)
+        return outputs
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         if not outputs:
@@ -158,6 +213,9 @@ class EngineLoop:
         with self._wake:
             self._end_reason = reason
         waiting = [m.request_id for m in self._inbox if isinstance(m, Request)]
+        for message in self._inbox:
+            if isinstance(message, _Swap):
+                message.done.set_exception(ReplicaLostError(reason))
         self._inbox.clear()
         self._deliver([_lost(request_id, reason) for request_id in [*waiting, *self._active]])
 

@@ -34,6 +34,19 @@ class PagePool:
         """Pages that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)
 
+    def check_holds(self, max_model_len: int) -> None:
+        """Checks that all pages together hold a context of ``max_model_len`` tokens.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        if self.num_pages * self.page_size < max_model_len:
+            raise ConfigError(
+                "target.num_pages",
+                f"{self.num_pages} usable pages of {self.page_size} tokens cannot hold one "
+                f"context of {max_model_len}; raise kv_cache_memory_mb or lower max_model_len",
+            )
+
     def grow(self, pages: list[int], num_tokens: int) -> bool:
         """Extends ``pages`` in place until they hold ``num_tokens`` tokens.
 

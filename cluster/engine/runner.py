@@ -22,6 +22,7 @@ class _Command(enum.IntEnum):
     COLLECT = 2
     IDLE = 3
     STOP = 4
+    USE_FEATURES = 5
 
 
 class Runner:
@@ -60,6 +61,18 @@ class Runner:
             return torch.zeros(0, self.shard.vocab_size)
         return self.shard.logits(hidden)
 
+    def use_staged_features(self) -> bool:
+        """Has all shards go over to what is staged on each of them; no pass may be under way.
+
+        Returns:
+            Whether the features that are cached stay valid.
+        """
+        if self._under_way:
+            raise RuntimeError("features cannot change under a pass")
+        if self._mesh is not None:
+            self._tell(_Command.USE_FEATURES, None, range(1, self._mesh.world_size))
+        return self.shard.use_staged_features()
+
     def keep_alive(self) -> None:
         """Tells idle shards that rank 0 is there; to be called well within the group's timeout."""
         if self._mesh is not None:
@@ -92,7 +105,9 @@ def follow(shard: TargetShard, mesh: Mesh) -> None:
             return
         if command is _Command.IDLE:
             continue
-        if command is _Command.FORWARD:
+        if command is _Command.USE_FEATURES:
+            shard.use_staged_features()
+        elif command is _Command.FORWARD:
             step = StepInput.unpack(message[1:])
             hidden = shard.forward(step)
             if not mesh.is_first_stage:

@@ -78,7 +78,7 @@ class Sampler:
         seed: int | None = None,
     ) -> None:
         self._eos_token_ids = eos_token_ids
-        self._trust_drafter = trust_drafter
+        self.trust_drafter = trust_drafter
         self._device = device or torch.device("cpu")
         seeds = np.random.SeedSequence(seed).generate_state(2, dtype=np.uint64)
         self._accept_stream = torch.Generator(self._device).manual_seed(int(seeds[0] >> 1))
@@ -148,7 +148,7 @@ class Sampler:
         probs = process_logits(logits, batch, **counts).exp_()
         vocab_size = probs.shape[1]
         size, device = len(block.entries), logits.device
-        prob_ids, prob_values = block.draft_probs(self._trust_drafter)
+        prob_ids, prob_values = block.draft_probs(self.trust_drafter)
         uniforms = torch.rand(
             (size, block.num_columns), generator=self._accept_stream, device=device
         )

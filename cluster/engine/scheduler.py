@@ -163,7 +163,7 @@ class Scheduler:
             busy = {entry.sequence for entry in scheduled}
             candidates = [s for s in self.running if not s.is_in_flight and s not in busy]
             victim = max(candidates, key=lambda s: s.request.arrival_time)
-            self._preempt(victim)
+            self.preempt(victim)
             if victim is sequence:
                 return None
         return ScheduledSequence(sequence, num_tokens, drafts)
@@ -173,11 +173,15 @@ class Scheduler:
         needed = self._pages.pages_for(len(sequence.token_ids) + num_drafts)
         return max(needed - len(sequence.pages), 0)
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Frees a running sequence's pages; it is computed again from the front of the queue."""
+    def preempt(self, sequence: Sequence) -> None:
+        """Frees a running sequence's pages; it is computed again from the front of the queue.
+
+        It must not be in flight.
+        """
         del self.running[sequence]
         self._pages.shrink(sequence.pages, 0)
         sequence.num_computed_tokens = 0
+        sequence.has_outdated_features = False
         sequence.proposal = None
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from cluster.engine.draft_client import SessionKey
 from cluster.engine.text import TextStream
-from cluster.request import Request, SpeculationStats
+from cluster.request import FinishReason, Request, SpeculationStats, Usage
 from cluster.speculation.proposal import DraftProposal
 
 
@@ -22,6 +23,7 @@ class Sequence:
         pages: KV pages held, in order of position.
         group: which of the groups in flight it belongs to while it runs.
         is_in_flight: part of a pass that is under way (its pages must not be touched).
+        has_outdated_features: those in the cache are a former drafter's.
         end_error: set when it must end without finishing; acted on between passes.
         text: present where stop strings must be looked for.
     """
@@ -35,6 +37,7 @@ class Sequence:
     group: int = 0
     is_in_flight: bool = False
     end_error: Exception | None = None
+    has_outdated_features: bool = False
     text: TextStream | None = None
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     proposal: DraftProposal | None = None
@@ -42,6 +45,23 @@ class Sequence:
     session_epoch: int = 0
     num_fed_features: int = 0
     num_bulk_features: int = 0
+
+    @classmethod
+    def of(cls, request: Request, *, max_model_len: int, text: TextStream | None) -> Sequence:
+        """A request that nothing was done for yet.
+
+        Args:
+            max_model_len: no output goes beyond it.
+            text: has taken in the resumed tokens.
+        """
+        num_prompt_tokens = len(request.prompt_token_ids)
+        return cls(
+            request=request,
+            token_ids=[*request.prompt_token_ids, *request.resume_token_ids],
+            num_prompt_tokens=num_prompt_tokens,
+            max_output_tokens=min(request.sampling.max_tokens, max_model_len - num_prompt_tokens),
+            text=text,
+        )
 
     @property
     def num_output_tokens(self) -> int:
@@ -57,3 +77,31 @@ class Sequence:
     def room(self) -> int:
         """Output tokens that may still follow."""
         return self.max_output_tokens - self.num_output_tokens
+
+    def append(
+        self, token_ids: Iterable[int], eos_token_ids: Collection[int]
+    ) -> FinishReason | None:
+        """Commits tokens up to where the output ends; returns why it ends there, if it does."""
+        for token_id in token_ids:
+            self.token_ids.append(token_id)
+            reason = self._finish_reason(token_id, eos_token_ids)
+            if reason is not None:
+                return reason
+        return None
+
+    def usage(self) -> Usage:
+        """What it has used so far."""
+        return Usage(
+            prompt_tokens=self.num_prompt_tokens,
+            completion_tokens=self.num_output_tokens,
+            speculation=self.stats,
+        )
+
+    def _finish_reason(self, token_id: int, eos_token_ids: Collection[int]) -> FinishReason | None:
+        params = self.request.sampling
+        if self.text is not None and self.text.push(token_id).stopped:
+            return FinishReason.STOP
+        is_eos = token_id in eos_token_ids and not params.ignore_eos
+        if is_eos or token_id in params.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.room <= 0 else None

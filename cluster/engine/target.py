@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +40,22 @@ def load_text_config(model: str, *, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError) as error:
         raise CheckpointError(model, "config.json", str(error).split("\n")[0]) from error
     return config.get_text_config()
+
+
+class _Features(NamedTuple):
+    """What a shard takes for one drafter.
+
+    Attributes:
+        digest: of the projection; two with the same one make the same features.
+        size: values of one token's features; 0 without any.
+        capture: where they are caught, on the ranks that project.
+        cached: ``[slots, size]`` on rank 0.
+    """
+
+    digest: str = ""
+    size: int = 0
+    capture: FeatureCapture | None = None
+    cached: torch.Tensor = torch.zeros(0)
 
 
 class TargetShard:
@@ -92,27 +109,20 @@ class TargetShard:
         self._head = model.get_output_embeddings()
         for module in (self._base, self._norm, self._head):
             module.to(self.device).eval()
-        self._capture: FeatureCapture | None = None
-        self._feature_size = projection.weight.shape[0] if projection else 0
-        if projection is not None and (mesh is None or mesh.tensor_rank == 0):
-            self._capture = FeatureCapture(
-                projection,
-                self._base,
-                layers=self.layers,
-                num_layers=num_layers,
-                embeds=mesh is None or mesh.is_first_stage,
-            )
+        self._num_layers = num_layers
+        self._features = _Features()
+        self._staged: _Features | None = None
         self.page_size = config.page_size
         self.cache = self._make_cache(num_pages=1)
         self._try_one_token(type(model).__name__)
-        self.num_pages = config.num_pages or self._pages_for_memory(config)
+        self.num_pages = config.num_pages or self._pages_for_memory(
+            config, _feature_size(projection)
+        )
         if mesh is not None:
             self.num_pages = mesh.minimum(self.num_pages)
         self.cache = self._make_cache(self.num_pages)
-        self.features = torch.zeros(0)
-        if projection is not None and (mesh is None or mesh.rank == 0):
-            shape = (self.num_pages * self.page_size, self._feature_size)
-            self.features = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.stage_features(projection)
+        self.use_staged_features()
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> torch.Tensor:
@@ -177,22 +187,53 @@ class TargetShard:
         if len(step.logit_rows):
             shape = (len(step.logit_rows), self.hidden_size)
             hidden = self.mesh.receive_previous(shape, self.dtype)
-        if self._feature_size and self.mesh.tensor_rank == 0:
-            shape = (step.num_tokens, self._feature_size)
+        if self._features.size and self.mesh.tensor_rank == 0:
+            shape = (step.num_tokens, self._features.size)
             self._store_features(step, self.mesh.receive_previous(shape, torch.float32))
         return hidden
 
+    def stage_features(self, projection: Projection | None) -> None:
+        """Prepares to take another drafter's features; nothing changes before it is used.
+
+        May be called in another thread than the one that runs the passes.
+
+        Args:
+            projection: of the drafter; ``None`` where it reads no features.
+
+        Raises:
+            ConfigError: the drafter reads a layer that the target does not have.
+        """
+        is_same = _digest(projection) == self._features.digest
+        self._staged = self._features if is_same else self._make_features(projection)
+
+    def use_staged_features(self) -> bool:
+        """Goes over to what is staged; between passes, and on every shard between the same two.
+
+        Returns:
+            Whether the features that are cached stay valid.
+        """
+        if self._staged is None:
+            raise RuntimeError("no features are staged")
+        former, self._features, self._staged = self._features, self._staged, None
+        if former is self._features:
+            return True
+        if former.capture is not None:
+            former.capture.detach()
+        if self._features.capture is not None:
+            self._features.capture.attach()
+        return False
+
     def gather_features(self, slots: torch.Tensor) -> torch.Tensor:
         """Features ``[len(slots), d]`` of cached tokens, on the CPU."""
-        return self.features.index_select(0, slots.to(self.features.device)).cpu()
+        return self._features.cached.index_select(0, slots.to(self.device)).cpu()
 
     def _receive(self, step: StepInput) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.mesh is None or self.mesh.is_first_stage:
             return None, None
         hidden = self.mesh.receive_previous((step.num_tokens, self.hidden_size), self.dtype)
-        if not self._feature_size or self.mesh.tensor_rank != 0:
+        if not self._features.size or self.mesh.tensor_rank != 0:
             return hidden, None
-        shape = (step.num_tokens, self._feature_size)
+        shape = (step.num_tokens, self._features.size)
         return hidden, self.mesh.receive_previous(shape, torch.float32)
 
     def _run_layers(
@@ -211,7 +252,8 @@ class TargetShard:
             use_cache=False,
             paged=self.cache.batch(step, self.device),
         )
-        partial = self._capture.project() if self._capture is not None else None
+        capture = self._features.capture
+        partial = capture.project() if capture is not None else None
         return output.last_hidden_state[0], partial
 
     def _pass_on(
@@ -224,9 +266,9 @@ class TargetShard:
         if self.mesh.is_last_stage:
             hidden = self._rows(step, hidden)
         self.mesh.send_next(hidden)
-        if self._feature_size and self.mesh.tensor_rank == 0:
+        if self._features.size and self.mesh.tensor_rank == 0:
             if partial is None:
-                partial = torch.zeros(step.num_tokens, self._feature_size, device=self.device)
+                partial = torch.zeros(step.num_tokens, self._features.size, device=self.device)
             self.mesh.send_next(partial)
         return hidden
 
@@ -236,9 +278,26 @@ class TargetShard:
         return hidden.index_select(0, torch.as_tensor(step.logit_rows, device=self.device))
 
     def _store_features(self, step: StepInput, features: torch.Tensor) -> None:
-        if self.features.numel():
+        cached = self._features.cached
+        if cached.numel():
             slots = torch.as_tensor(step.slots, device=self.device)
-            self.features.index_copy_(0, slots, features.to(self.dtype))
+            cached.index_copy_(0, slots, features.to(self.dtype))
+
+    def _make_features(self, projection: Projection | None) -> _Features:
+        size = _feature_size(projection)
+        mesh = self.mesh
+        if projection is None or (mesh is not None and mesh.tensor_rank != 0):
+            return _Features(_digest(projection), size)
+        capture = FeatureCapture(
+            projection,
+            self._base,
+            layers=self.layers,
+            num_layers=self._num_layers,
+            embeds=mesh is None or mesh.is_first_stage,
+        )
+        num_slots = self.num_pages * self.page_size if mesh is None or mesh.rank == 0 else 0
+        cached = torch.zeros((num_slots, size), dtype=self.dtype, device=self.device)
+        return _Features(_digest(projection), size, capture, cached)
 
     def _make_cache(self, num_pages: int) -> KVCache:
         return KVCache(num_pages, self.page_size, self._key_sources)
@@ -272,14 +331,29 @@ class TargetShard:
                 "transformers' AttentionInterface",
             )
 
-    def _pages_for_memory(self, config: TargetConfig) -> int:
-        """Pages that fit the configured memory, and no more than can be used at once."""
-        feature_bytes = self._feature_size * torch.empty(0, dtype=self.dtype).element_size()
+    def _pages_for_memory(self, config: TargetConfig, feature_size: int) -> int:
+        """Pages that fit the configured memory, and no more than can be used at once.
+
+        Features of a drafter that comes later are not counted.
+        """
+        feature_bytes = feature_size * torch.empty(0, dtype=self.dtype).element_size()
         page_bytes = (self.cache.bytes_per_token + feature_bytes) * config.page_size
         fitting = config.kv_cache_memory_mb * 2**20 // page_bytes
         context = config.max_model_len or self.max_model_len
         useful = config.max_num_seqs * -(-context // config.page_size) + 1
         return max(2, min(fitting, useful))
+
+
+def _digest(projection: Projection | None) -> str:
+    if projection is None:
+        return ""
+    digest = hashlib.sha256(repr(tuple(projection.target_layer_ids)).encode())
+    digest.update(projection.weight.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _feature_size(projection: Projection | None) -> int:
+    return projection.weight.shape[0] if projection is not None else 0
 
 
 def _check_servable(model: PreTrainedModel, text_config: Any) -> None:

@@ -77,7 +77,7 @@ class ShardWorker:
                 device=device,
                 timeout_s=timeout_s,
             )
-        self._shard = TargetShard(target, self._mesh, self._load_projection())
+        self._shard = TargetShard(target, self._mesh, _load_projection(self.config))
 
     def build_engine(
         self, draft_client: DraftClient | None, *, target_digest: str | None = None
@@ -99,6 +99,22 @@ class ShardWorker:
             target_digest=target_digest,
         )
 
+    def stage_drafter(self, config: ClusterConfig) -> None:
+        """Loads what this rank needs for another drafter, for ``Engine.swap_drafter`` to use.
+
+        May be called in another thread than the one that works.
+
+        Args:
+            config: differs from this worker's in nothing but ``speculative``.
+
+        Raises:
+            CheckpointError: the drafter cannot be read, or does not fit the target.
+            ConfigError: its features cannot be taken from this target.
+        """
+        if self._shard is None:
+            raise RuntimeError("stage_drafter before start")
+        self._shard.stage_features(_load_projection(config))
+
     def follow(self) -> None:
         """Other ranks: does what rank 0 says until it stops or the group breaks (blocking).
 
@@ -113,21 +129,6 @@ class ShardWorker:
         """Leaves the process group."""
         if self._mesh is not None:
             self._mesh.close()
-
-    def _load_projection(self) -> Projection | None:
-        speculative = self.config.speculative
-        if speculative is None or speculative.model is None:
-            return None
-        target = load_text_config(
-            self.config.target.model, trust_remote_code=self.config.target.trust_remote_code
-        )
-        folder = local_folder(speculative.checkpoint)
-        check_drafter(
-            speculative, folder, target.to_dict(), local_folder(self.config.target.model)
-        )
-        if not speculative.uses_features:
-            return None
-        return load_projection(folder, num_target_layers=target.num_hidden_layers)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
@@ -153,3 +154,17 @@ def eos_token_ids(model: str, *, trust_remote_code: bool = False) -> tuple[int, 
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _load_projection(config: ClusterConfig) -> Projection | None:
+    speculative = config.speculative
+    if speculative is None or speculative.model is None:
+        return None
+    target = load_text_config(
+        config.target.model, trust_remote_code=config.target.trust_remote_code
+    )
+    folder = local_folder(speculative.checkpoint)
+    check_drafter(speculative, folder, target.to_dict(), local_folder(config.target.model))
+    if not speculative.uses_features:
+        return None
+    return load_projection(folder, num_target_layers=target.num_hidden_layers)

@@ -26,7 +26,7 @@ from cluster.rpc.status import abort, to_request_error
 from cluster.v1 import common_pb2, inference_pb2, replica_pb2, replica_pb2_grpc
 
 if TYPE_CHECKING:
-    from cluster.engine.engine import EngineLoad
+    from cluster.engine.load import EngineLoad
 
 logger = logging.getLogger(__name__)
 
