@@ -185,7 +185,7 @@ class AutoregressiveMethod:
     def _position_bytes(self) -> int:
         """What an entry's keys and values take, found out by running one."""
         network = self._network
-        self._cache = KVCache(num_pages=2, page_size=1)
+        self._cache = KVCache(num_pages=2, page_size=self.page_size)
         session = DraftSession(
             "", SessionKey("", 0), DraftSampling(temperature=0.0), 0.0, pages=[1]
         )
