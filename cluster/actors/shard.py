@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cluster.engine.worker import ShardWorker
     from cluster.rpc.drafter_client import GrpcDraftClient
     from cluster.rpc.replica_server import ReplicaServer
+    from cluster.speculation.calibration import Calibration
 
 _FAILURE_POLL_S = 0.1
 
@@ -47,10 +48,11 @@ class ShardHealth:
 
 
 class _StagedDrafter(NamedTuple):
-    """What rank 0 goes over to: a configuration and, where it drafts, the client for it."""
+    """What rank 0 goes over to: a configuration and, where it drafts, what is needed for it."""
 
     config: ClusterConfig
     client: GrpcDraftClient | None
+    calibration: Calibration
 
 
 class Shard:
@@ -127,9 +129,13 @@ class Shard:
         self._places = places
         worker = self._make_worker()
         self._draft_client = self._make_draft_client(self._config, self._digests)
-        digest = self._digests["target"]
+        calibration = await asyncio.to_thread(_load_calibration, self._config, self._digests)
         engine = await self._run(
-            lambda: worker.build_engine(self._draft_client, target_digest=digest)
+            lambda: worker.build_engine(
+                self._draft_client,
+                target_digest=self._digests["target"],
+                calibration=calibration,
+            )
         )
         self._server = ReplicaServer(
             self._replica_id,
@@ -166,11 +172,12 @@ class Shard:
         if self._rank > 0:
             return
         digests = await asyncio.to_thread(read_digests, config)
+        calibration = await asyncio.to_thread(_load_calibration, config, digests)
         await self._leave_staged()
         client = self._make_draft_client(config, digests)
         if client is not None:
             client.set_drafters(self._drafters)
-        self._staged = _StagedDrafter(config, client)
+        self._staged = _StagedDrafter(config, client, calibration)
 
     async def use_staged_drafter(self) -> bool:
         """Rank 0: goes over to what is staged on all ranks, if some drafter is ready for it.
@@ -191,8 +198,9 @@ class Shard:
         self._staged = None
         former, self._draft_client = self._draft_client, staged.client
         self._config = staged.config
-        speculative = staged.config.speculative
-        await asyncio.wrap_future(self._loop.swap_drafter(speculative, staged.client))
+        await asyncio.wrap_future(
+            self._loop.swap_drafter(staged.config.speculative, staged.client, staged.calibration)
+        )
         if former is not None:
             await asyncio.to_thread(former.close)
         return True
@@ -280,6 +288,12 @@ class Shard:
             drafters=self._draft_client.status(),
             num_malformed_proposals=self._draft_client.stats.num_malformed,
         )
+
+
+def _load_calibration(config: ClusterConfig, digests: Mapping[str, str]) -> Calibration:
+    from cluster.engine.drafter_calibration import load_drafter_calibration
+
+    return load_drafter_calibration(config, digests)
 
 
 def _node_address() -> str:

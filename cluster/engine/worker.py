@@ -24,6 +24,7 @@ from cluster.errors import CheckpointError
 from cluster.models.checkpoint import Projection, load_projection
 from cluster.models.drafter_check import check_drafter
 from cluster.models.hub import local_folder
+from cluster.speculation.calibration import Calibration
 
 
 class ShardWorker:
@@ -80,11 +81,20 @@ class ShardWorker:
         self._shard = TargetShard(target, self._mesh, _load_projection(self.config))
 
     def build_engine(
-        self, draft_client: DraftClient | None, *, target_digest: str | None = None
+        self,
+        draft_client: DraftClient | None,
+        *,
+        target_digest: str | None = None,
+        calibration: Calibration | None = None,
+        seed: int | None = None,
     ) -> Engine:
         """Rank 0: makes the engine; profiles the target, for which all other ranks must follow.
 
-        With ``target_digest`` the verify curve of an earlier start is used, and one is kept.
+        Args:
+            draft_client: the drafters, or ``None`` to decode plainly.
+            target_digest: with it the verify curve of an earlier start is used, and one is kept.
+            calibration: of the drafter's confidences; unset: they are taken as they are.
+            seed: of the engine's random streams; unset: from the operating system.
         """
         if self._shard is None:
             raise RuntimeError("build_engine before start")
@@ -97,6 +107,8 @@ class ShardWorker:
             tokenizer=load_tokenizer(model, trust_remote_code=trust),
             draft_client=draft_client,
             target_digest=target_digest,
+            calibration=calibration,
+            seed=seed,
         )
 
     def stage_drafter(self, config: ClusterConfig) -> None:

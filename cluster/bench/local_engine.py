@@ -1,0 +1,103 @@
+"""An engine and its drafter in this process, and running requests on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from cluster.config import ClusterConfig
+from cluster.engine.draft_factory import build_draft_engine
+from cluster.engine.drafter_calibration import load_drafter_calibration
+from cluster.engine.engine import Engine
+from cluster.engine.local_drafter import LocalDraftClient
+from cluster.engine.worker import ShardWorker
+from cluster.request import Request, RequestOutput
+
+
+def local_config(
+    target: str, speculative: dict[str, Any] | None, *, max_num_seqs: int = 64, device: str = "cpu"
+) -> ClusterConfig:
+    """One float32 shard, and the drafter that ``speculative`` names, as the configuration would.
+
+    Whole blocks of all sequences fit in one pass.
+
+    Raises:
+        ConfigError: ``speculative`` has a bad value.
+    """
+    values: dict[str, Any] = {
+        "target": {
+            "model": target,
+            "dtype": "float32",
+            "device": device,
+            "num_threads": torch.get_num_threads(),
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max(512, 16 * max_num_seqs),
+        },
+        "drafter": {"dtype": "float32", "device": device, "num_threads": torch.get_num_threads()},
+    }
+    if speculative is not None:
+        values["speculative"] = speculative
+    return ClusterConfig.parse(values)
+
+
+def build_local_engine(config: ClusterConfig, seed: int | None = None) -> Engine:
+    """The engine of one shard with its drafter beside it.
+
+    Args:
+        seed: of every random stream; unset: fresh ones.
+
+    Raises:
+        CheckpointError: target or drafter cannot be loaded, or do not fit each other.
+        ConfigError: they cannot be served as configured.
+    """
+    worker = ShardWorker(config, 0)
+    worker.start("", 0, 0)
+    if config.speculative is None:
+        return worker.build_engine(None, seed=seed)
+    client = LocalDraftClient(build_draft_engine(config, seed=seed))
+    return worker.build_engine(client, calibration=load_drafter_calibration(config), seed=seed)
+
+
+def run_requests(
+    engine: Engine,
+    requests: Iterable[Request],
+    on_output: Callable[[RequestOutput], None],
+    *,
+    max_active: int,
+) -> None:
+    """Runs requests to their ends, at most ``max_active`` at once, in the order given.
+
+    ``requests`` is asked for the next one when there is room for it, so it may stop early.
+
+    Raises:
+        DsparkError: the error of the first request that ended with one.
+    """
+    queue = iter(requests)
+    num_active = 0
+    is_exhausted = False
+    while num_active or not is_exhausted:
+        while num_active < max_active and not is_exhausted:
+            request = next(queue, None)
+            is_exhausted = request is None
+            if request is not None:
+                engine.add_request(request)
+                num_active += 1
+        for output in engine.step():
+            if output.error is not None:
+                raise output.error
+            num_active -= output.is_last
+            on_output(output)
+
+
+def complete(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:
+    """Runs requests together; output tokens by request id."""
+    requests = list(requests)
+    token_ids: dict[str, list[int]] = {request.request_id: [] for request in requests}
+
+    def take(output: RequestOutput) -> None:
+        token_ids[output.request_id] += output.token_ids
+
+    run_requests(engine, requests, take, max_active=len(requests))
+    return token_ids

@@ -1,0 +1,60 @@
+"""Prompts that drafters are measured on, by name or from a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from cluster.errors import DataError
+from cluster.training.corpus import TokenStream, load_documents
+from cluster.training.prompts import read_prompts, render
+
+HELDOUT_CODE = "stdlib-heldout"
+TRAINING_CODE = "stdlib-training"
+CODE_SETS = (HELDOUT_CODE, TRAINING_CODE)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts of one data set, as token ids; ``name`` is what figures call it."""
+
+    name: str
+    prompts: tuple[tuple[int, ...], ...]
+
+
+def load_prompt_set(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, count: int, num_tokens: int, max_tokens: int
+) -> PromptSet:
+    """Reads a data set.
+
+    Args:
+        source: ``stdlib-heldout`` or ``stdlib-training``, windows of the standard library's source
+            at even distances; else a JSONL file of prompts (``cluster.training.prompts``), of
+            which the first turns are taken, from the start.
+        count: most prompts.
+        num_tokens: length of a window of code.
+        max_tokens: a longer prompt of a file is left out.
+
+    Raises:
+        DataError: naming file and line: it cannot be read, or there is nothing in it to use.
+    """
+    if source in CODE_SETS:
+        documents = load_documents()[CODE_SETS.index(source) == 0]
+        stream = TokenStream(documents, tokenizer, num_tokens, shuffle=False)
+        stride = max(1, stream.windows_per_epoch // count)
+        indices = range(min(count, stream.windows_per_epoch))
+        return PromptSet(
+            source, tuple(tuple(stream.window(index * stride).tolist()) for index in indices)
+        )
+    prompts = []
+    for prompt in read_prompts(source):
+        token_ids = render(tokenizer, prompt.messages)
+        if 2 <= len(token_ids) <= max_tokens:
+            prompts.append(tuple(token_ids))
+        if len(prompts) == count:
+            break
+    if not prompts:
+        raise DataError(source, None, f"has no prompt of 2 to {max_tokens} tokens")
+    return PromptSet(Path(source).stem, tuple(prompts))
