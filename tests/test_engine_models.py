@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from cluster.bench.judge import Judgement, judge
 from cluster.engine.layout import check_split, stage_layers
@@ -22,39 +14,9 @@ from cluster.engine.sharding import cut_tensor_parallel
 from cluster.errors import CheckpointError, ConfigError
 from cluster.request import Request, SamplingParams
 from tests.engine_tools import Completion, make_config, make_engine, run, run_sharded
-from tests.test_text import small_tokenizer
+from tests.target_models import OTHERS, TARGETS, save_target
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 80,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SMALL),
-    "llama-with-biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
-    "qwen2": Qwen2Config(**SMALL),
-    "mistral-sliding-window": MistralConfig(**SMALL, sliding_window=12),
-}
-
-
-def save(config: PretrainedConfig, folder: Path) -> str:
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.2)
-    model.save_pretrained(folder)
-    small_tokenizer().save_pretrained(folder)
-    return str(folder)
+CONFIGS = {**TARGETS, **OTHERS}
 
 
 def make_requests() -> list[Request]:
@@ -82,9 +44,9 @@ def judge_all(model: str, done: dict[str, Completion]) -> Judgement:
     return total
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", OTHERS)
 def test_outputs_agree_with_transformers(tmp_path: Path, name: str) -> None:
-    model = save(CONFIGS[name], tmp_path)
+    model = save_target(CONFIGS[name], tmp_path)
     verdict = judge_all(model, run(make_engine(make_config(model)), make_requests()))
     assert verdict.num_positions == 80
     assert verdict.num_mismatches == 0
@@ -98,7 +60,7 @@ def test_outputs_agree_with_transformers(tmp_path: Path, name: str) -> None:
 def test_shards_agree_with_transformers(
     tmp_path: Path, name: str, tensor: int, pipeline: int
 ) -> None:
-    model = save(CONFIGS[name], tmp_path)
+    model = save_target(CONFIGS[name], tmp_path)
     config = make_config(model, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
     verdict = judge_all(model, run_sharded(config, make_requests()))
     assert verdict.num_positions == 80
@@ -134,7 +96,7 @@ def test_stages_share_the_layers_without_gap_or_overlap() -> None:
 
 
 def test_broken_checkpoints_are_refused_by_file(tmp_path: Path) -> None:
-    model = save(CONFIGS["llama"], tmp_path / "model")
+    model = save_target(CONFIGS["llama"], tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
     with pytest.raises(CheckpointError, match="model"):

@@ -54,9 +54,20 @@ class KVCache:
         tensors = [tensor for pair in self._layers.values() for tensor in pair]
         return sum(t.element_size() * t[0, 0].numel() for t in tensors)
 
+    @property
+    def bytes_per_sequence(self) -> int:
+        """What a sequence takes besides its tokens: nothing."""
+        return 0
+
     def serves(self, layer: int) -> bool:
         """Whether the layer has attended through this cache."""
         return self._sources.get(layer, layer) in self._layers
+
+    def begin(self, step: StepInput) -> None:
+        """Nothing to prepare: what a pass finds in its slots, rejected tokens', is overwritten."""
+
+    def release(self, page: int) -> None:
+        """Nothing to free: the next holder of the page overwrites it."""
 
     def batch(self, step: StepInput, device: torch.device) -> PagedBatch:
         """What the layers need of one pass."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cluster.errors import ConfigError
 
 
@@ -10,13 +12,24 @@ class PagePool:
 
     Page 0 is never handed out: padding of block tables points at it, so that a padded read is
     always of valid memory.
+
+    Args:
+        num_pages: page 0 included.
+        page_size: tokens of a page.
+        on_release: called with each page that is given back.
+
+    Raises:
+        ConfigError: there is no page but page 0.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, on_release: Callable[[int], None] | None = None
+    ) -> None:
         if num_pages < 2:
             raise ConfigError("target.num_pages", f"must be at least 2, got {num_pages}")
         self.page_size = page_size
         self.num_pages = num_pages - 1
+        self._on_release = on_release
         self._free = list(range(num_pages - 1, 0, -1))
         self._is_free = bytearray(b"\x00" + b"\x01" * (num_pages - 1))
 
@@ -71,6 +84,8 @@ class PagePool:
                 raise RuntimeError(f"page {page} was freed twice")
             self._is_free[page] = 1
             self._free.append(page)
+            if self._on_release is not None:
+                self._on_release(page)
 
     def check(self, holders: list[list[int]]) -> None:
         """Verifies that every page is either free or held once, given all holders' lists.

@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from cluster.config import TargetConfig
 from cluster.engine.attention import ATTENTION_NAME, KVCache
 from cluster.engine.capture import FeatureCapture
-from cluster.engine.layout import check_split, key_sources, stage_layers
+from cluster.engine.compressed_attention import COMPRESSED_ATTENTION_NAME, attend_per_sequence
+from cluster.engine.compressed_cache import COMPRESSED_LAYER_TYPES, CompressedCaches
+from cluster.engine.layout import UNSPLIT_MODEL_TYPES, check_split, key_sources, stage_layers
 from cluster.engine.mesh import Mesh
 from cluster.engine.sharding import (
     cut_output_head,
@@ -25,7 +27,7 @@ from cluster.engine.step_input import StepInput
 from cluster.errors import CheckpointError, ConfigError
 from cluster.models.checkpoint import Projection
 
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_PAGED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
@@ -64,9 +66,9 @@ class TargetShard:
     Of a model with other inputs than text, only the text decoder is kept. A model is served only if
     every layer of it attends through the cache, which one token shows before anything else runs.
 
-    ``forward`` writes this pass's keys and values into the cache (rejected tokens are simply
-    overwritten later) and, where a drafter reads hidden states, stores each token's context
-    features in ``features`` under the same slots (on rank 0 only).
+    ``forward`` writes this pass's keys and values into the cache, in place of rejected tokens', and
+    where a drafter reads hidden states it stores each token's context features in
+    ``features`` under the same slots (on rank 0 only).
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -82,10 +84,17 @@ class TargetShard:
         self._deterministic = config.deterministic
         num_stages = mesh.num_stages if mesh else 1
         num_ranks = mesh.tensor_parallel_size if mesh else 1
-        model = _load_model(config, self.dtype)
+        model_type = load_text_config(
+            config.model, trust_remote_code=config.trust_remote_code
+        ).model_type
+        self._is_compressed = model_type in UNSPLIT_MODEL_TYPES
+        attention = COMPRESSED_ATTENTION_NAME if self._is_compressed else ATTENTION_NAME
+        model = _load_model(config, self.dtype, attention)
         self._base = model.get_decoder()
         text_config = self._base.config
-        _check_servable(model, text_config)
+        _check_servable(
+            model, COMPRESSED_LAYER_TYPES if self._is_compressed else _PAGED_LAYER_TYPES
+        )
         check_split(
             text_config.to_dict(),
             tensor_parallel_size=num_ranks,
@@ -98,6 +107,8 @@ class TargetShard:
         num_layers = text_config.num_hidden_layers
         self.layers = stage_layers(num_layers, num_stages, mesh.stage if mesh else 0)
         self._key_sources = key_sources(text_config.to_dict())
+        if self._is_compressed:
+            attend_per_sequence(self._base)
         cut_stage(self._base, self.layers)
         self._gather_head = False
         if mesh is not None and num_ranks > 1:
@@ -134,6 +145,7 @@ class TargetShard:
             ``[R, hidden_size]`` hidden states of ``step.logit_rows`` on the last stage; elsewhere
             whatever was sent on.
         """
+        self.cache.begin(step)
         parts = step.split_tokens() if self._deterministic else [step]
         hidden_in, partial_in = self._receive(step)
         hidden_parts: list[torch.Tensor] = []
@@ -299,7 +311,9 @@ class TargetShard:
         cached = torch.zeros((num_slots, size), dtype=self.dtype, device=self.device)
         return _Features(_digest(projection), size, capture, cached)
 
-    def _make_cache(self, num_pages: int) -> KVCache:
+    def _make_cache(self, num_pages: int) -> KVCache | CompressedCaches:
+        if self._is_compressed:
+            return CompressedCaches(self._base.config, self.dtype)
         return KVCache(num_pages, self.page_size, self._key_sources)
 
     @torch.inference_mode()
@@ -338,7 +352,8 @@ class TargetShard:
         """
         feature_bytes = feature_size * torch.empty(0, dtype=self.dtype).element_size()
         page_bytes = (self.cache.bytes_per_token + feature_bytes) * config.page_size
-        fitting = config.kv_cache_memory_mb * 2**20 // page_bytes
+        sequence_bytes = config.max_num_seqs * self.cache.bytes_per_sequence
+        fitting = int((config.kv_cache_memory_mb * 2**20 - sequence_bytes) / page_bytes)
         context = config.max_model_len or self.max_model_len
         useful = config.max_num_seqs * -(-context // config.page_size) + 1
         return max(2, min(fitting, useful))
@@ -356,16 +371,17 @@ def _feature_size(projection: Projection | None) -> int:
     return projection.weight.shape[0] if projection is not None else 0
 
 
-def _check_servable(model: PreTrainedModel, text_config: Any) -> None:
+def _check_servable(model: PreTrainedModel, layer_types: frozenset[str]) -> None:
     """Refuses what would be served wrongly without any sign of it. Raises: ConfigError."""
     architecture = type(model).__name__
     decoder = model.get_decoder()
+    text_config = decoder.config
     for part in ("embed_tokens", "layers", "norm"):
         if not hasattr(decoder, part):
             raise ConfigError(
                 "target.model", f"{architecture} cannot be served: its decoder has no '{part}'"
             )
-    unknown = set(getattr(text_config, "layer_types", None) or ()) - _LAYER_TYPES
+    unknown = set(getattr(text_config, "layer_types", None) or ()) - layer_types
     if unknown:
         raise ConfigError(
             "target.model",
@@ -378,12 +394,12 @@ def _check_servable(model: PreTrainedModel, text_config: Any) -> None:
             )
 
 
-def _load_model(config: TargetConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(config: TargetConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             config.model,
             dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
+            attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
