@@ -93,6 +93,21 @@ def test_saving_as_bfloat16_keeps_the_vocabulary(tmp_path):
     assert torch.equal(load_eagle3(tmp_path).draft_token_ids(), drafter.draft_token_ids())
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loading_as_bfloat16_stays_near_float32(tmp_path, architecture):
+    """Weights are cast, rotary frequencies are not: far positions would turn by radians."""
+    exact = load_eagle3(save(tmp_path, architecture))
+    rough = load_eagle3(tmp_path, torch.bfloat16)
+    states, tokens = torch.randn(3, WIDTH), torch.tensor([1, 2, 3])
+    far = torch.tensor([40001, 40002, 40003])
+    keys, values = exact.context_kv(states, tokens, far)
+    rough_keys, rough_values = rough.context_kv(states.bfloat16(), tokens, far)
+    assert rough_keys.dtype == torch.bfloat16
+    torch.testing.assert_close(rough_keys.float(), keys, atol=0.1, rtol=0.05)
+    torch.testing.assert_close(rough_values.float(), values, atol=0.1, rtol=0.05)
+    assert rough.logits(states.bfloat16()).dtype == torch.float32
+
+
 def test_layer_may_be_named_as_sglang_names_it(tmp_path):
     save(tmp_path, LLAMA)
     stored = load_file(tmp_path / WEIGHTS)

@@ -123,6 +123,19 @@ def test_batch_agrees_with_each_alone(drafter):
         ]
 
 
+def test_context_keys_and_values_are_those_of_a_pass(drafter):
+    features, tokens = make_text()
+    projected, seen = drafter.project_features(features), []
+
+    def attend(layer, query, key, value):
+        seen.append((key, value))
+        return query
+
+    drafter(projected, tokens, torch.arange(LENGTH), attend)
+    alone = drafter.context_kv(projected, tokens, torch.arange(LENGTH))
+    torch.testing.assert_close(alone, seen[0])
+
+
 def test_reduced_vocabulary_gives_target_ids():
     drafter = make_eagle3(LLAMA)
     hidden = torch.randn(4, WIDTH)

@@ -14,6 +14,8 @@ from cluster.errors import ConfigError
 from cluster.models.eagle3_checkpoint import load_eagle3
 from cluster.models.eagle3_config import LLAMA, QWEN3
 from cluster.training.config import TrainConfig
+from cluster.training.dataset import Batch
+from cluster.training.eagle3_method import Eagle3Method
 from cluster.training.loop import train
 from cluster.training.parallel import Worker
 from cluster.training.tokenizer import save_tokenizer, train_tokenizer
@@ -37,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, out: str, steps: int, **drafter: Any) -> dict[str, Any]:
+def make_config(folder: Path, out: str, steps: int, **drafter: Any) -> TrainConfig:
     config = parse_section(
         TrainConfig,
         {
@@ -53,7 +55,11 @@ def run(folder: Path, out: str, steps: int, **drafter: Any) -> dict[str, Any]:
         },
     )
     config.check_together()
-    return train(config, Worker())
+    return config
+
+
+def run(folder: Path, out: str, steps: int, **drafter: Any) -> dict[str, Any]:
+    return train(make_config(folder, out, steps, **drafter), Worker())
 
 
 def test_learns_and_keeps_embedding_and_head(folder):
@@ -95,6 +101,27 @@ def test_goes_on_from_a_drafter_of_the_same_shape(folder):
     assert lengths[1] == pytest.approx(lengths[0], abs=0.1)
     with pytest.raises(ConfigError, match=r"draft_vocab_size is 40, not 41"):
         run(folder, "other", 1, draft_vocab_size=41, init_from=start)
+
+
+def test_anchors_have_features_before_them_and_room_behind(folder):
+    target = Qwen3ForCausalLM.from_pretrained(folder / "target")
+    method = Eagle3Method(make_config(folder, "out", 1, num_anchors=28), target)
+    tokens, generator = torch.zeros(2, 32, dtype=torch.int64), torch.Generator().manual_seed(0)
+    batch = method.sample(Batch(tokens, None, (0, 1)), generator)
+    assert torch.equal(batch.anchors, torch.arange(1, 29).expand(2, -1))
+    answers = torch.zeros(2, 32, dtype=torch.bool)
+    answers[0, 1:6], answers[1, 30:] = True, True
+    batch = method.sample(Batch(tokens, answers, (0, 1)), generator)
+    learned = {
+        (row, int(anchor) + 1 + step)
+        for row in range(2)
+        for anchor, counted in zip(batch.anchors[row], batch.counted[row], strict=True)
+        for step in range(3)
+        if counted[step]
+    }
+    # The token at 1 cannot be drafted: nothing before its anchor has features.
+    assert learned == {(0, position) for position in range(2, 6)} | {(1, 30), (1, 31)}
+    assert int(batch.anchors.min()) >= 1
 
 
 @pytest.mark.parametrize(
