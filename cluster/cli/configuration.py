@@ -7,6 +7,7 @@ from typing import Any
 
 import cluster
 from cluster.config import ClusterConfig, load_serve_config
+from cluster.engine.curve_files import read_curve
 from cluster.engine.layout import check_split
 from cluster.errors import ConfigError
 from cluster.models.drafter_check import check_drafter
@@ -27,7 +28,7 @@ def read_configuration(given: str | None) -> tuple[Path, dict[str, Any], Cluster
     """
     path = Path(given) if given is not None else _default_path()
     document, config = load_serve_config(path)
-    _check_checkpoints(config)
+    check_checkpoints(config)
     return path.resolve(), document, config
 
 
@@ -39,8 +40,14 @@ def _default_path() -> Path:
     raise ConfigError("CONFIG", f"name a file: there is no {DEFAULT_CONFIG} here")
 
 
-def _check_checkpoints(config: ClusterConfig) -> None:
-    """Checks what can be read quickly; models that are still on a hub are checked by the actors."""
+def check_checkpoints(config: ClusterConfig) -> None:
+    """Checks what can be read quickly; models that are still on a hub are checked by the actors.
+
+    Raises:
+        ConfigError, CheckpointError: as ``read_configuration``.
+    """
+    if config.target.verify_curve is not None:
+        read_curve(config.target.verify_curve)
     target = Path(config.target.model)
     if not target.is_dir():
         if target.is_absolute() or config.target.model.startswith("."):

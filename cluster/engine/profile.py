@@ -194,6 +194,15 @@ class CurveProfiler:
         self._to_visit = deque([*self._shapes] * _VISITS)
         self._num_passes = 0
 
+    @property
+    def num_points(self) -> int:
+        """Points of the grid that some batch can have."""
+        return len(self._shapes)
+
+    def is_measured(self, row: int, column: int) -> bool:
+        """Whether a point of the whole grid was measured; else the curve has an estimate there."""
+        return bool(np.isfinite(self._seconds[row, column]))
+
     def profile_quickly(self) -> VerifyCurve:
         """Every batch size without context, and every context at one batch size; about a second.
 

@@ -80,6 +80,12 @@ class ShardWorker:
             )
         self._shard = TargetShard(target, self._mesh, _load_projection(self.config))
 
+    def make_runner(self) -> Runner:
+        """Rank 0: what runs passes through all shards, while all other ranks follow."""
+        if self._shard is None:
+            raise RuntimeError("make_runner before start")
+        return Runner(self._shard)
+
     def build_engine(
         self,
         draft_client: DraftClient | None,
@@ -96,13 +102,11 @@ class ShardWorker:
             calibration: of the drafter's confidences; unset: they are taken as they are.
             seed: of the engine's random streams; unset: from the operating system.
         """
-        if self._shard is None:
-            raise RuntimeError("build_engine before start")
         model = self.config.target.model
         trust = self.config.target.trust_remote_code
         return Engine(
             self.config,
-            Runner(self._shard),
+            self.make_runner(),
             eos_token_ids=eos_token_ids(model, trust_remote_code=trust),
             tokenizer=load_tokenizer(model, trust_remote_code=trust),
             draft_client=draft_client,
