@@ -13,7 +13,7 @@ from cluster.models.dspark_config import DSparkConfig
 from cluster.models.eagle3_config import Eagle3Config, is_eagle3
 from cluster.models.hub import local_folder
 from cluster.models.json_files import read_json
-from cluster.models.tensor_headers import check_tensors, read_headers
+from cluster.models.tensor_headers import check_tensors, read_headers, tensor_names
 
 _CONFIG = "config.json"
 
@@ -49,8 +49,7 @@ def load_drafter_config(
 
 def _count_stages(folder: Path) -> int:
     """How many layers the draft module in ``folder`` has, by the names of its tensors."""
-    entries = read_headers(folder, lambda name: stage_of(name) is not None)
-    stages = {stage_of(name) for name in entries}
+    stages = {stage_of(name) for name in tensor_names(folder)} - {None}
     if not stages or stages != set(range(len(stages))):
         missing = next(stage for stage in range(len(stages) + 1) if stage not in stages)
         raise CheckpointError(str(folder), f"mtp.{missing}", "has no tensors")

@@ -53,6 +53,17 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
+def tensor_names(folder: Path) -> list[str]:
+    """Names of all tensors of a folder, as its index has them or, without one, its file.
+
+    Raises:
+        CheckpointError: the index or the file is missing or broken.
+    """
+    if weight_files(folder) == [WEIGHTS]:
+        return list(_read_header(folder / WEIGHTS))
+    return list(read_json(folder / _INDEX)["weight_map"])
+
+
 def read_headers(folder: Path, is_ours: Callable[[str], bool]) -> dict[str, TensorEntry]:
     """Where a folder's tensors are, by their names in the files.
 
