@@ -58,7 +58,7 @@ class Router:
 
 def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
     # Imported here: whoever builds or starts the application needs neither torch nor gRPC.
-    from cluster.engine.target import load_text_config
+    from cluster.engine.target_model import load_text_config
     from cluster.engine.worker import eos_token_ids, load_tokenizer
     from cluster.models.checkpoint import tokenizer_digest
     from cluster.rpc.router import RouterServer

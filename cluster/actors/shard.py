@@ -267,7 +267,7 @@ class Shard:
     ) -> GrpcDraftClient | None:
         if config.speculative is None:
             return None
-        from cluster.engine.target import load_text_config
+        from cluster.engine.target_model import load_text_config
         from cluster.rpc.drafter_client import GrpcDraftClient
 
         target = config.target

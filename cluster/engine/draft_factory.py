@@ -15,7 +15,7 @@ from cluster.engine.draft_eagle3 import Eagle3Network
 from cluster.engine.draft_engine import DraftEngine
 from cluster.engine.draft_method import DraftMethod
 from cluster.engine.draft_ngram import NgramMethod
-from cluster.engine.target import load_text_config
+from cluster.engine.target_model import load_text_config
 from cluster.errors import ConfigError
 from cluster.models.checkpoint import load_drafter
 from cluster.models.drafter_check import check_drafter

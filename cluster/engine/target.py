@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cluster.config import TargetConfig
 from cluster.engine.attention import ATTENTION_NAME, KVCache
 from cluster.engine.capture import FeatureCapture
 from cluster.engine.compressed_attention import COMPRESSED_ATTENTION_NAME, attend_per_sequence
-from cluster.engine.compressed_cache import COMPRESSED_LAYER_TYPES, CompressedCaches
+from cluster.engine.compressed_cache import CompressedCaches
 from cluster.engine.layout import UNSPLIT_MODEL_TYPES, check_split, key_sources, stage_layers
 from cluster.engine.mesh import Mesh
 from cluster.engine.sharding import (
@@ -24,24 +22,9 @@ from cluster.engine.sharding import (
     cut_tensor_parallel,
 )
 from cluster.engine.step_input import StepInput
-from cluster.errors import CheckpointError, ConfigError
+from cluster.engine.target_model import check_servable, load_model, load_text_config
+from cluster.errors import ConfigError
 from cluster.models.checkpoint import Projection
-
-_PAGED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-_LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-
-
-def load_text_config(model: str, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's (text) configuration.
-
-    Raises:
-        CheckpointError: the folder has none, or it cannot be read.
-    """
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(model, "config.json", str(error).split("\n")[0]) from error
-    return config.get_text_config()
 
 
 class _Features(NamedTuple):
@@ -89,12 +72,10 @@ class TargetShard:
         ).model_type
         self._is_compressed = model_type in UNSPLIT_MODEL_TYPES
         attention = COMPRESSED_ATTENTION_NAME if self._is_compressed else ATTENTION_NAME
-        model = _load_model(config, self.dtype, attention)
+        model = load_model(config, self.dtype, attention)
         self._base = model.get_decoder()
         text_config = self._base.config
-        _check_servable(
-            model, COMPRESSED_LAYER_TYPES if self._is_compressed else _PAGED_LAYER_TYPES
-        )
+        check_servable(model, is_compressed=self._is_compressed)
         check_split(
             text_config.to_dict(),
             tensor_parallel_size=num_ranks,
@@ -369,47 +350,3 @@ def _digest(projection: Projection | None) -> str:
 
 def _feature_size(projection: Projection | None) -> int:
     return projection.weight.shape[0] if projection is not None else 0
-
-
-def _check_servable(model: PreTrainedModel, layer_types: frozenset[str]) -> None:
-    """Refuses what would be served wrongly without any sign of it. Raises: ConfigError."""
-    architecture = type(model).__name__
-    decoder = model.get_decoder()
-    text_config = decoder.config
-    for part in ("embed_tokens", "layers", "norm"):
-        if not hasattr(decoder, part):
-            raise ConfigError(
-                "target.model", f"{architecture} cannot be served: its decoder has no '{part}'"
-            )
-    unknown = set(getattr(text_config, "layer_types", None) or ()) - layer_types
-    if unknown:
-        raise ConfigError(
-            "target.model",
-            f"{architecture} cannot be served: layers of type {', '.join(sorted(unknown))}",
-        )
-    for key in _LOGIT_FACTORS:
-        if getattr(text_config, key, None) not in (None, 1):
-            raise ConfigError(
-                "target.model", f"{architecture} cannot be served: it scales logits by '{key}'"
-            )
-
-
-def _load_model(config: TargetConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(config.model, None, str(error).split("\n")[0]) from error
-    for kind in ("missing_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in info.get(kind, ()))
-        if keys:
-            raise CheckpointError(config.model, keys[0], kind.replace("_", " "))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model

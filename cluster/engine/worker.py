@@ -19,7 +19,8 @@ from cluster.engine.draft_client import DraftClient
 from cluster.engine.engine import Engine
 from cluster.engine.mesh import Mesh, open_store
 from cluster.engine.runner import Runner, follow
-from cluster.engine.target import TargetShard, load_text_config
+from cluster.engine.target import TargetShard
+from cluster.engine.target_model import load_text_config
 from cluster.errors import CheckpointError
 from cluster.models.checkpoint import Projection, load_projection
 from cluster.models.drafter_check import check_drafter

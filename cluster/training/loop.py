@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from cluster.engine.target import load_text_config
+from cluster.engine.target_model import load_text_config
 from cluster.engine.worker import load_tokenizer
 from cluster.errors import CheckpointError, ConfigError
 from cluster.models.checkpoint import target_digest

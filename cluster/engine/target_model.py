@@ -1,0 +1,94 @@
+"""Loads the target's network from its checkpoint, and refuses what cannot be served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cluster.config import TargetConfig
+from cluster.engine.compressed_cache import COMPRESSED_LAYER_TYPES
+from cluster.errors import CheckpointError, ConfigError
+
+_PAGED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def load_text_config(model: str, *, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's (text) configuration.
+
+    Raises:
+        CheckpointError: the folder has none, or it cannot be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(model, "config.json", str(error).split("\n")[0]) from error
+    return config.get_text_config()
+
+
+def load_model(config: TargetConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The whole model on the CPU, without gradients.
+
+    Args:
+        attention: its name in transformers' ``AttentionInterface``.
+
+    Raises:
+        CheckpointError: it cannot be read, or weights are missing or of another shape.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(config.model, None, str(error).split("\n")[0]) from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in info.get(kind, ()))
+        if keys:
+            raise CheckpointError(config.model, keys[0], kind.replace("_", " "))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def check_servable(model: PreTrainedModel, *, is_compressed: bool) -> None:
+    """Refuses what would be served wrongly without any sign of it.
+
+    Args:
+        is_compressed: served by ``CompressedCaches``, else by a paged ``KVCache``.
+
+    Raises:
+        ConfigError: names the architecture and what it needs.
+    """
+    architecture = type(model).__name__
+    decoder = model.get_decoder()
+    text_config = decoder.config
+    for part in ("embed_tokens", "layers", "norm"):
+        if not hasattr(decoder, part):
+            raise ConfigError(
+                "target.model", f"{architecture} cannot be served: its decoder has no '{part}'"
+            )
+    if getattr(model, "_is_stateful", False) and not is_compressed:
+        raise ConfigError(
+            "target.model",
+            f"{architecture} cannot be served: its layers keep a state besides keys and values",
+        )
+    layer_types = COMPRESSED_LAYER_TYPES if is_compressed else _PAGED_LAYER_TYPES
+    unknown = set(getattr(text_config, "layer_types", None) or ()) - layer_types
+    if unknown:
+        raise ConfigError(
+            "target.model",
+            f"{architecture} cannot be served: layers of type {', '.join(sorted(unknown))}",
+        )
+    for key in _LOGIT_FACTORS:
+        if getattr(text_config, key, None) not in (None, 1):
+            raise ConfigError(
+                "target.model", f"{architecture} cannot be served: it scales logits by '{key}'"
+            )
