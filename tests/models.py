@@ -10,6 +10,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from cluster.models.checkpoint import build_drafter, save_drafter
 from cluster.models.dspark_config import DSparkConfig
+from cluster.models.eagle3 import Eagle3Config, Eagle3Drafter
+from cluster.models.eagle3_checkpoint import save_eagle3
 
 MODELS = Path(__file__).parents[1] / "deployments" / "models"
 TARGET = str(MODELS / "stdlib-7m")
@@ -73,4 +75,27 @@ def save_tiny_drafter(folder: Path, target: str, *, seed: int = 1, **overrides: 
         drafter.embed_tokens.weight.copy_(embedding.model.embed_tokens.weight)
         drafter.lm_head.weight.copy_(embedding.lm_head.weight)
     save_drafter(drafter, folder, dtype=torch.float32)
+    return str(folder)
+
+
+def save_tiny_eagle3(folder: Path, target: str, *, seed: int = 1, **overrides: Any) -> str:
+    """A random EAGLE-3 drafter for a target saved by ``save_tiny_target``; returns its folder."""
+    torch.manual_seed(seed)
+    target_config = Qwen3Config.from_pretrained(target)
+    layers = target_config.num_hidden_layers
+    values = {
+        **target_config.to_dict(),
+        "architectures": ["Qwen3Eagle3Model"],
+        "num_hidden_layers": 1,
+        "num_target_layers": layers,
+        "layer_types": ["full_attention"],
+        "target_layer_ids": [0, layers // 2, layers - 1],
+        **overrides,
+    }
+    drafter = Eagle3Drafter(Eagle3Config.from_dict(values))
+    model = Qwen3ForCausalLM.from_pretrained(target)
+    with torch.no_grad():
+        drafter.embed_tokens.weight.copy_(model.model.embed_tokens.weight)
+        drafter.lm_head.weight.copy_(model.lm_head.weight)
+    save_eagle3(drafter, folder, dtype=torch.float32)
     return str(folder)
