@@ -10,7 +10,8 @@ import argparse
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,10 +97,17 @@ def _start(
     arguments: argparse.Namespace,
     rendezvous: str,
 ) -> None:
-    torch.set_num_threads(1)
     count = arguments.processes
+    with join_group(rank, count, rendezvous):
+        train(arguments, Worker(rank, count))
+
+
+@contextmanager
+def join_group(rank: int, count: int, rendezvous: str) -> Iterator[None]:
+    """One of ``count`` processes with a thread each; ``rendezvous`` is a URL that all can reach."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=count)
     try:
-        train(arguments, Worker(rank, count))
+        yield
     finally:
         dist.destroy_process_group()
