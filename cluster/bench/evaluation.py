@@ -184,7 +184,8 @@ def acceptance_figures(table: RoundTable) -> dict[str, Any]:
     """Acceptance by position; position k is the k-th entry of each list."""
     if len(table) == 0:
         return {"rounds": 0, "requests": 0}
-    length = mean_interval(table.num_accepted + 1.0, table.request_index)
+    lengths = (table.num_accepted + 1).astype(np.float64)
+    length = mean_interval(lengths, table.request_index)
     is_reached, is_accepted = table.is_reached, table.is_accepted
     conditional = [
         _round(is_accepted[rows, k].mean()) if (rows := is_reached[:, k]).any() else None

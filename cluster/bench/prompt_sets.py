@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def load_prompt_set(
         source: ``stdlib-heldout`` or ``stdlib-training``, windows of the standard library's source
             at even distances; else a JSONL file of prompts (``cluster.training.prompts``), of
             which the first turns are taken, from the start.
-        count: most prompts.
+        count: most prompts; they come in an order of their own.
         num_tokens: length of a window of code.
         max_tokens: a longer prompt of a file is left out.
 
@@ -45,16 +46,20 @@ def load_prompt_set(
         stream = TokenStream(documents, tokenizer, num_tokens, shuffle=False)
         stride = max(1, stream.windows_per_epoch // count)
         indices = range(min(count, stream.windows_per_epoch))
-        return PromptSet(
-            source, tuple(tuple(stream.window(index * stride).tolist()) for index in indices)
-        )
-    prompts = []
+        return _mixed(source, [stream.window(index * stride).tolist() for index in indices])
+    prompts: list[list[int]] = []
     for prompt in read_prompts(source):
         token_ids = render(tokenizer, prompt.messages)
         if 2 <= len(token_ids) <= max_tokens:
-            prompts.append(tuple(token_ids))
+            prompts.append(token_ids)
         if len(prompts) == count:
             break
     if not prompts:
         raise DataError(source, None, f"has no prompt of 2 to {max_tokens} tokens")
-    return PromptSet(Path(source).stem, tuple(prompts))
+    return _mixed(Path(source).stem, prompts)
+
+
+def _mixed(name: str, prompts: list[list[int]]) -> PromptSet:
+    """In an order that is always the same, and whose every beginning is a sample of all."""
+    random.Random(0).shuffle(prompts)
+    return PromptSet(name, tuple(map(tuple, prompts)))

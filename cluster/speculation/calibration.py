@@ -20,7 +20,7 @@ from cluster.speculation.reliability import RoundTable, calibration_error
 Floats = npt.NDArray[np.float64]
 
 _SMALLEST = 1e-6  # a confidence of exactly 0 or 1 has no logit
-_SEARCH_RANGE = (0.05, 20.0)
+_SEARCH_RANGE = (0.2, 5.0)
 _NUM_GRID = 41
 _NUM_REFINEMENTS = 2
 
@@ -102,5 +102,5 @@ def _search(logits: Floats, before: Floats, outcomes: Floats) -> float:
         ]
         best = float(grid[int(np.argmin(errors))])
         spacing = (high - low) / (_NUM_GRID - 1)
-        low, high = best - spacing, best + spacing
+        low, high = max(best - spacing, low), min(best + spacing, high)
     return float(np.exp(best))

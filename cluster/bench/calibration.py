@@ -1,0 +1,209 @@
+"""Suite ``calibration``, and ``dspark calibrate``: fitting a drafter's confidences and judging it.
+
+Temperatures are fitted on rounds over training prompts, one fit for each verifier and temperature
+bucket, and judged on rounds over other, held-out prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster.bench.drafter_choice import DrafterChoice
+from cluster.bench.evaluation import (
+    DrafterRunner,
+    Evaluation,
+    Settings,
+    acceptance_figures,
+    confidence_figures,
+)
+from cluster.bench.prompt_sets import load_prompt_set
+from cluster.bench.report import Report
+from cluster.engine.worker import load_tokenizer
+from cluster.errors import ConfigError
+from cluster.models.calibration_file import CalibrationEntry, save_calibration
+from cluster.speculation.calibration import Floats, fit_temperatures
+from cluster.speculation.record import temperature_bucket
+
+ERROR_BAR = 0.02
+_LARGEST_AUC_CHANGE = 1e-3  # ties alone: dividing a logit keeps the order
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which prompts to fit and to judge on; sources as for ``load_prompt_set``.
+
+    Attributes:
+        training_rounds, heldout_rounds: rounds of each fit; no more prompts are started behind.
+        num_prompts: most prompts of each set.
+        prompt_tokens: length of a window of code.
+    """
+
+    training: str
+    heldout: str
+    training_rounds: int
+    heldout_rounds: int
+    num_prompts: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """One verifier's fit at one temperature: the rounds it was made and judged on."""
+
+    temperatures: tuple[float, ...]
+    training: Evaluation
+    heldout: Evaluation
+
+    def figures(self) -> dict[str, Any]:
+        """Errors before and after, as JSON values."""
+        return {
+            "verifier": self.heldout.key.verifier,
+            "temperature_bucket": self.heldout.key.bucket,
+            "temperature": self.heldout.temperature,
+            "temperatures": [round(value, 4) for value in self.temperatures],
+            "training": self._judged_on(self.training),
+            "heldout": self._judged_on(self.heldout),
+        }
+
+    def _judged_on(self, evaluation: Evaluation) -> dict[str, Any]:
+        table = evaluation.table
+        fitted: Floats = np.asarray(self.temperatures)
+        acceptance = acceptance_figures(table)
+        return {
+            "dataset": evaluation.dataset,
+            **{name: acceptance[name] for name in ("rounds", "requests", "acceptance_length")},
+            "before": confidence_figures(table, np.ones_like(fitted)),
+            "after": confidence_figures(table, fitted),
+        }
+
+
+def check_temperatures(temperatures: Sequence[float]) -> None:
+    """Raises ConfigError where two temperatures ask for a fit of the same bucket."""
+    buckets = [temperature_bucket(value) for value in temperatures]
+    if len(set(buckets)) < len(buckets):
+        raise ConfigError(
+            "--temperature", f"two of {list(temperatures)} are in one bucket ({', '.join(buckets)})"
+        )
+
+
+def fit_drafter(
+    target: str,
+    drafter: DrafterChoice,
+    temperatures: Sequence[float],
+    data: Data,
+    settings: Settings,
+    note: Note,
+) -> Iterator[Fit]:
+    """Fits and judges: greedy at temperature 0, both verifiers above.
+
+    Args:
+        note: told what is going on.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: before the first round.
+    """
+    check_temperatures(temperatures)
+    runner = DrafterRunner(target, drafter, settings)
+    tokenizer = load_tokenizer(target)
+    training, heldout = (
+        load_prompt_set(
+            source,
+            tokenizer,
+            count=data.num_prompts,
+            num_tokens=data.prompt_tokens,
+            max_tokens=runner.max_prompt_tokens,
+        )
+        for source in (data.training, data.heldout)
+    )
+    for temperature in temperatures:
+        for is_seeded in (True,) if temperature == 0 else (True, False):
+            rounds = []
+            for prompts, wanted in (
+                (training, data.training_rounds),
+                (heldout, data.heldout_rounds),
+            ):
+                done = runner.evaluate(prompts, temperature, is_seeded=is_seeded, num_rounds=wanted)
+                note(
+                    f"{drafter.name} {done.key.verifier} at temperature {temperature:g} on "
+                    f"{prompts.name}: {len(done.table)} rounds"
+                )
+                rounds.append(done)
+            yield Fit(fit_temperatures(rounds[0].table), *rounds)
+    runner.close()
+
+
+def store(target: str, drafter: DrafterChoice, fits: Sequence[Fit], settings: Settings) -> str:
+    """Writes ``calibration.json`` beside the drafter; returns its path.
+
+    Raises:
+        ConfigError: the drafter has no folder.
+        CheckpointError: the file cannot be written.
+    """
+    if drafter.model is None:
+        raise ConfigError("--drafter", f"method {drafter.method} has no folder to write to")
+    entries = [
+        CalibrationEntry(
+            key=fit.heldout.key,
+            temperatures=fit.temperatures,
+            num_rounds=len(fit.training.table),
+            metrics={"draft_top_k": settings.draft_top_k, **fit.figures()},
+        )
+        for fit in fits
+    ]
+    return str(save_calibration(drafter.model, target, entries))
+
+
+def summarise(fits: Sequence[Fit]) -> dict[str, Any]:
+    """The suite's figures: by position the worst of all fits, and every fit's own."""
+    rows = [fit.figures() for fit in fits]
+    before, after, auc = (
+        _by_position([row["heldout"][when][name] for row in rows], pick)
+        for when, name, pick in (
+            ("before", "ece", max),
+            ("after", "ece", max),
+            ("after", "auc", min),
+        )
+    )
+    return {"ece_before": before, "ece_after": after, "auc": auc, "fits": rows}
+
+
+def run(
+    *,
+    target: str,
+    drafter: DrafterChoice,
+    temperatures: Sequence[float],
+    data: Data,
+    settings: Settings,
+    note: Note,
+) -> Report:
+    """The suite: fits anew, writes nothing. It passes where every held-out error is within 2%."""
+    fits = list(fit_drafter(target, drafter, temperatures, data, settings, note))
+    figures = summarise(fits)
+    return Report(suite="calibration", figures=figures, passed=is_calibrated(figures))
+
+
+def is_calibrated(figures: dict[str, Any]) -> bool:
+    """Whether every held-out error is within the bar, and no AUC has changed."""
+    is_same_auc = all(
+        a is None or abs(a - b) <= _LARGEST_AUC_CHANGE
+        for fit in figures["fits"]
+        for b, a in zip(
+            fit["heldout"]["before"]["auc"], fit["heldout"]["after"]["auc"], strict=True
+        )
+    )
+    return is_same_auc and all(error <= ERROR_BAR for error in figures["ece_after"])
+
+
+def _by_position(
+    lists: Sequence[Sequence[float | None]], pick: Callable[[list[float]], float]
+) -> list[float | None]:
+    columns = (
+        [value for value in column if value is not None] for column in zip(*lists, strict=True)
+    )
+    return [pick(column) if column else None for column in columns]

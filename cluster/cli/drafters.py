@@ -1,0 +1,89 @@
+"""What the commands that measure drafters have in common."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cluster.bench.drafter_choice import DrafterChoice
+    from cluster.bench.evaluation import Settings
+
+DEFAULT_TARGET = "deployments/models/stdlib-7m"
+DEFAULT_DRAFTER = "dspark=deployments/models/stdlib-7m-dspark"
+
+
+def add_rounds(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+    """Adds how rounds are run."""
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=max_tokens,
+        metavar="N",
+        help="longest output",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=positive, default=128, metavar="N", help="length of prompts of code"
+    )
+    parser.add_argument(
+        "--concurrency", type=positive, default=64, metavar="N", help="requests at once"
+    )
+    parser.add_argument(
+        "--num-speculative-tokens",
+        type=positive,
+        default=7,
+        metavar="N",
+        help="block of methods whose checkpoint has none: eagle3, draft_model, ngram",
+    )
+    parser.add_argument(
+        "--draft-top-k",
+        type=positive,
+        default=1024,
+        metavar="N",
+        help="entries of a draft distribution, as `speculative.draft_top_k` (default 1024)",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+
+
+def positive(text: str) -> int:
+    """A number of things, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings that ``add_rounds`` has read."""
+    from cluster.bench.evaluation import Settings
+
+    return Settings(
+        max_tokens=args.max_tokens,
+        concurrency=args.concurrency,
+        num_speculative_tokens=args.num_speculative_tokens,
+        draft_top_k=args.draft_top_k,
+        device=args.device,
+    )
+
+
+def drafters_of(texts: list[str] | None) -> list[DrafterChoice]:
+    """The drafters named on the command line, the shipped one where there is none.
+
+    Raises:
+        ConfigError: one cannot be read, or two have one name.
+    """
+    from cluster.bench.drafter_choice import DrafterChoice
+    from cluster.errors import ConfigError
+
+    choices = [DrafterChoice.parse(text) for text in texts or [DEFAULT_DRAFTER]]
+    names = [choice.name for choice in choices]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError("--drafter", f"two are called {name!r}; use NAME=METHOD:DIR")
+    return choices
+
+
+def note(text: str) -> None:
+    """Says on standard error what goes on."""
+    print(text, file=sys.stderr, flush=True)
