@@ -202,7 +202,7 @@ TINY_QWEN3: dict[str, Any] = {**QWEN3, **_REDUCED_DEEPSPEC}
 TINY_GEMMA4: dict[str, Any] = {
     **GEMMA4,
     **_REDUCED_DEEPSPEC,
-    "global_head_dim": 16,
+    "global_head_dim": 8,
     "final_logit_softcapping": 6.0,
 }
 # Its window is shorter than the tests' contexts.
