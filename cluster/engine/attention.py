@@ -66,6 +66,14 @@ class KVCache:
     def begin(self, step: StepInput) -> None:
         """Nothing to prepare: what a pass finds in its slots, rejected tokens', is overwritten."""
 
+    def pretend(self, page: int, num_tokens: int) -> None:
+        """Nothing to do: whatever lies in pages can be attended to."""
+
+    def resize(self, num_pages: int) -> None:
+        """Room for so many pages, and nothing in them."""
+        self.num_pages = num_pages
+        self._layers.clear()
+
     def release(self, page: int) -> None:
         """Nothing to free: the next holder of the page overwrites it."""
 

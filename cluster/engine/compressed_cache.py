@@ -75,6 +75,18 @@ class WindowLayer(CacheLayerMixin):
         """The window: no more keys are seen at once."""
         return self.window
 
+    def stretched(self, length: int) -> WindowLayer:
+        """A layer like this one, which has seen something, as after ``length`` tokens of zeros."""
+        layer = WindowLayer(self.window)
+        self._stretch_keys(layer, length)
+        return layer
+
+    def _stretch_keys(self, layer: WindowLayer, length: int) -> None:
+        held = min(length, self.window - 1)
+        layer.keys = layer.values = self.keys.new_zeros(1, 1, held, self.keys.shape[3])
+        layer.length = length
+        layer.is_initialized = True
+
     def cut(self, length: int) -> None:
         """Forgets the tokens from position ``length`` on, and keys that no later token sees.
 
@@ -168,6 +180,24 @@ class CompressedLayer(WindowLayer):
             stream.entries = torch.cat([stream.entries, compressed], dim=1)
         return stream.entries
 
+    def stretched(self, length: int) -> CompressedLayer:
+        """A layer like this one, which has seen something, as after ``length`` tokens of zeros."""
+        layer = CompressedLayer(self.window, self.rate)
+        self._stretch_keys(layer, length)
+        num_entries, num_open = divmod(length, self.rate)
+        for name, stream in self._streams.items():
+            if stream.tokens is None or stream.entries is None:
+                continue
+            width, dim = stream.tokens.shape[3], stream.entries.shape[2]
+            layer._streams[name] = _Stream(
+                tokens=stream.tokens.new_zeros(2, 1, num_open, width),
+                start=num_entries * self.rate,
+                entries=stream.entries.new_zeros(1, num_entries, dim),
+            )
+            if num_entries and width > dim:
+                layer._streams[name].overlaps = stream.tokens.new_zeros(2, 1, 1, self.rate, dim)
+        return layer
+
     def cut(self, length: int) -> None:
         """Forgets the tokens from position ``length`` on, and the entries they closed."""
         super().cut(length)
@@ -247,6 +277,8 @@ class CompressedCaches:
                 continue
             if start == 0:
                 self._caches[page] = self._new_cache()
+            if page not in self._caches:
+                raise RuntimeError(f"no sequence has its first page at {page}")
             for layer in self._caches[page].layers:
                 layer.cut(start)
 
@@ -262,6 +294,14 @@ class CompressedCaches:
             parts.append(SequencePart(slice(row, row + int(length)), cache, mask))
             row += int(length)
         return parts
+
+    def pretend(self, page: int, num_tokens: int) -> None:
+        """Lets a sequence that begins at ``page`` hold tokens that nobody computed (profiling)."""
+        layers = [layer.stretched(num_tokens) for layer in self._tried.layers]
+        self._caches[page] = Cache(layers=layers)
+
+    def resize(self, num_pages: int) -> None:
+        """Nothing to do: what sequences hold does not lie in pages."""
 
     def release(self, page: int) -> None:
         """Forgets the sequence whose first page this was, if it was one's."""

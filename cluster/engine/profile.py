@@ -123,6 +123,9 @@ class StepProbe:
         held: list[int] = []
         entries = self._entries(shape, held)
         try:
+            for entry in entries:
+                cached = entry.sequence.num_computed_tokens
+                self._runner.shard.cache.pretend(entry.sequence.pages[0], cached)
             start = time.perf_counter()
             self._runner.launch(flatten(entries, self._pages.page_size))
             self._sampler.sample(self._runner.collect(), [_sample_input(e) for e in entries])

@@ -87,7 +87,7 @@ class TargetShard:
         self._soft_cap: float | None = getattr(text_config, "final_logit_softcapping", None)
         num_layers = text_config.num_hidden_layers
         self.layers = stage_layers(num_layers, num_stages, mesh.stage if mesh else 0)
-        self._key_sources = key_sources(text_config.to_dict())
+        sources = key_sources(text_config.to_dict())
         if self._is_compressed:
             attend_per_sequence(self._base)
         cut_stage(self._base, self.layers)
@@ -105,14 +105,18 @@ class TargetShard:
         self._features = _Features()
         self._staged: _Features | None = None
         self.page_size = config.page_size
-        self.cache = self._make_cache(num_pages=1)
+        self.cache: KVCache | CompressedCaches
+        if self._is_compressed:
+            self.cache = CompressedCaches(text_config, self.dtype)
+        else:
+            self.cache = KVCache(1, self.page_size, sources)
         self._try_one_token(type(model).__name__)
         self.num_pages = config.num_pages or self._pages_for_memory(
             config, _feature_size(projection)
         )
         if mesh is not None:
             self.num_pages = mesh.minimum(self.num_pages)
-        self.cache = self._make_cache(self.num_pages)
+        self.cache.resize(self.num_pages)
         self.stage_features(projection)
         self.use_staged_features()
 
@@ -291,11 +295,6 @@ class TargetShard:
         num_slots = self.num_pages * self.page_size if mesh is None or mesh.rank == 0 else 0
         cached = torch.zeros((num_slots, size), dtype=self.dtype, device=self.device)
         return _Features(_digest(projection), size, capture, cached)
-
-    def _make_cache(self, num_pages: int) -> KVCache | CompressedCaches:
-        if self._is_compressed:
-            return CompressedCaches(self._base.config, self.dtype)
-        return KVCache(num_pages, self.page_size, self._key_sources)
 
     @torch.inference_mode()
     def _try_one_token(self, architecture: str) -> None:
