@@ -162,6 +162,17 @@ def test_rejected_tokens_leave_nothing_wherever_windows_end(tmp_path: Path, name
             torch.testing.assert_close(behind, whole[start + verified :], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["gemma4-experts", "deepseek-v3", "deepseek-v4"])
+def test_deterministic_logits_do_not_depend_on_guesses(tmp_path: Path, name: str) -> None:
+    shard = make_shard(save_target(TARGETS[name], tmp_path), None, deterministic=True)
+    text = [(k * k + 7) % VOCAB_SIZE for k in range(24)]
+    singly = torch.cat([compute(shard, [token], start) for start, token in enumerate(text)])
+    compute(shard, text[:8], 0)
+    compute(shard, [*text[8:13], 1, 2, 3], 8)
+    behind = compute(shard, text[13:], 13)
+    assert torch.equal(behind, singly[13:])
+
+
 def test_a_sequence_of_v4_holds_a_bounded_state(tmp_path: Path) -> None:
     config = TARGETS["deepseek-v4"]
     shard = make_shard(save_target(config, tmp_path), None)

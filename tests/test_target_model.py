@@ -1,0 +1,64 @@
+"""Architectures that would be served wrongly are refused at load, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    GptOssConfig,
+    GraniteConfig,
+    PretrainedConfig,
+    Qwen3NextConfig,
+)
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from cluster.engine.target import TargetShard
+from cluster.errors import ConfigError
+from tests.engine_tools import make_config
+from tests.target_models import SMALL, TARGETS, save_target
+
+REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
+    "no decoder layers": (
+        GPT2Config(n_layer=1, n_embd=8, n_head=2),
+        "GPT2LMHeadModel.*has no 'embed_tokens'",
+    ),
+    "sinks": (
+        GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, head_dim=8),
+        "GptOssAttention needs attention sinks",
+    ),
+    "soft cap on scores": (Gemma2Config(**SMALL, head_dim=8), "Gemma2Attention.*soft cap"),
+    "scaled logits": (GraniteConfig(**SMALL, logits_scaling=4.0), "scales logits"),
+    "linear attention": (
+        Qwen3NextConfig(**SMALL, num_experts=2, head_dim=8, linear_num_value_heads=4),
+        "Qwen3NextForCausalLM.*state besides keys",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_paged_attention_lacks_is_refused(tmp_path: Path, what: str) -> None:
+    config, why = REFUSED[what]
+    model = save_target(config, tmp_path)
+    with pytest.raises(ConfigError, match=why):
+        TargetShard(make_config(model).target, None, None)
+
+
+def test_layers_that_attend_on_their_own_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_target(TARGETS["llama"], tmp_path)
+    attend = LlamaAttention.forward
+
+    def forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        if self.layer_idx == 1:
+            return hidden_states, None
+        return attend(self, hidden_states, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM.*\[1\].*AttentionInterface"):
+        TargetShard(make_config(model).target, None, None)
