@@ -247,13 +247,19 @@ class CurveProfiler:
     def _measure_in_turn(
         self, points: list[tuple[int, int]], repeats: int, deadline_s: float = np.inf
     ) -> None:
-        """Measures every point once to warm up, and then as often as told, if there is time."""
-        for turn in range(1 + repeats):
-            for point in points:
-                if turn > 0 and time.perf_counter() > deadline_s:
-                    return
-                seconds = self._probe.measure(self._shapes[point])
-                self._seconds[point] = seconds if turn <= 1 else min(self._seconds[point], seconds)
+        """Measures every point once to warm up, and then as often as told, if there is time.
+
+        The warm-up counts for points that there is no time for.
+        """
+        warm_up = [self._probe.measure(self._shapes[point]) for point in points]
+        for point in points * repeats:
+            if time.perf_counter() > deadline_s:
+                break
+            seconds = self._probe.measure(self._shapes[point])
+            self._seconds[point] = min(self._seconds[point], seconds)
+        for point, seconds in zip(points, warm_up, strict=True):
+            if np.isinf(self._seconds[point]):
+                self._seconds[point] = seconds
 
     def _curve(self) -> VerifyCurve:
         """The curve of what has been measured; contexts that were not are left out."""
