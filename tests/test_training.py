@@ -1,4 +1,4 @@
-"""Training of the small pair, on models of a few thousand parameters."""
+"""The parts of training, and training of the small target, on models of few parameters."""
 
 import json
 from itertools import pairwise
@@ -6,61 +6,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.models.checkpoint import load_drafter
-from cluster.training import corpus, drafter, target
-from cluster.training.drafter_loss import block_loss, sample_anchors
+from cluster.models.dspark import DSparkDrafter
+from cluster.training import corpus, target
+from cluster.training.drafter_loss import (
+    LossWeights,
+    block_loss,
+    sample_anchors,
+    sample_answer_anchors,
+)
 from cluster.training.features import FeatureTarget
 from cluster.training.optimization import Budget, learning_rate_factor
 from cluster.training.parallel import Worker, run_workers
 from cluster.training.speculate import SpeculativeSession
-from cluster.training.tokenizer import save_tokenizer, train_tokenizer
-
-TEXT = (
-    "def add(a, b):\n    return a + b\n\n\nclass Stack:\n    def push(self, item):\n        pass\n"
-)
-DOCUMENTS = [corpus.Document(f"{i}.py", f"# file {i}\n" + TEXT * (3 + i % 3)) for i in range(8)]
-VOCAB_SIZE = 300
-LENGTH = 32
-
-
-def build_tiny_target(vocab_size: int = VOCAB_SIZE, eos: int = 0, pad: int = 1) -> Qwen3ForCausalLM:
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=128,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        bos_token_id=eos,
-        eos_token_id=eos,
-        pad_token_id=pad,
-    )
-    return Qwen3ForCausalLM(config)
+from cluster.training.tokenizer import train_tokenizer
+from tests.models import save_tiny_drafter
+from tests.training_tools import DOCUMENTS, LENGTH, VOCAB_SIZE, build_tiny_target, save_target
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "build_target", build_tiny_target)
-    for module in (target, drafter):
-        monkeypatch.setattr(module, "SEQUENCE_LENGTH", LENGTH)
-        monkeypatch.setattr(module, "load_documents", lambda: (DOCUMENTS, DOCUMENTS[:2]))
+    monkeypatch.setattr(target, "SEQUENCE_LENGTH", LENGTH)
+    monkeypatch.setattr(target, "load_documents", lambda: (DOCUMENTS, DOCUMENTS[:2]))
 
 
 @pytest.fixture
 def target_folder(tmp_path: Path) -> Path:
     """A folder with a tokenizer and an untrained tiny target."""
-    folder = tmp_path / "target"
-    folder.mkdir()
-    save_tokenizer(train_tokenizer([d.text for d in DOCUMENTS] * 2, VOCAB_SIZE), folder)
-    torch.manual_seed(0)
-    target.export_target(build_tiny_target(), AutoTokenizer.from_pretrained(folder), folder)
-    return folder
+    return save_target(tmp_path / "target")
 
 
 def run_target(folder: Path, state: Path, steps: int, *extra: str) -> dict:
@@ -69,11 +45,9 @@ def run_target(folder: Path, state: Path, steps: int, *extra: str) -> dict:
     return json.loads((folder / "training.json").read_text())
 
 
-def run_drafter(folder: Path, out: Path, steps: int, *extra: str) -> dict:
-    options = ["--target", str(folder), "--out", str(out), "--steps", str(steps), "--batch", "2"]
-    options += ["--anchors", "8", "--processes", "1", *extra]
-    run_workers(drafter.train, drafter.parse_arguments(options))
-    return json.loads((out / "training.json").read_text())
+def tiny_drafter(target_folder: Path, **overrides) -> DSparkDrafter:
+    folder = target_folder.parent / "drafter"
+    return load_drafter(save_tiny_drafter(folder, str(target_folder), mask_token_id=2, **overrides))
 
 
 # -------------------------------------------------------------------------------------- corpus
@@ -150,41 +124,12 @@ def test_halving_keeps_every_prediction():
     assert pairs == {(int(a), int(b)) for row in tokens for a, b in pairwise(row)}
 
 
-# --------------------------------------------------------------------------------- the drafter
-
-
-def test_drafter_learns_and_keeps_embedding_and_head(target_folder, tmp_path):
-    run_target(target_folder, tmp_path / "state", 20)
-    first = run_drafter(target_folder, tmp_path / "first", 1)
-    last = run_drafter(target_folder, tmp_path / "last", 40)
-    assert last["heldout_acceptance_length"] > first["heldout_acceptance_length"] + 0.2
-    trained = load_drafter(tmp_path / "last")
-    model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
-    torch.testing.assert_close(trained.embed_tokens.weight, model.get_input_embeddings().weight)
-    torch.testing.assert_close(trained.lm_head.weight, model.get_output_embeddings().weight)
-    assert trained.config.target_layer_ids == (0, 1, 2, 3)
-
-
-def test_resumed_drafter_run_equals_unbroken_run(target_folder, tmp_path, monkeypatch):
-    unbroken = run_drafter(target_folder, tmp_path / "unbroken", 4)
-    save = drafter.save_training_state
-
-    def save_and_stop(folder, step, *rest):
-        save(folder, step, *rest)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(drafter, "save_training_state", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            run_drafter(target_folder, tmp_path / "broken", 4, "--save-seconds", "0")
-    resumed = run_drafter(target_folder, tmp_path / "broken", 4)
-    assert resumed["heldout_acceptance"] == unbroken["heldout_acceptance"]
+# ---------------------------------------------------------------------------------- the losses
 
 
 def test_loss_is_made_of_exact_acceptance(target_folder):
     model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
-    network = drafter.build_drafter(model, mask_token_id=2, block_size=3, markov_rank=4)
+    network = tiny_drafter(target_folder, block_size=3, markov_rank=4)
     source = FeatureTarget(model, network.config.target_layer_ids)
     tokens = torch.randint(VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(0))
     features, logits = source.run(tokens)
@@ -196,6 +141,33 @@ def test_loss_is_made_of_exact_acceptance(target_folder):
     torch.testing.assert_close(result.acceptance[1, 1], torch.minimum(p, q).sum(-1))
     confidence = network.confidence_logit(hidden[1, 1], tokens[1, 8:11]).sigmoid()
     torch.testing.assert_close(result.confidence[1, 1], confidence)
+
+
+def test_guesses_that_are_not_counted_change_nothing(target_folder):
+    model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
+    network = tiny_drafter(target_folder, block_size=3)
+    tokens = torch.randint(VOCAB_SIZE, (1, 10), generator=torch.Generator().manual_seed(0))
+    outputs = FeatureTarget(model, network.config.target_layer_ids).run(tokens)
+    weights = LossWeights(confidence=0.3, position_decay=2.0)
+    alone = block_loss(network, tokens, *outputs, torch.tensor([[2]]), None, weights)
+    counted = torch.tensor([[[True] * 3, [False] * 3]])
+    both = block_loss(network, tokens, *outputs, torch.tensor([[2, 8]]), counted, weights)
+    torch.testing.assert_close(both.total, alone.total)
+    torch.testing.assert_close(both.expected_length(), alone.expected_length())
+    parts = 0.1 * alone.terms["cross_entropy"] + 0.9 * alone.terms["total_variation"]
+    torch.testing.assert_close(alone.total, parts + 0.3 * alone.terms["confidence"])
+
+
+def test_anchors_of_answers_lie_before_what_is_learned():
+    answers = torch.zeros(2, 12, dtype=torch.bool)
+    answers[0, 4:9] = answers[1, 10:12] = True
+    anchors, counted = sample_answer_anchors(answers, 3, 6, torch.Generator().manual_seed(0))
+    learned = {(row, int(a)) for row in range(2) for a in anchors[row][counted[row].any(-1)]}
+    assert learned == {(0, 3), (0, 4), (0, 5), (0, 6), (0, 7), (1, 9), (1, 10)}
+    for row, anchor in learned:
+        place = int((anchors[row] == anchor).nonzero()[0])
+        inside = [a < 12 and bool(answers[row, a]) for a in range(anchor + 1, anchor + 4)]
+        assert counted[row, place].tolist() == inside
 
 
 def test_anchors_leave_room_for_their_block():
@@ -216,7 +188,7 @@ def test_features_are_taken_before_the_final_norm(target_folder):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_speculation_continues_the_sequence(target_folder, temperature):
     model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
-    network = drafter.build_drafter(model, mask_token_id=2).requires_grad_(False)
+    network = tiny_drafter(target_folder)
     source = FeatureTarget(model, network.config.target_layer_ids)
     prompt = [5, 6, 7, 8]
     session = SpeculativeSession(
@@ -258,11 +230,7 @@ def test_workers_share_rows_and_mean_gradients():
 def test_one_of_two_workers_trains_on_its_rows(target_folder, tmp_path, monkeypatch, rank):
     monkeypatch.setattr(Worker, "agree", lambda self, value: value)
     monkeypatch.setattr(Worker, "average_gradients", lambda self, parameters: None)
-    out = tmp_path / "out"
-    options = ["--out", str(out), "--steps", "4", "--batch", "4"]
     worker = Worker(rank, 2)
-    draft = ["--target", str(target_folder), "--anchors", "8", *options]
-    drafter.train(drafter.parse_arguments(draft), worker)
-    assert (out / "model.safetensors").exists() == worker.leads
-    target.train(target.parse_arguments(["--out", str(target_folder), *options[2:]]), worker)
+    options = ["--out", str(target_folder), "--steps", "4", "--batch", "4"]
+    target.train(target.parse_arguments(options), worker)
     assert (target_folder / "training.json").exists() == worker.leads

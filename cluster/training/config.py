@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from cluster.config import DType, Section, parse_section, resolve_path
 from cluster.errors import ConfigError
@@ -93,26 +93,6 @@ class TrainedDrafter(Section):
         default=None, ge=1, description="eagle3 only; unset: the whole vocabulary"
     )
 
-    @model_validator(mode="after")
-    def _check_method(self) -> TrainedDrafter:
-        for name, methods in _METHODS_WITH.items():
-            if name in self.model_fields_set and self.method not in methods:
-                raise ValueError(f"{name} is for {' and '.join(methods)}, not for {self.method}")
-        return self
-
-
-_METHODS_WITH: dict[str, tuple[Method, ...]] = {
-    "hidden_size": ("draft_model",),
-    "num_hidden_layers": ("dspark", "dflash", "draft_model"),
-    "target_layer_ids": ("dspark", "dflash", "eagle3"),
-    "num_anchors": ("dspark", "dflash", "eagle3"),
-    "mask_token_id": ("dspark", "dflash"),
-    "markov_rank": ("dspark",),
-    "markov_head_type": ("dspark",),
-    "enable_confidence_head": ("dspark",),
-    "draft_vocab_size": ("eagle3",),
-}
-
 
 class LossConfig(Section):
     """Weights of the losses; unset ones follow the method (``loss_weights``)."""
@@ -146,14 +126,6 @@ class OptimizationConfig(Section):
         default="bfloat16", description="of the arithmetic; weights are float32"
     )
     seed: int = Field(default=0, ge=0, description="of the first weights and the anchors")
-
-    @model_validator(mode="after")
-    def _check_budget(self) -> OptimizationConfig:
-        given = [name for name in ("steps", "epochs", "minutes") if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            raise ValueError(f"needs exactly one of steps, epochs and minutes, not {found}")
-        return self
 
 
 class FeaturesConfig(Section):
@@ -190,6 +162,24 @@ class OutputConfig(Section):
     plots: bool = True
 
 
+# Which methods read a key, where not all do.
+_METHODS_WITH: dict[str, tuple[Method, ...]] = {
+    "drafter.hidden_size": ("draft_model",),
+    "drafter.num_hidden_layers": ("dspark", "dflash", "draft_model"),
+    "drafter.target_layer_ids": ("dspark", "dflash", "eagle3"),
+    "drafter.num_anchors": ("dspark", "dflash", "eagle3"),
+    "drafter.mask_token_id": ("dspark", "dflash"),
+    "drafter.markov_rank": ("dspark",),
+    "drafter.markov_head_type": ("dspark",),
+    "drafter.enable_confidence_head": ("dspark",),
+    "drafter.draft_vocab_size": ("eagle3",),
+    "loss.cross_entropy": ("dspark", "dflash", "draft_model"),
+    "loss.total_variation": ("dspark", "dflash", "draft_model"),
+    "loss.confidence": ("dspark",),
+    "loss.position_decay": ("dspark", "dflash", "eagle3"),
+}
+
+
 class TrainConfig(Section):
     """One training run."""
 
@@ -218,6 +208,14 @@ class TrainConfig(Section):
         Raises:
             ConfigError: naming the key to change.
         """
+        self._check_method()
+        budgets = ("steps", "epochs", "minutes")
+        given = [name for name in budgets if getattr(self.optimization, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ConfigError(
+                "optimization", f"needs exactly one of steps, epochs and minutes, not {found}"
+            )
         length, tokens = self.data.sequence_length, self.optimization.batch_tokens
         if tokens % length:
             raise ConfigError(
@@ -236,6 +234,16 @@ class TrainConfig(Section):
             raise ConfigError("data.prompt_tokens", f"leaves no answer in {length} tokens")
         if self.drafter.method == "draft_model" and self.features.mode == "cache":
             raise ConfigError("features.mode", "a draft_model reads no features")
+
+    def _check_method(self) -> None:
+        """Refuses what the drafter's method would ignore."""
+        method = self.drafter.method
+        drafter = {f"drafter.{name}" for name in self.drafter.model_fields_set}
+        losses = {f"loss.{name}" for name in self.loss.model_fields_set}
+        for key in sorted(drafter | losses):
+            methods = _METHODS_WITH.get(key, (method,))
+            if method not in methods:
+                raise ConfigError(key, f"is for {' and '.join(methods)}, not for {method}")
 
     def _check_short_phase(self) -> None:
         key = "data.short_phase"
