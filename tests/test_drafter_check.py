@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from cluster.cli.configuration import read_configuration
@@ -16,6 +17,8 @@ from cluster.engine import draft_factory, worker
 from cluster.engine.draft_factory import build_draft_method
 from cluster.engine.worker import ShardWorker
 from cluster.errors import CheckpointError, ConfigError, DsparkError
+from cluster.models.checkpoint import save_drafter
+from tests.block_drafters import TINY_DEEPSEEK_V4, make_drafter
 from tests.models import save_tiny_drafter, save_tiny_eagle3, save_tiny_target
 from tests.test_text import small_tokenizer
 
@@ -159,6 +162,44 @@ def test_settings_that_do_not_fit_are_named(
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, folders, speculative(method, folders, **changes))
     assert caught.value.key == key
+
+
+@pytest.mark.parametrize("spoilt", ["target", "dspark", "dflash", "eagle3"])
+def test_files_that_are_cut_off_are_refused(
+    spoilt: str, folders: dict[str, str], tmp_path: Path
+) -> None:
+    method = "dspark" if spoilt == "target" else spoilt
+    path = Path(folders[spoilt]) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="cut off") as caught:
+        read(tmp_path, folders, speculative(method, folders))
+    assert caught.value.file == str(path)
+    assert caught.value.key is not None
+
+
+def test_a_block_of_deepseek_v4_is_taken_whole_or_not_at_all(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    drafter = make_drafter(TINY_DEEPSEEK_V4)
+    save_drafter(drafter, tmp_path / "v4", torch.float32)
+    folders |= {"target": str(tmp_path / "v4"), "dspark": str(tmp_path / "v4")}
+    block = drafter.config.block_size
+    for whole in (None, block):
+        read(tmp_path, folders, speculative("dspark", folders, num_speculative_tokens=whole))
+    for part in (1, block - 1):
+        with pytest.raises(ConfigError, match="trained as a whole") as caught:
+            read(tmp_path, folders, speculative("dspark", folders, num_speculative_tokens=part))
+        assert caught.value.key == "speculative.num_speculative_tokens"
+
+
+def test_a_drafter_of_the_speculators_library_is_refused(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    for method in ("dspark", "dflash", "eagle3"):
+        change(folders[method], speculators_model_type=method)
+        with pytest.raises(CheckpointError, match="another slot convention") as caught:
+            read(tmp_path, folders, speculative(method, folders))
+        assert caught.value.key == "speculators_model_type"
 
 
 def test_a_language_model_with_another_tokenizer_is_refused(

@@ -12,6 +12,7 @@ from cluster.engine.layout import check_split
 from cluster.errors import ConfigError
 from cluster.models.drafter_check import check_drafter
 from cluster.models.json_files import read_json
+from cluster.models.tensor_headers import read_headers
 
 DEFAULT_CONFIG = Path("deployments") / "local.yaml"
 
@@ -55,6 +56,7 @@ def check_checkpoints(config: ClusterConfig) -> None:
         return
     target_config = read_json(target / "config.json")
     _check_layout(config, target_config)
+    read_headers(target)
     if config.speculative is None or config.speculative.model is None:
         return
     drafter = Path(config.speculative.model)

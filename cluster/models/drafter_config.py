@@ -64,7 +64,9 @@ def check_drafter_files(path: str | Path, config: DSparkConfig | Eagle3Config) -
         CheckpointError: names the file and the tensor.
     """
     folder = local_folder(path)
-    in_target = isinstance(config, DeepSeekV4DSparkConfig)
-    read_headers(folder, is_ours if in_target else lambda name: True)
+    if isinstance(config, DeepSeekV4DSparkConfig):
+        read_headers(folder, is_ours)
+    else:
+        read_headers(folder)
     width = config.hidden_size
     check_tensors(folder, {config.projection_key: (width, len(config.target_layer_ids) * width)})

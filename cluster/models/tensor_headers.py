@@ -64,7 +64,9 @@ def tensor_names(folder: Path) -> list[str]:
     return list(read_json(folder / _INDEX)["weight_map"])
 
 
-def read_headers(folder: Path, is_ours: Callable[[str], bool]) -> dict[str, TensorEntry]:
+def read_headers(
+    folder: Path, is_ours: Callable[[str], bool] = lambda name: True
+) -> dict[str, TensorEntry]:
     """Where a folder's tensors are, by their names in the files.
 
     Args:
