@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    DeepseekV32Config,
     Gemma2Config,
     GPT2Config,
     GptOssConfig,
@@ -29,10 +30,21 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
     ),
     "sinks": (
         GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, head_dim=8),
-        "GptOssAttention needs attention sinks",
+        "GptOssAttention.*needs attention sinks",
     ),
     "soft cap on scores": (Gemma2Config(**SMALL, head_dim=8), "Gemma2Attention.*soft cap"),
     "scaled logits": (GraniteConfig(**SMALL, logits_scaling=4.0), "scales logits"),
+    "chosen keys": (
+        DeepseekV32Config(
+            **{**SMALL, "num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 16},
+            n_routed_experts=4,
+            n_group=2,
+            topk_group=1,
+            num_experts_per_tok=1,
+            moe_intermediate_size=16,
+        ),
+        "DeepseekV32ForCausalLM cannot be served",
+    ),
     "linear attention": (
         Qwen3NextConfig(**SMALL, num_experts=2, head_dim=8, linear_num_value_heads=4),
         "Qwen3NextForCausalLM.*state besides keys",

@@ -4,8 +4,8 @@ The model's own forward calls ``paged_attention`` once per layer with the flatte
 requests. Sequences with few query tokens (decoding, verification) are attended in one padded batch;
 longer ones (prompt chunks) each on their own, so that padding never multiplies prompt work.
 
-What a layer asks of attention beyond scores, a sliding window and causality (sinks, a soft cap on
-scores, attention to later tokens) is refused, never left out.
+What a layer asks of attention beyond causality, a scale and a sliding window is refused, never left
+out.
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ from cluster.errors import ConfigError
 
 ATTENTION_NAME = "dspark_paged"
 MAX_SHORT_QUERY = 16
+# Arguments of transformers' attention functions that change what comes out.
+_ABSENT = {
+    "s_aux": "attention sinks",
+    "softcap": "a soft cap on scores",
+    "indices": "a choice of keys",
+    "position_bias": "a bias by position",
+}
 
 
 class KVCache:
@@ -165,33 +172,34 @@ def paged_attention(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    s_aux: torch.Tensor | None = None,
-    softcap: float | None = None,
     paged: PagedBatch,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Stores this pass's keys and values, then attends every query to its own sequence's cache.
 
     Args:
         query: ``[1, heads, N, head_dim]``; ``key``: ``[1, kv_heads, N, head_dim]``; ``value``:
             ``[1, kv_heads, N, value_dim]``.
-        attention_mask: unused; causality follows from positions.
+        attention_mask: must be unset; causality follows from positions.
         scaling: of the scores; ``sliding_window``: keys further back are not seen.
-        s_aux: attention sinks; ``softcap``: of the scores; both unsupported.
         paged: this pass's layout.
+        others: what else a layer hands over.
 
     Returns:
         ``[1, N, heads, value_dim]`` and ``None`` (no weights).
 
     Raises:
-        ConfigError: the layer needs sinks, a soft cap or attention to later tokens.
+        ConfigError: the layer asks for something that is not here.
     """
-    is_causal = getattr(module, "is_causal", True)
-    if s_aux is not None or softcap is not None or not is_causal:
+    asked = [what for name, what in _ABSENT.items() if others.get(name) is not None]
+    if attention_mask is not None:
+        asked.append("a mask of its own")
+    if not getattr(module, "is_causal", True):
+        asked.append("later tokens")
+    if asked:
         raise ConfigError(
             "target.model",
-            f"{type(module).__name__} needs attention sinks, a soft cap on scores or attention to "
-            "later tokens, which paged attention does not have",
+            f"{type(module).__name__} cannot be served: its attention needs {', '.join(asked)}",
         )
     cache = paged.cache
     keys, values = cache.store(
