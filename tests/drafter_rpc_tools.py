@@ -6,9 +6,10 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,38 @@ DIGESTS = {"target": "t", "tokenizer": "k", "drafter": "d", "projection": "p"}
 GREEDY = DraftSampling(temperature=0.0)
 SAMPLED = DraftSampling(temperature=1.0, send_probs=True)
 REPOSITORY = Path(__file__).resolve().parents[1]
+_PATIENCE_S = 120.0
 SPECULATIVE = SpeculativeConfig(model="none")
+
+
+class PatientDraftClient(GrpcDraftClient):
+    """The real client, but it waits for acknowledgements before it tells of them.
+
+    The engine would not wait: on a busy machine short requests would be over, decoded plainly,
+    before their drafter knows their prompts.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._fed: dict[SessionKey, int] = {}
+
+    def feed(
+        self, session: SessionKey, start: int, features: torch.Tensor, token_ids: Sequence[int]
+    ) -> int:
+        num_rows = super().feed(session, start, features, token_ids)
+        self._fed[session] = start + num_rows
+        return num_rows
+
+    def acknowledged_length(self, session: SessionKey) -> int:
+        deadline = time.monotonic() + _PATIENCE_S
+        while (length := super().acknowledged_length(session)) < self._fed[session]:
+            assert time.monotonic() < deadline, "the drafter does not acknowledge"
+            time.sleep(0.0005)
+        return length
+
+    def close_session(self, session: SessionKey) -> None:
+        self._fed.pop(session, None)
+        super().close_session(session)
 
 
 class LoopThread:

@@ -11,7 +11,6 @@ import enum
 import functools
 import itertools
 import multiprocessing
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,6 @@ from transformers import AutoModelForCausalLM
 
 from cluster.config import ClusterConfig
 from cluster.engine.draft_block import BlockMethod
-from cluster.engine.draft_client import SessionKey
 from cluster.engine.draft_engine import DraftEngine
 from cluster.engine.draft_factory import build_draft_engine
 from cluster.engine.engine import Engine
@@ -41,10 +39,10 @@ from cluster.speculation.cost_model import CostModel
 from cluster.speculation.proposal import DraftProposal, dequantize_draft_probs
 from cluster.speculation.sampling import sample_from_probs
 from cluster.speculation.verification import Verification, verify_rejection
-from tests.drafter_rpc_tools import wait_for
+from tests.drafter_rpc_tools import PatientDraftClient, wait_for
 from tests.engine_tools import make_config, make_engine
 from tests.law import Floats, exact_law, reference_next_token_law
-from tests.models import save_tiny_drafter, save_tiny_target
+from tests.models import save_tiny_drafter, save_tiny_eagle3, save_tiny_target
 from tests.speculative_rounds import RetrospectiveBudget
 
 VOCAB_SIZE = 6
@@ -110,6 +108,21 @@ def save_pair(folder: Path) -> tuple[str, str]:
         parameters["confidence_head.proj.weight"][:, HIDDEN_SIZE:].mul_(4)
     save_drafter(drafter, folder / "drafter", dtype=torch.float32)
     return target, str(folder / "drafter")
+
+
+def method_settings(method: str, target: str, folder: Path) -> dict[str, Any]:
+    """The ``speculative`` part for another way of drafting, its checkpoint made in ``folder``."""
+    settings = {"method": method, "num_speculative_tokens": BLOCK_SIZE}
+    if method == "ngram":
+        return settings | {"model": None, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+    if method == "eagle3":
+        layers = {"target_layer_ids": [0]}
+        return settings | {"model": save_tiny_eagle3(folder / "eagle3", target, **layers)}
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    shape |= {"num_key_value_heads": 1, "max_position_embeddings": 32}
+    return settings | {
+        "model": save_tiny_target(folder / "lm", seed=4, vocab_size=VOCAB_SIZE, scale=0.3, **shape)
+    }
 
 
 @functools.cache
@@ -239,36 +252,6 @@ def _request(case: Case, number: int, length: int) -> Request:
     )
 
 
-class _PatientDraftClient(GrpcDraftClient):
-    """The real client, but it waits for acknowledgements before it tells of them.
-
-    The engine would not wait: on a busy machine these short requests would be over, decoded
-    plainly, before their drafter knows their prompts.
-    """
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._fed: dict[SessionKey, int] = {}
-
-    def feed(
-        self, session: SessionKey, start: int, features: torch.Tensor, token_ids: Sequence[int]
-    ) -> int:
-        num_rows = super().feed(session, start, features, token_ids)
-        self._fed[session] = start + num_rows
-        return num_rows
-
-    def acknowledged_length(self, session: SessionKey) -> int:
-        deadline = time.monotonic() + PATIENCE_S
-        while (length := super().acknowledged_length(session)) < self._fed[session]:
-            assert time.monotonic() < deadline, "the drafter does not acknowledge"
-            time.sleep(0.0005)
-        return length
-
-    def close_session(self, session: SessionKey) -> None:
-        self._fed.pop(session, None)
-        super().close_session(session)
-
-
 @contextmanager
 def _served_drafter(config: ClusterConfig, fault: Fault | None) -> Iterator[GrpcDraftClient]:
     """A client of a ``DrafterServer`` in a process of its own."""
@@ -277,7 +260,7 @@ def _served_drafter(config: ClusterConfig, fault: Fault | None) -> Iterator[Grpc
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve_drafter, args=(config, fault, theirs), daemon=True)
     process.start()
-    client = _PatientDraftClient(
+    client = PatientDraftClient(
         replica_id="replica", digests=DIGESTS, vocab_size=VOCAB_SIZE, config=config.speculative
     )
     try:

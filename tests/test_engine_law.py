@@ -8,12 +8,22 @@ raise a false alarm with a probability of at most 0.001.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.request import SamplingParams, TokenSource
-from tests.engine_law import NUM_TOKENS, Case, Fault, Samples, generate, save_pair, target_law
+from tests.engine_law import (
+    NUM_TOKENS,
+    Case,
+    Fault,
+    Samples,
+    generate,
+    method_settings,
+    save_pair,
+    target_law,
+)
 from tests.law import law_p_value, shift_law
 
 NUM_SAMPLES = 200_000
@@ -50,7 +60,13 @@ SLOW_CASES: dict[str, tuple[dict[str, Any], list[Case]]] = {
         ],
     ),
 }
-ALPHA = 0.001 / (len(FAST_CASES) + sum(len(cases) for _, cases in SLOW_CASES.values()))
+# The other ways of drafting; the last two run beside the slow cases.
+METHODS = ["draft_model", "ngram", "eagle3"]
+METHOD_CASE = FAST_CASES[0]
+NUM_METHOD_SAMPLES = 6_000
+ALPHA = 0.001 / (
+    len(FAST_CASES) + len(METHODS) + sum(len(cases) for _, cases in SLOW_CASES.values())
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +90,24 @@ def test_output_has_the_target_law(pair: tuple[str, str]) -> None:
         check_speculation(samples[case.name])
         law = target_law(pair[0], case.params)
         assert law_p_value(samples[case.name].tokens, law) > ALPHA, case.name
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "method", [METHODS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])]
+)
+def test_output_has_the_target_law_however_drafts_are_made(
+    pair: tuple[str, str], method: str, tmp_path: Path
+) -> None:
+    speculative = method_settings(method, pair[0], tmp_path)
+    samples = generate(
+        *pair, [METHOD_CASE], num_samples=NUM_METHOD_SAMPLES, scheduler="prefix", **speculative
+    )[METHOD_CASE.name]
+    check_speculation(samples)
+    law = target_law(pair[0], METHOD_CASE.params)
+    assert law_p_value(samples.tokens, law) > ALPHA
+    shifted = shift_law(samples.tokens, law, position=0, total_variation=0.05)
+    assert law_p_value(shifted, law) < ALPHA
 
 
 @pytest.mark.slow
