@@ -173,6 +173,14 @@ def test_deterministic_logits_do_not_depend_on_guesses(tmp_path: Path, name: str
     assert torch.equal(behind, singly[13:])
 
 
+def test_deepseek_v3_caches_latents_instead_of_heads(tmp_path: Path) -> None:
+    config = TARGETS["deepseek-v3"]
+    shard = make_shard(save_target(config, tmp_path), None)
+    compute(shard, [1, 2, 3], 0)
+    values = config.kv_lora_rank + config.qk_rope_head_dim
+    assert shard.cache.bytes_per_token == 4 * config.num_hidden_layers * values
+
+
 def test_a_sequence_of_v4_holds_a_bounded_state(tmp_path: Path) -> None:
     config = TARGETS["deepseek-v4"]
     shard = make_shard(save_target(config, tmp_path), None)

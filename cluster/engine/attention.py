@@ -106,9 +106,13 @@ class KVCache:
         if layer not in self._layers:
             self._layers[layer] = (self._room(key), self._room(value))
         keys, values = self._layers[layer]
-        keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, key)
-        values.view(-1, *values.shape[2:]).index_copy_(0, slots, value)
+        keys.flatten(0, 1).index_copy_(0, slots, key)
+        values.flatten(0, 1).index_copy_(0, slots, value)
         return keys, values
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's whole keys and values, which it has stored already."""
+        return self._layers[layer]
 
     def _room(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_zeros(self.num_pages, self.page_size, *like.shape[1:])
@@ -191,6 +195,22 @@ def paged_attention(
     Raises:
         ConfigError: the layer asks for something that is not here.
     """
+    refuse_absent(module, attention_mask, others)
+    keys, values = paged.cache.store(
+        cast(int, module.layer_idx), key[0].transpose(0, 1), value[0].transpose(0, 1), paged.slots
+    )
+    output = attend(query[0].transpose(0, 1), keys, values, paged, scaling, sliding_window)
+    return output.unsqueeze(0), None
+
+
+def refuse_absent(
+    module: nn.Module, attention_mask: torch.Tensor | None, others: Mapping[str, Any]
+) -> None:
+    """Refuses a layer that asks for something that would be left out.
+
+    Raises:
+        ConfigError: names the layer's class and what it needs.
+    """
     asked = [what for name, what in _ABSENT.items() if others.get(name) is not None]
     if attention_mask is not None:
         asked.append("a mask of its own")
@@ -201,31 +221,44 @@ def paged_attention(
             "target.model",
             f"{type(module).__name__} cannot be served: its attention needs {', '.join(asked)}",
         )
-    cache = paged.cache
-    keys, values = cache.store(
-        cast(int, module.layer_idx), key[0].transpose(0, 1), value[0].transpose(0, 1), paged.slots
-    )
-    page_size = cache.page_size
-    flat_query = query[0].transpose(0, 1)
-    output = flat_query.new_empty(*flat_query.shape[:2], values.shape[3])
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    paged: PagedBatch,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Attends every query to what its own sequence has in the cache.
+
+    Args:
+        query: ``[N, heads, head_dim]``.
+        keys, values: of a layer, ``[num_pages, page_size, kv_heads, x]``.
+
+    Returns:
+        ``[N, heads, value_dim]``.
+    """
+    output = query.new_empty(*query.shape[:2], values.shape[3])
     for group in paged.groups:
         pages = group.block_table.reshape(-1)
-        length = group.key_length or group.block_table.shape[1] * page_size
+        length = group.key_length or group.block_table.shape[1] * paged.cache.page_size
         group_keys = _gathered(keys, pages, group.batch_size)[:, :length]
         group_values = _gathered(values, pages, group.batch_size)[:, :length]
-        queries = flat_query.index_select(0, group.gather_index)
-        queries = queries.view(group.batch_size, group.query_length, *flat_query.shape[1:])
+        queries = query.index_select(0, group.gather_index)
+        queries = queries.view(group.batch_size, group.query_length, *query.shape[1:])
         attended = scaled_dot_product_attention(
             queries.transpose(1, 2),
             group_keys.transpose(1, 2),
             group_values.transpose(1, 2),
             attn_mask=_mask(group, length, sliding_window),
             scale=scaling,
-            enable_gqa=flat_query.shape[1] != keys.shape[2],
+            enable_gqa=query.shape[1] != keys.shape[2],
         )
         flat = attended.transpose(1, 2).reshape(-1, *attended.shape[1::2])
         output.index_copy_(0, group.token_index, flat.index_select(0, group.padded_index))
-    return output.unsqueeze(0), None
+    return output
 
 
 def _gathered(cached: torch.Tensor, pages: torch.Tensor, batch_size: int) -> torch.Tensor:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from cluster.config import TargetConfig
-from cluster.engine.attention import ATTENTION_NAME, KVCache
+from cluster.engine.attention import ATTENTION_NAME, KVCache, PagedBatch
 from cluster.engine.capture import FeatureCapture
 from cluster.engine.compressed_attention import COMPRESSED_ATTENTION_NAME, attend_per_sequence
 from cluster.engine.compressed_cache import CompressedCaches
+from cluster.engine.latent_attention import LATENT_ATTENTION_NAME, LatentStore
 from cluster.engine.layout import UNSPLIT_MODEL_TYPES, check_split, key_sources, stage_layers
 from cluster.engine.mesh import Mesh
 from cluster.engine.sharding import (
@@ -22,7 +23,12 @@ from cluster.engine.sharding import (
     cut_tensor_parallel,
 )
 from cluster.engine.step_input import StepInput
-from cluster.engine.target_model import check_servable, load_model, load_text_config
+from cluster.engine.target_model import (
+    LATENT_MODEL_TYPES,
+    check_servable,
+    load_model,
+    load_text_config,
+)
 from cluster.errors import ConfigError
 from cluster.models.checkpoint import Projection
 
@@ -71,7 +77,12 @@ class TargetShard:
             config.model, trust_remote_code=config.trust_remote_code
         ).model_type
         self._is_compressed = model_type in UNSPLIT_MODEL_TYPES
-        attention = COMPRESSED_ATTENTION_NAME if self._is_compressed else ATTENTION_NAME
+        self._is_latent = model_type in LATENT_MODEL_TYPES
+        attention = ATTENTION_NAME
+        if self._is_compressed:
+            attention = COMPRESSED_ATTENTION_NAME
+        elif self._is_latent:
+            attention = LATENT_ATTENTION_NAME
         model = load_model(config, self.dtype, attention)
         self._base = model.get_decoder()
         text_config = self._base.config
@@ -237,17 +248,19 @@ class TargetShard:
         self, step: StepInput, hidden: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This stage's layers over (a part of) a pass: hidden states, partial features."""
-        inputs: dict[str, torch.Tensor]
+        paged = self.cache.batch(step, self.device)
+        inputs: dict[str, Any] = {"paged": paged}
         if hidden is None:
             token_ids = torch.as_tensor(step.token_ids, device=self.device)
-            inputs = {"input_ids": token_ids.unsqueeze(0)}
+            inputs["input_ids"] = token_ids.unsqueeze(0)
         else:
-            inputs = {"inputs_embeds": hidden.unsqueeze(0)}
+            inputs["inputs_embeds"] = hidden.unsqueeze(0)
+        if self._is_latent and isinstance(paged, PagedBatch):
+            inputs["past_key_values"] = LatentStore(paged)
         output = self._base(
             **inputs,
             position_ids=torch.as_tensor(step.positions, device=self.device).unsqueeze(0),
             use_cache=False,
-            paged=self.cache.batch(step, self.device),
         )
         capture = self._features.capture
         partial = capture.project() if capture is not None else None

@@ -12,6 +12,8 @@ from cluster.config import TargetConfig
 from cluster.engine.compressed_cache import COMPRESSED_LAYER_TYPES
 from cluster.errors import CheckpointError, ConfigError
 
+# Whose layers give their cache one latent a token, and expand it with ``kv_b_proj``.
+LATENT_MODEL_TYPES = frozenset({"deepseek_v3"})
 _PAGED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 
