@@ -38,10 +38,25 @@ class Report:
         )
 
     def to_text(self) -> str:
-        """One line a figure."""
+        """One line a figure, and one for each row of a figure that has rows."""
         width = max(len(name) for name in self.figures)
-        lines = [f"{name:<{width}}  {value}" for name, value in self.figures.items()]
-        return "\n".join([f"suite {self.suite}", *lines])
+        lines = [f"suite {self.suite}"]
+        for name, value in self.figures.items():
+            if _has_rows(value):
+                lines += [f"{name:<{width}}  {_row_text(row)}" for row in value]
+            else:
+                lines.append(f"{name:<{width}}  {value}")
+        return "\n".join(lines)
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _row_text(row: dict[str, Any]) -> str:
+    """What is in a row, but for what is nested in it; that is in the JSON."""
+    flat = (f"{name} {value}" for name, value in row.items() if not isinstance(value, dict))
+    return ", ".join(flat)
 
 
 def describe_machine() -> dict[str, Any]:

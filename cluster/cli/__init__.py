@@ -10,7 +10,19 @@ import sys
 from collections.abc import Sequence
 
 from cluster import __version__
-from cluster.cli import bench, calibrate, demo, down, generate, profile, status, swap, train, up
+from cluster.cli import (
+    bench,
+    calibrate,
+    demo,
+    down,
+    eval,
+    generate,
+    profile,
+    status,
+    swap,
+    train,
+    up,
+)
 from cluster.errors import CheckpointError, ConfigError, DataError, DsparkError, InvalidRequestError
 
 _EXIT_FAILURE = 1
@@ -29,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (up, down, generate, status, demo, bench, train, profile, swap, calibrate):
+    for module in (up, down, generate, status, demo, bench, train, profile, swap, eval, calibrate):
         command = module.add_parser(commands)
         command.add_argument(
             "--json", action="store_true", help="print exactly one JSON object on standard output"

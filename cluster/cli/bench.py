@@ -3,36 +3,152 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cluster.cli.calibrate import add_calibration, calibration_data
+from cluster.cli.drafters import (
+    DEFAULT_DRAFTER,
+    DEFAULT_TARGET,
+    drafters_of,
+    note,
+    positive,
+    settings_of,
+)
+from cluster.cli.eval import add_comparison, comparison_of
+
+if TYPE_CHECKING:
+    from cluster.bench.report import Report
+
+
+class _Suite(NamedTuple):
+    """A suite: its line of help, its options, and what runs it (``cluster.bench`` has the rest)."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], Report]
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds ``bench`` to the command line."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
-        help="measure: parity with plain transformers",
-        description="Runs a suite. parity: held-out prompts, greedy and seeded, all at once, "
-        "judged position by position against plain transformers on the same checkpoint.",
+        help="measure: " + ", ".join(_SUITES),
+        description="Runs a suite, prints its figures, and fails where the suite's own bar does "
+        "not hold.",
     )
-    parser.add_argument("suite", choices=["parity"])
-    parser.add_argument("--target", default="deployments/models/stdlib-7m", metavar="DIR")
-    parser.add_argument("--drafter", default="deployments/models/stdlib-7m-dspark", metavar="DIR")
-    parser.add_argument("--prompts", type=int, default=100, metavar="N")
-    parser.add_argument("--max-tokens", type=int, default=48, metavar="N")
-    parser.add_argument("--address", help="running cluster; unset: an engine in this process")
+    suites = parser.add_subparsers(metavar="SUITE", required=True)
+    for name, suite in _SUITES.items():
+        suite_parser = suites.add_parser(name, help=suite.help, description=suite.help)
+        suite.add_arguments(suite_parser)
+        suite_parser.add_argument(
+            "--out", type=Path, metavar="DIR", help="write the report there, as SUITE.json"
+        )
+        suite_parser.add_argument(
+            "--json",
+            action="store_true",
+            default=argparse.SUPPRESS,  # else it would undo a --json before the suite's name
+            help="print exactly one JSON object on standard output",
+        )
+        suite_parser.set_defaults(run_suite=suite.run)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the suite. Returns 1 where its own bar does not hold."""
+    report = args.run_suite(args)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"{report.suite}.json"
+        path.write_text(report.to_json() + "\n", encoding="utf-8")
+    print(report.to_json() if args.json else report.to_text())
+    return 0 if report.passed else 1
+
+
+def _add_parity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", default=DEFAULT_TARGET, metavar="DIR")
+    parser.add_argument("--drafter", default=DEFAULT_DRAFTER.partition("=")[2], metavar="DIR")
+    parser.add_argument("--prompts", type=positive, default=100, metavar="N")
+    parser.add_argument("--max-tokens", type=positive, default=48, metavar="N")
+    parser.add_argument("--address", help="running cluster; unset: an engine in this process")
+
+
+def _run_parity(args: argparse.Namespace) -> Report:
     from cluster.bench import parity
 
-    report = parity.run(
+    return parity.run(
         target=args.target,
         drafter=args.drafter,
         num_prompts=args.prompts,
         max_tokens=args.max_tokens,
         address=args.address,
     )
-    print(report.to_json() if args.json else report.to_text())
-    return 0 if report.passed else 1
+
+
+def _run_drafters(args: argparse.Namespace) -> Report:
+    from cluster.bench import drafters
+
+    return drafters.run(
+        drafters=drafters_of(args.drafter),
+        comparison=comparison_of(args),
+        settings=settings_of(args),
+        note=note,
+    )
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--drafter", default=DEFAULT_DRAFTER, metavar="METHOD=DIR")
+    add_calibration(parser)
+
+
+def _run_calibration(args: argparse.Namespace) -> Report:
+    from cluster.bench import calibration
+
+    (drafter,) = drafters_of([args.drafter])
+    return calibration.run(
+        target=args.target,
+        drafter=drafter,
+        temperatures=args.temperature or [0.0, 1.0],
+        data=calibration_data(args),
+        settings=settings_of(args),
+        note=note,
+    )
+
+
+def _add_verify_curve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", default=DEFAULT_TARGET, metavar="DIR")
+    parser.add_argument("--batches", type=positive, default=60, metavar="N")
+
+
+def _run_verify_curve(args: argparse.Namespace) -> Report:
+    from cluster.bench import verify_curve
+
+    return verify_curve.run(target=args.target, num_batches=args.batches)
+
+
+_SUITES = {
+    "parity": _Suite(
+        "held-out prompts, greedy and seeded, all at once, judged position by position against "
+        "plain transformers on the same checkpoint",
+        _add_parity,
+        _run_parity,
+    ),
+    "drafters": _Suite(
+        "acceptance of several drafters by position, on the same prompts, as `dspark eval`",
+        add_comparison,
+        _run_drafters,
+    ),
+    "calibration": _Suite(
+        "a drafter's confidences fitted on training prompts, their error before and after on "
+        "held-out ones, as `dspark calibrate` without writing a file",
+        _add_calibration,
+        _run_calibration,
+    ),
+    "verify_curve": _Suite(
+        "times of mixed batches, predicted from batch tokens alone and with their context, against "
+        "measured ones",
+        _add_verify_curve,
+        _run_verify_curve,
+    ),
+}

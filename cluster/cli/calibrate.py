@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.box import SIMPLE
 from rich.table import Table
 
 from cluster.cli.drafters import (
@@ -17,6 +17,7 @@ from cluster.cli.drafters import (
     note,
     positive,
     settings_of,
+    wide_console,
 )
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"file": path, **figures}))
         return 0
-    console = Console(highlight=False, soft_wrap=True)
+    console = wide_console()
     for fit in figures["fits"]:
         console.print(fit_table(fit))
     console.print(f"written to {path}")
@@ -130,6 +131,7 @@ def fit_table(fit: dict[str, Any]) -> Table:
         f"of {heldout['requests']} requests on {heldout['dataset']}, fitted on "
         f"{fit['training']['rounds']} rounds on {fit['training']['dataset']}",
         title_justify="left",
+        box=SIMPLE,
     )
     for heading in ("position", "temperature", "ECE before", "after", "95%", "noise", "AUC"):
         table.add_column(heading, justify="right")

@@ -6,12 +6,16 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 if TYPE_CHECKING:
     from cluster.bench.drafter_choice import DrafterChoice
     from cluster.bench.evaluation import Settings
 
 DEFAULT_TARGET = "deployments/models/stdlib-7m"
 DEFAULT_DRAFTER = "dspark=deployments/models/stdlib-7m-dspark"
+
+_TABLE_WIDTH = 160
 
 
 def add_rounds(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
@@ -82,6 +86,12 @@ def drafters_of(texts: list[str] | None) -> list[DrafterChoice]:
         if names.count(name) > 1:
             raise ConfigError("--drafter", f"two are called {name!r}; use NAME=METHOD:DIR")
     return choices
+
+
+def wide_console() -> Console:
+    """A console on which a table by position fits, where the terminal does not say its width."""
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, width=_TABLE_WIDTH)
 
 
 def note(text: str) -> None:
