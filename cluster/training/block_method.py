@@ -15,13 +15,16 @@ from cluster.models.checkpoint import (
     load_drafter,
     save_drafter,
 )
-from cluster.models.dspark import DSparkConfig, DSparkDrafter
+from cluster.models.dspark import DSparkDrafter
+from cluster.models.dspark_config import GEMMA4, QWEN3, DSparkConfig
 from cluster.training.config import TrainConfig
 from cluster.training.dataset import Batch
 from cluster.training.draft_method import (
     DraftMethod,
     feature_layers,
     freeze_output,
+    is_gemma4,
+    layers_of,
     shape_of,
 )
 from cluster.training.drafter_loss import (
@@ -116,12 +119,12 @@ def _drafter_config(
     is_dspark = drafter.method == "dspark"
     confidence = is_dspark and drafter.enable_confidence_head
     return DSparkConfig(
+        architecture=GEMMA4 if is_gemma4(target) else QWEN3,
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         num_hidden_layers=drafter.num_hidden_layers,
         max_position_embeddings=text.max_position_embeddings,
         rms_norm_eps=text.rms_norm_eps,
-        rope_parameters=dict(text.rope_parameters),
         block_size=drafter.block_size,
         target_layer_ids=feature_layers(config, text.num_hidden_layers),
         num_target_layers=text.num_hidden_layers,
@@ -132,6 +135,7 @@ def _drafter_config(
         enable_confidence_head=confidence,
         confidence_head_with_markov=confidence,
         **shape_of(config, target),
+        **layers_of(target),
     )
 
 

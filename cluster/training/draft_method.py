@@ -82,15 +82,22 @@ def freeze_output(network: nn.Module, target: PreTrainedModel) -> None:
             module.requires_grad_(False)
 
 
+def is_gemma4(target: PreTrainedModel) -> bool:
+    """Whether the drafter is to have Gemma 4's layers, as its target has."""
+    return str(target.config.get_text_config().model_type).startswith("gemma4")
+
+
 def shape_of(config: TrainConfig, target: PreTrainedModel) -> dict[str, Any]:
     """The drafter's widths and heads: as configured, else the target's."""
     text = target.config.get_text_config()
+    # Of Gemma 4's two kinds of layers drafters have the one without a window.
+    layer = text.per_layer_config["full_attention"] if is_gemma4(target) else text
     heads = text.num_attention_heads
     defaults = {
         "intermediate_size": text.intermediate_size,
         "num_attention_heads": heads,
-        "num_key_value_heads": text.num_key_value_heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "num_key_value_heads": layer.num_key_value_heads,
+        "head_dim": getattr(layer, "head_dim", None) or text.hidden_size // heads,
     }
     given = {name: getattr(config.drafter, name) for name in defaults}
     shape = {name: defaults[name] if given[name] is None else given[name] for name in defaults}
@@ -101,6 +108,19 @@ def shape_of(config: TrainConfig, target: PreTrainedModel) -> dict[str, Any]:
             "attention heads",
         )
     return shape
+
+
+def layers_of(target: PreTrainedModel) -> dict[str, Any]:
+    """What else the layers of a drafter that reads features have from the target's."""
+    text = target.config.get_text_config()
+    if not is_gemma4(target):
+        return {"rope_parameters": dict(text.rope_parameters)}
+    return {
+        "rope_parameters": dict(text.rope_parameters["full_attention"]),
+        "hidden_act": text.hidden_activation,
+        "attention_k_eq_v": text.attention_k_eq_v,
+        "final_logit_softcapping": text.final_logit_softcapping,
+    }
 
 
 def _weight(module: nn.Module) -> torch.Tensor:

@@ -13,10 +13,16 @@ from cluster.errors import ConfigError
 from cluster.models.checkpoint import check_drafter_matches_target
 from cluster.models.eagle3 import Eagle3Config, Eagle3Drafter
 from cluster.models.eagle3_checkpoint import load_eagle3, save_eagle3
-from cluster.models.eagle3_config import LLAMA, QWEN3
+from cluster.models.eagle3_config import GEMMA4, LLAMA, QWEN3
 from cluster.training.config import TrainConfig
 from cluster.training.dataset import Batch, Dataset
-from cluster.training.draft_method import DraftMethod, feature_layers, shape_of
+from cluster.training.draft_method import (
+    DraftMethod,
+    feature_layers,
+    is_gemma4,
+    layers_of,
+    shape_of,
+)
 from cluster.training.drafter_loss import BlockLoss, sample_anchors, sample_answer_anchors
 from cluster.training.eagle3_loss import eagle3_loss
 
@@ -98,18 +104,18 @@ def _build(config: TrainConfig, target: PreTrainedModel) -> Eagle3Drafter:
             "drafter.draft_vocab_size", f"{size} is above the target's vocabulary {text.vocab_size}"
         )
     wanted = Eagle3Config(
-        architecture=QWEN3 if given.draft_vocab_size is None else LLAMA,
+        architecture=_architecture(config, target),
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         max_position_embeddings=text.max_position_embeddings,
         rms_norm_eps=text.rms_norm_eps,
-        rope_parameters=dict(text.rope_parameters),
         target_layer_ids=feature_layers(config, text.num_hidden_layers, minimum=0),
         num_target_layers=text.num_hidden_layers if given.draft_vocab_size is None else None,
         draft_vocab_size=size,
         ttt_length=given.block_size,
         step_loss_decay=_step_loss_decay(config),
         **shape_of(config, target),
+        **layers_of(target),
     )
     drafter = Eagle3Drafter(wanted).to(target.device)
     if given.init_from is not None:
@@ -118,6 +124,17 @@ def _build(config: TrainConfig, target: PreTrainedModel) -> Eagle3Drafter:
     drafter.embed_tokens.requires_grad_(False)
     drafter.lm_head.requires_grad_(False)
     return drafter
+
+
+def _architecture(config: TrainConfig, target: PreTrainedModel) -> str:
+    """Only SafeAILab's format has a reduced vocabulary."""
+    if config.drafter.draft_vocab_size is None:
+        return GEMMA4 if is_gemma4(target) else QWEN3
+    if is_gemma4(target):
+        raise ConfigError(
+            "drafter.draft_vocab_size", "must be unset: Gemma 4 drafters know every token"
+        )
+    return LLAMA
 
 
 def _step_loss_decay(config: TrainConfig) -> float:
