@@ -62,6 +62,8 @@ class ReplicaStatus:
         kv_cache_usage: 0..1.
         speculation_state: on or off; ``speculation_reason`` says why.
         speculation: sums since the replica started.
+        calibration_error: 0..1, by how much confidences as served are off; ``None``: not known yet.
+        calibration_drift: largest factor between a temperature in force and its offline fit.
     """
 
     replica_id: str
@@ -75,6 +77,8 @@ class ReplicaStatus:
     speculation_state: str = ""
     speculation_reason: str = ""
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    calibration_error: float | None = None
+    calibration_drift: float = 1.0
     shards: tuple[ShardStatus, ...] = ()
     drafters: tuple[DrafterStatus, ...] = ()
 
@@ -124,6 +128,12 @@ def _replica_from_proto(message: inference_pb2.ReplicaStatus) -> ReplicaStatus:
         speculation_state=message.speculation_state,
         speculation_reason=message.speculation_reason,
         speculation=stats_from_proto(message.speculation),
+        calibration_error=(
+            message.calibration_error if message.HasField("calibration_error") else None
+        ),
+        calibration_drift=(
+            message.calibration_drift if message.HasField("calibration_drift") else 1.0
+        ),
         shards=tuple(
             ShardStatus(
                 rank=shard.rank,

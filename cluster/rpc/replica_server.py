@@ -259,6 +259,8 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             speculation_state=load.speculation_state,
             speculation_reason=load.speculation_reason,
             speculation=speculation,
+            calibration_error=load.calibration_error,
+            calibration_drift=load.calibration_drift,
             shards=map(shard_to_proto, parts.shards),
             drafters=map(drafter_to_proto, parts.drafters),
         )

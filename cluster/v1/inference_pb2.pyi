@@ -92,7 +92,7 @@ class DrafterStatus(_message.Message):
     def __init__(self, drafter_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., round_trip_ms: _Optional[float] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica_id", "address", "state", "num_running", "num_waiting", "kv_cache_usage", "speculation_state", "speculation_reason", "shards", "drafters", "speculation", "num_output_tokens", "reason")
+    __slots__ = ("replica_id", "address", "state", "num_running", "num_waiting", "kv_cache_usage", "speculation_state", "speculation_reason", "shards", "drafters", "speculation", "num_output_tokens", "reason", "calibration_error", "calibration_drift")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,8 @@ class ReplicaStatus(_message.Message):
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_ERROR_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_DRIFT_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     address: str
     state: str
@@ -119,7 +121,9 @@ class ReplicaStatus(_message.Message):
     speculation: _common_pb2.SpeculationStats
     num_output_tokens: int
     reason: str
-    def __init__(self, replica_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., speculation_state: _Optional[str] = ..., speculation_reason: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., drafters: _Optional[_Iterable[_Union[DrafterStatus, _Mapping]]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationStats, _Mapping]] = ..., num_output_tokens: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    calibration_error: float
+    calibration_drift: float
+    def __init__(self, replica_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., speculation_state: _Optional[str] = ..., speculation_reason: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., drafters: _Optional[_Iterable[_Union[DrafterStatus, _Mapping]]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationStats, _Mapping]] = ..., num_output_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., calibration_error: _Optional[float] = ..., calibration_drift: _Optional[float] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
     __slots__ = ("model", "router_id", "replicas", "num_active_requests", "version")
