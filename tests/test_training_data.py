@@ -86,6 +86,10 @@ def test_the_context_bounds_sequences(folder: Path) -> None:
 def test_command_line_overrides_values(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(folder)
     assert load_train_config(path, ("optimization.steps=9",)).optimization.steps == 9
+    moved = load_train_config(path, ("output.folder=x", "data.files=[y.txt]", "target.model=a/b"))
+    assert moved.output.folder == str(Path.cwd() / "x")
+    assert moved.data.files == (str(Path.cwd() / "y.txt"),)
+    assert moved.target.model == "a/b"
     assert cli.main(["train", str(path), "--set", "optimization.step=9"]) == 2
     assert "did you mean 'steps'" in capsys.readouterr().err
     assert cli.main(["train", str(folder / "none.yaml"), "--json"]) == 2

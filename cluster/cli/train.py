@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="replaces one value of CONFIG; repeatable",
+        help="replaces one value of CONFIG; paths are relative to the current folder; repeatable",
     )
     return parser
 

@@ -270,12 +270,18 @@ class TrainConfig(Section):
         return cross_entropy, total_variation, confidence
 
 
+# A path on the command line is relative to where the command runs, not to the file.
+_PATHS = ("output.folder", "features.folder", "data.files", "data.heldout_files")
+_MODELS = ("target.model", "drafter.init_from")
+
+
 def load_train_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfig:
     """Reads a training configuration; paths in it may be relative to its own folder.
 
     Args:
         path: the YAML file.
-        overrides: ``section.key=value`` each, the value in YAML.
+        overrides: ``section.key=value`` each, the value in YAML; paths in them are relative to
+            the current folder.
 
     Raises:
         ConfigError: an unreadable file, or a bad key or value in it.
@@ -304,7 +310,16 @@ def _override(values: Any, override: str) -> None:
         values = values.setdefault(part, {})
     if not isinstance(values, dict):
         raise ConfigError(key, "is no section of the file")
-    values[last] = yaml.safe_load(value)
+    parsed = yaml.safe_load(value)
+    if key in _MODELS and isinstance(parsed, str):
+        parsed = resolve_path(parsed, Path.cwd())
+    elif key in _PATHS:
+        parsed = [_here(v) for v in parsed] if isinstance(parsed, list) else _here(parsed)
+    values[last] = parsed
+
+
+def _here(value: Any) -> Any:
+    return str(Path.cwd() / value) if isinstance(value, str) else value
 
 
 def _with_paths(config: TrainConfig, base: Path) -> TrainConfig:
