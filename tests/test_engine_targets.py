@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.bench.judge import Judgement, judge
+from cluster.engine import compressed_attention
 from cluster.engine.compressed_cache import CompressedCaches
 from cluster.engine.engine import Engine
 from cluster.engine.runner import Runner
@@ -97,8 +98,9 @@ def expected_features(
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_guesses_change_nothing_and_features_are_the_hidden_states(
-    tmp_path: Path, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    monkeypatch.setattr(compressed_attention, "_QUERIES_AT_ONCE", 10)  # a chunk takes several turns
     model = save_target(TARGETS[name], tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     projection = make_projection((-1, 0, 1), TARGETS[name].hidden_size)

@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from cluster.engine.compressed_cache import SequencePart
 
 COMPRESSED_ATTENTION_NAME = "dspark_compressed"
+_QUERIES_AT_ONCE = 256  # bounds the scores of a prompt chunk: heads x so many x keys
 
 
 class PerSequenceAttention(nn.Module):
@@ -81,14 +82,18 @@ def compressed_attention(
     Returns:
         ``[1, S, heads, head_dim]`` and ``None`` (no weights).
     """
-    num_heads, num_queries = query.shape[1:3]
     keys = key[0, 0]
-    scores = (query[0].flatten(0, 1) @ keys.T).view(num_heads, num_queries, -1) * scaling
-    sinks = s_aux.to(scores.dtype).view(-1, 1, 1).expand(-1, num_queries, 1)
-    scores = torch.cat([scores + attention_mask[0], sinks], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32)[..., :-1].to(query.dtype)
-    output = (weights.flatten(0, 1) @ keys).view(num_heads, num_queries, -1)
-    return output.transpose(0, 1).unsqueeze(0), None
+    sinks = s_aux.to(query.dtype).view(-1, 1, 1)
+    outputs = []
+    for start in range(0, query.shape[2], _QUERIES_AT_ONCE):
+        part = query[0, :, start : start + _QUERIES_AT_ONCE]
+        num_heads, num_queries = part.shape[:2]
+        scores = (part.flatten(0, 1) @ keys.T).view(num_heads, num_queries, -1) * scaling
+        scores += attention_mask[0, :, start : start + num_queries]
+        scores = torch.cat([scores, sinks.expand(-1, num_queries, 1)], dim=-1)
+        weights = scores.softmax(dim=-1, dtype=torch.float32)[..., :-1].to(query.dtype)
+        outputs.append((weights.flatten(0, 1) @ keys).view(num_heads, num_queries, -1))
+    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0), None
 
 
 AttentionInterface.register(COMPRESSED_ATTENTION_NAME, compressed_attention)

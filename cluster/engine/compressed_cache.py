@@ -10,8 +10,10 @@ dropped and the window's tokens are gathered again.
 Cost. Everything but attention runs over the tokens of all sequences at once, the experts above all;
 attention runs sequence by sequence, each reading its attention weights again, and copies the
 entries it attends to, which is linear in the context divided by the compress rate. Nothing is ever
-computed twice, and guesses cost what they cost elsewhere. A sequence holds its entries, one window
-of keys, and the tokens since its last closed window; they go when its first page is given back.
+computed twice, and guesses cost what they cost elsewhere. transformers' indexer scores all entries
+for all queries and heads at once, so long contexts want small prompt chunks. A sequence holds its
+entries, one window of keys, and the tokens since its last closed window; they go when its first
+page is given back.
 """
 
 from __future__ import annotations
