@@ -89,6 +89,8 @@ def _connect(num_workers: int, cpus_per_worker: float, temp_dir: str) -> None:
             raise ClusterStateError(f"RAY_ADDRESS: {error}") from None
         return
     cores = os.cpu_count() or 1
+    # Ray runs workers as background work; these are the work.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         address="local",
         # Ray counts CPUs but does not divide them: workers on a small machine share what there is.
