@@ -26,7 +26,7 @@ from cluster.speculation.verify_curve import VerifyCurve
 _MAX_SEQS = 16
 _MAX_MODEL_LEN = 1024
 _CONTEXTS = (50, 900)
-_CHUNKS = (16, 32, 64, 128)
+_MAX_CHUNK = 128
 _TURNS = 5
 
 Floats = npt.NDArray[np.float64]
@@ -86,7 +86,7 @@ def random_batches(count: int, seed: int) -> list[BatchShape]:
         query_lens = [block] * size
         cached_lens = [int(typical * generator.uniform(0.8, 1.1)) for _ in range(size)]
         if generator.random() < 0.4:
-            query_lens.append(generator.choice(_CHUNKS))
+            query_lens.append(generator.randint(1, _MAX_CHUNK))
             cached_lens.append(generator.choice([0, 128, 512]))
         batches.append(BatchShape(tuple(query_lens), tuple(cached_lens)))
     return batches

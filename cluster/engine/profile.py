@@ -26,7 +26,8 @@ from cluster.speculation.verify_curve import CurveOrigin, VerifyCurve
 # A decoding sequence of a measured step: its own token and seven guesses.
 BLOCK_TOKENS = 8
 _MAX_DETERMINISTIC_TOKENS = 16  # one pass a token: the curve is a straight line
-_CONTEXT_DIVISORS = (16, 4, 1)  # of the largest context; time grows with it almost linearly
+# Of the largest context. Time grows with it, and faster where what is read outgrows caches.
+_CONTEXT_SHARES = (1 / 16, 1 / 4, 1 / 2, 3 / 4, 1)
 _QUICK_REPEATS = 2
 _QUICK_S = 1.0
 _VISITS = 2
@@ -79,8 +80,7 @@ class StepProbe:
         sequences = self._config.max_num_seqs
         free = (self._pages.num_pages - sequences) * self._pages.page_size
         largest = min(sequences * self._max_model_len, free) - sequences * BLOCK_TOKENS
-        sizes = {largest // divisor for divisor in _CONTEXT_DIVISORS} if largest > 0 else set()
-        return sorted({0, *sizes})
+        return sorted({0, *(int(share * max(largest, 0)) for share in _CONTEXT_SHARES)})
 
     def shape(self, num_tokens: int, context_tokens: int) -> BatchShape | None:
         """The batch that stands for a size: no more sequences than blocks and context need.
@@ -207,14 +207,17 @@ class CurveProfiler:
         return bool(np.isfinite(self._seconds[row, column]))
 
     def profile_quickly(self) -> VerifyCurve:
-        """Every batch size without context, and every context at one batch size; about a second.
+        """Every batch size without context, and contexts at one batch size; about a second.
 
-        Each of these points is measured at least once, however long that takes.
+        Of the contexts every second one, the largest included. Each of these points is measured at
+        least once, however long that takes.
         """
-        columns: dict[int, tuple[int, int]] = {}
-        for row, column in self._shapes:  # by rising size: the smallest batch that has the context
-            columns.setdefault(column, (row, column))
-        points = [(row, 0) for row in range(len(self._tokens))] + list(columns.values())[1:]
+        first_rows: dict[int, int] = {}  # by column: the smallest batch that has the context
+        for row, column in self._shapes:
+            first_rows.setdefault(column, row)
+        columns = sorted(first_rows)[:0:-2]
+        points = [(row, 0) for row in range(len(self._tokens))]
+        points += [(first_rows[column], column) for column in columns]
         self._measure_in_turn(points, _QUICK_REPEATS, deadline_s=time.perf_counter() + _QUICK_S)
         return self._curve()
 
