@@ -106,6 +106,8 @@ class FakeEngineLoop:
             speculation_state="on",
             speculation_reason="scripted",
             stats=SpeculationStats(num_drafts=3, num_accepted_tokens_per_pos=[2, 1]),
+            calibration_error=0.03,
+            calibration_drift=1.25,
         )
 
     @property

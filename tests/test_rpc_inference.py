@@ -224,6 +224,7 @@ async def test_status() -> None:
             assert replica.drafters[0].round_trip_ms == 1.5
             assert replica.speculation.num_accepted_tokens_per_pos == [2, 1]
             assert replica.speculation.num_malformed_proposals == 7
+            assert (replica.calibration_error, replica.calibration_drift) == (0.03, 1.25)
 
 
 async def test_blocking_client() -> None:

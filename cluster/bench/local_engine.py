@@ -67,7 +67,7 @@ def run_requests(
     *,
     max_active: int,
 ) -> None:
-    """Runs requests to their ends, at most ``max_active`` at once, in the order given.
+    """Runs requests to their ends, at most ``max_active`` (1 or more) at once, in order.
 
     ``requests`` is asked for the next one when there is room for it, so it may stop early.
 
@@ -91,13 +91,12 @@ def run_requests(
             on_output(output)
 
 
-def complete(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:
-    """Runs requests together; output tokens by request id."""
-    requests = list(requests)
+def run_together(engine: Engine, requests: list[Request]) -> dict[str, list[int]]:
+    """Runs requests all at once; output tokens by request id. Raises: as ``run_requests``."""
     token_ids: dict[str, list[int]] = {request.request_id: [] for request in requests}
 
     def take(output: RequestOutput) -> None:
         token_ids[output.request_id] += output.token_ids
 
-    run_requests(engine, requests, take, max_active=len(requests))
+    run_requests(engine, requests, take, max_active=max(len(requests), 1))
     return token_ids

@@ -11,17 +11,15 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from cluster.bench.judge import Judgement, judge
+from cluster.bench.local_engine import build_local_engine, local_config, run_together
 from cluster.bench.report import Report
-from cluster.config import ClusterConfig
-from cluster.engine.draft_factory import build_draft_engine
-from cluster.engine.engine import Engine
-from cluster.engine.local_drafter import LocalDraftClient
-from cluster.engine.worker import ShardWorker, load_tokenizer
+from cluster.engine.worker import load_tokenizer
 from cluster.request import Request, SamplingParams, SpeculationMode, SpeculationParams
 from cluster.rpc.client import AsyncClient
 from cluster.training.corpus import load_documents
@@ -41,7 +39,8 @@ def run(
     if address:
         complete = _RemoteCompleter(address)
     else:
-        complete = _LocalCompleter(make_engine(target, drafter))
+        config = local_config(target, {"method": "dspark", "model": drafter})
+        complete = partial(run_together, build_local_engine(config, seed=0))
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     on = SpeculationParams()
     off = SpeculationParams(mode=SpeculationMode.OFF)
@@ -99,42 +98,6 @@ def heldout_prompts(
         if len(token_ids) >= PROMPT_LENGTHS[0]:
             prompts.append(tuple(token_ids[:length]))
     return prompts
-
-
-def make_engine(target: str, drafter: str) -> Engine:
-    """A float32 engine of one shard with the drafter beside it, in this process."""
-    config = ClusterConfig.parse(
-        {
-            "target": {
-                "model": target,
-                "dtype": "float32",
-                "num_threads": torch.get_num_threads(),
-            },
-            "speculative": {"method": "dspark", "model": drafter},
-            "drafter": {"dtype": "float32"},
-        }
-    )
-    worker = ShardWorker(config, 0)
-    worker.start("", 0, 0)
-    return worker.build_engine(LocalDraftClient(build_draft_engine(config)))
-
-
-class _LocalCompleter:
-    """Runs requests together on an engine of this process."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __call__(self, requests: list[Request]) -> dict[str, list[int]]:
-        outputs: dict[str, list[int]] = {r.request_id: [] for r in requests}
-        for request in requests:
-            self._engine.add_request(request)
-        while self._engine.has_work:
-            for output in self._engine.step():
-                if output.error is not None:
-                    raise output.error
-                outputs[output.request_id] += output.token_ids
-        return outputs
 
 
 class _RemoteCompleter:
