@@ -323,7 +323,8 @@ class DeepSeekV4Reference(Reference):
     def _experts(self, own: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
         scores = torch.sqrt(F.softplus(own["ffn.gate.weight"] @ row))
         order = (scores + own["ffn.gate.bias"]).argsort(descending=True)
-        chosen = order[: self.config["num_experts_per_tok"]].tolist()
+        count = self.config.get("dspark_num_experts_per_tok", self.config["num_experts_per_tok"])
+        chosen = order[:count].tolist()
         total = sum(float(scores[expert]) for expert in chosen)
         out = self._expert(own, "ffn.shared_experts", row)
         for expert in chosen:

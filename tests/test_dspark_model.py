@@ -39,6 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma4-rnn": {**TINY_GEMMA4, "markov_head_type": "rnn"},
     "gemma4-dflash": {**TINY_GEMMA4, **DFLASH, **NO_K_EQ_V},
     "deepseek-v4": TINY_DEEPSEEK_V4,
+    "deepseek-v4-own-experts": {
+        **TINY_DEEPSEEK_V4,
+        "dspark_n_routed_experts": 7,
+        "dspark_num_experts_per_tok": 3,
+    },
 }
 ARCHITECTURES = ("vanilla", "gemma4", "gemma4-dflash", "deepseek-v4")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.initialization import no_init_weights
 
 from cluster.errors import CheckpointError
 from cluster.models import deepseek_v4_names
@@ -82,7 +83,8 @@ def load_drafter(
         rename=deepseek_v4_names.canonical if in_target else str,
         is_ours=deepseek_v4_names.is_ours if in_target else None,
     )
-    drafter = build_drafter(config)
+    with no_init_weights():  # nothing random is drawn, nor held, for weights that are read
+        drafter = build_drafter(config)
     drafter.load_checkpoint_tensors(tensors)
     drafter.requires_grad_(False)
     cast_weights(drafter, dtype, drafter.is_float32)

@@ -87,7 +87,9 @@ class DeepSeekV4DSparkConfig(DSparkConfig):
             # Zero or missing: as many as the target's layers have.
             num_routed_experts=reader.integer("dspark_n_routed_experts", 0, default=0) or routed,
             num_experts_per_tok=(
-                reader.integer("dspark_n_activated_experts", 0, default=0) or per_token
+                reader.integer("dspark_num_experts_per_tok", 0, default=0)
+                or reader.integer("dspark_n_activated_experts", 0, default=0)
+                or per_token
             ),
             target={key: value for key, value in data.items() if key not in _STORAGE},
         )

@@ -71,8 +71,9 @@ class DeepSeekV4DSparkDrafter(DSparkDrafter):
         return deepseek_v4_weights.to_published(self.state_dict(), self.config.num_hidden_layers)
 
     def load_checkpoint_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes over what ``checkpoint_tensors`` gives; every name must be there."""
-        self.load_state_dict(deepseek_v4_weights.to_network(tensors, self.config.num_hidden_layers))
+        """As ``DSparkDrafter.load_checkpoint_tensors``; experts are joined, which copies them."""
+        state = deepseek_v4_weights.to_network(tensors, self.config.num_hidden_layers)
+        self.load_state_dict(state, assign=True)
 
     def is_float32(self, name: str) -> bool:
         """As ``DSparkDrafter.is_float32``."""

@@ -243,8 +243,9 @@ class DSparkDrafter(nn.Module, ABC):
         return self.state_dict()
 
     def load_checkpoint_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes over what ``checkpoint_tensors`` gives; every name must be there."""
-        self.load_state_dict(tensors)
+        """Takes over what ``checkpoint_tensors`` gives, the tensors themselves; every name must
+        be there."""
+        self.load_state_dict(tensors, assign=True)
 
     def is_float32(self, name: str) -> bool:
         """Whether the tensor of this name, in ``state_dict`` or ``checkpoint_tensors``, is fp32
