@@ -200,6 +200,9 @@ def test_a_sequence_of_v4_holds_a_bounded_state(tmp_path: Path) -> None:
         )
         sizes.append(held)
     assert max(sizes) <= 5 * (5 + 7)
+    for lost in (59, 70):  # forgotten, never seen
+        with pytest.raises(RuntimeError, match="cannot cut"):
+            compute(shard, [0], lost)
     caches.release(2)
     assert caches.num_sequences == 1
     caches.release(1)

@@ -44,6 +44,7 @@ class WindowLayer(CacheLayerMixin):
         super().__init__()
         self.window = window
         self.length = 0
+        self._cut_length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes room for no token, like the first ones that come."""
@@ -86,7 +87,7 @@ class WindowLayer(CacheLayerMixin):
     def _stretch_keys(self, layer: WindowLayer, length: int) -> None:
         held = min(length, self.window - 1)
         layer.keys = layer.values = self.keys.new_zeros(1, 1, held, self.keys.shape[3])
-        layer.length = length
+        layer.length = layer._cut_length = length
         layer.is_initialized = True
 
     def cut(self, length: int) -> None:
@@ -94,7 +95,15 @@ class WindowLayer(CacheLayerMixin):
 
         Args:
             length: at least that of the last cut.
+
+        Raises:
+            RuntimeError: what these tokens need is forgotten, or they never came.
         """
+        if not self._cut_length <= length <= self.length:
+            raise RuntimeError(
+                f"cannot cut to {length} tokens: last cut to {self._cut_length}, seen {self.length}"
+            )
+        self._cut_length = length
         if not self.is_initialized:
             return
         end = self.keys.shape[2] - (self.length - length)
