@@ -92,7 +92,7 @@ class DrafterChoice:
                 continue
             if is_used and config.speculative != self._in_use:
                 self._in_use = config.speculative
-                _logger.info("the drafter in use is %s", config.speculative)
+                _logger.info("in use: %s", to_user_config(config.speculative))
 
 
 def to_user_config(speculative: SpeculativeConfig | None) -> dict[str, Any]:

@@ -43,7 +43,9 @@ class RunningApplication:
         try:
             ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
-            raise ClusterStateError(f"no Ray cluster at {ray_address}: {error}") from None
+            raise ClusterStateError(
+                f"{error} (one that wants a token needs RAY_AUTH_MODE=token here too)"
+            ) from None
         self._name = name
         try:
             client = _get_global_client(raise_if_no_controller_running=False)

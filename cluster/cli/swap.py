@@ -83,6 +83,8 @@ def _ray_address(state: ClusterState | None) -> str:
         return address
     if state is None or not state.is_alive or not state.ray_address:
         raise ClusterStateError("there is no cluster: `dspark up` has started none here")
+    # Ray protects what it starts on one machine; it keeps the user's token and reads it by itself.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     return state.ray_address
 
 
