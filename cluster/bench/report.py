@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import sys
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from cluster.engine.machine import accelerator_name, num_cores, processor_name
 
 
 @dataclass(frozen=True)
@@ -61,21 +62,12 @@ def _row_text(row: dict[str, Any]) -> str:
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores, accelerator and versions that a figure depends on."""
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "accelerator": accelerator,
+        "processor": processor_name(),
+        "cores": num_cores(),
+        "accelerator": accelerator_name() or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
 
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor()

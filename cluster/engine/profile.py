@@ -31,7 +31,7 @@ _CONTEXT_SHARES = (1 / 16, 1 / 4, 1 / 2, 3 / 4, 1)
 _QUICK_REPEATS = 2
 _QUICK_S = 1.0
 _VISITS = 2
-_PASSES_PER_VISIT = 3
+_PASSES_PER_VISIT = 3  # the first of them wakes up caches and clocks
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ class CurveProfiler:
     Args:
         probe: runs the steps.
         origin: noted in the curves.
-        tokens, contexts: the grid; unset: the probe's.
+        tokens, contexts: the grid, 0 among the contexts; unset: the probe's. Sizes that no batch
+            can have are left out.
     """
 
     def __init__(
@@ -186,7 +187,11 @@ class CurveProfiler:
         self._origin = origin
         sizes = tokens or probe.token_sizes()
         self._tokens = [size for size in sizes if probe.shape(size, 0) is not None]
-        self._contexts = contexts or probe.context_sizes()
+        self._contexts = [
+            context
+            for context in contexts or probe.context_sizes()
+            if any(probe.shape(size, context) is not None for size in self._tokens)
+        ]
         self._shapes = {
             (row, column): shape
             for row, size in enumerate(self._tokens)
@@ -222,7 +227,7 @@ class CurveProfiler:
         return self._curve()
 
     def profile_all(self, repeats: int) -> VerifyCurve:
-        """Every point of the grid, ``repeats`` times."""
+        """Every point of the grid: once to warm up, then ``repeats`` times."""
         self._measure_in_turn(list(self._shapes), repeats)
         return self._curve()
 
@@ -232,11 +237,8 @@ class CurveProfiler:
         Returns:
             The curve, once every point has been visited often enough: the last call.
         """
-        point = self._to_visit[0]
-        seconds = self._probe.measure(self._shapes[point])
+        self._measure(self._to_visit[0])
         self._num_passes += 1
-        if self._num_passes > 1:  # the first wakes up caches and clocks
-            self._seconds[point] = min(self._seconds[point], seconds)
         if self._num_passes == _PASSES_PER_VISIT:
             self._num_passes = 0
             self._to_visit.popleft()
@@ -250,19 +252,15 @@ class CurveProfiler:
     def _measure_in_turn(
         self, points: list[tuple[int, int]], repeats: int, deadline_s: float = np.inf
     ) -> None:
-        """Measures every point once to warm up, and then as often as told, if there is time.
-
-        The warm-up counts for points that there is no time for.
-        """
-        warm_up = [self._probe.measure(self._shapes[point]) for point in points]
-        for point in points * repeats:
-            if time.perf_counter() > deadline_s:
+        """Measures every point once, and then as often as told while there is time."""
+        for number, point in enumerate(points * (1 + repeats)):
+            if number >= len(points) and time.perf_counter() > deadline_s:
                 break
-            seconds = self._probe.measure(self._shapes[point])
-            self._seconds[point] = min(self._seconds[point], seconds)
-        for point, seconds in zip(points, warm_up, strict=True):
-            if np.isinf(self._seconds[point]):
-                self._seconds[point] = seconds
+            self._measure(point)
+
+    def _measure(self, point: tuple[int, int]) -> None:
+        seconds = self._probe.measure(self._shapes[point])
+        self._seconds[point] = min(self._seconds[point], seconds)
 
     def _curve(self) -> VerifyCurve:
         """The curve of what has been measured; contexts that were not are left out."""
