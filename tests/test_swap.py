@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,13 @@ class Part:
             return False
         self.used.append(model)
         return True
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
 
 
 async def wait_for(condition: Any) -> None:
@@ -261,11 +269,14 @@ def test_every_method_in_turn_while_requests_stream(
                 config = write_config(tmp_path / f"{name}.yaml", speculative)
                 swapped = _json("swap", config)
                 assert swapped["method"] == (None if speculative is None else name)
+                shown = "" if speculative is None else name
+                wait_until(
+                    lambda: client.status().replicas[0].speculation_method == shown  # noqa: B023
+                )
                 answer = complete(**GREEDY)
                 assert answer.token_ids == expected["greedy"], name
                 assert (answer.usage.speculation.num_drafts == 0) == (speculative is None), name
-                while streams.num_complete < before + 2 and not streams.failures:
-                    threading.Event().wait(0.1)
+                wait_until(lambda: streams.num_complete > before + 1 or streams.failures)  # noqa: B023
             held = state.read_state()
             assert held is not None
             assert held.config == str(tmp_path / "dspark.yaml")

@@ -74,6 +74,7 @@ class Shard:
         self._following: asyncio.Future[None] | None = None
         self._draft_client: GrpcDraftClient | None = None
         self._staged: _StagedDrafter | None = None
+        self._num_malformed_proposals = 0  # of clients that are used no more
         self._drafters: list[tuple[str, str]] = []
         self._loop: EngineLoop | None = None
         self._server: ReplicaServer | None = None
@@ -202,6 +203,7 @@ class Shard:
             self._loop.swap_drafter(staged.config.speculative, staged.client, staged.calibration)
         )
         if former is not None:
+            self._num_malformed_proposals += former.stats.num_malformed
             await asyncio.to_thread(former.close)
         return True
 
@@ -281,12 +283,17 @@ class Shard:
         )
 
     def _describe(self) -> ReplicaParts:
-        if self._draft_client is None:
-            return ReplicaParts(shards=self._places)
+        speculative, client = self._config.speculative, self._draft_client
+        if speculative is None or client is None:
+            return ReplicaParts(
+                shards=self._places, num_malformed_proposals=self._num_malformed_proposals
+            )
         return ReplicaParts(
             shards=self._places,
-            drafters=self._draft_client.status(),
-            num_malformed_proposals=self._draft_client.stats.num_malformed,
+            drafters=client.status(),
+            num_malformed_proposals=self._num_malformed_proposals + client.stats.num_malformed,
+            speculation_method=speculative.method,
+            speculation_model=speculative.model or "",
         )
 
 

@@ -61,6 +61,8 @@ def _print(address: str, status: ClusterStatus) -> None:
             f"  speculation: {replica.speculation_state} ({replica.speculation_reason}), "
             f"acceptance length {stats.acceptance_length:.2f} over {stats.num_drafts} rounds"
         )
+        if replica.speculation_method:
+            console.print(f"  method: {replica.speculation_method} {replica.speculation_model}")
         if replica.calibration_error is not None:
             console.print(
                 f"  confidence: {replica.calibration_error:.1%} off, temperatures within a factor "

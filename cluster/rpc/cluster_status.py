@@ -44,11 +44,15 @@ class ReplicaParts:
 
     Attributes:
         num_malformed_proposals: answers of drafters that broke the protocol, since the start.
+        speculation_method: of the drafter in use; empty without one.
+        speculation_model: its checkpoint; empty where the method has none.
     """
 
     shards: Sequence[ShardStatus] = ()
     drafters: Sequence[DrafterStatus] = ()
     num_malformed_proposals: int = 0
+    speculation_method: str = ""
+    speculation_model: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,7 @@ class ReplicaStatus:
         kv_cache_usage: 0..1.
         speculation_state: on or off; ``speculation_reason`` says why.
         speculation: sums since the replica started.
+        speculation_method, speculation_model: as in ``ReplicaParts``.
         calibration_error: 0..1, by how much confidences as served are off; ``None``: not known yet.
         calibration_drift: largest factor between a temperature in force and its offline fit.
     """
@@ -77,6 +82,8 @@ class ReplicaStatus:
     speculation_state: str = ""
     speculation_reason: str = ""
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    speculation_method: str = ""
+    speculation_model: str = ""
     calibration_error: float | None = None
     calibration_drift: float = 1.0
     shards: tuple[ShardStatus, ...] = ()
@@ -128,6 +135,8 @@ def _replica_from_proto(message: inference_pb2.ReplicaStatus) -> ReplicaStatus:
         speculation_state=message.speculation_state,
         speculation_reason=message.speculation_reason,
         speculation=stats_from_proto(message.speculation),
+        speculation_method=message.speculation_method,
+        speculation_model=message.speculation_model,
         calibration_error=(
             message.calibration_error if message.HasField("calibration_error") else None
         ),

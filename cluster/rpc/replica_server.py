@@ -259,6 +259,8 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             speculation_state=load.speculation_state,
             speculation_reason=load.speculation_reason,
             speculation=speculation,
+            speculation_method=parts.speculation_method,
+            speculation_model=parts.speculation_model,
             calibration_error=load.calibration_error,
             calibration_drift=load.calibration_drift,
             shards=map(shard_to_proto, parts.shards),

@@ -92,7 +92,7 @@ class DrafterStatus(_message.Message):
     def __init__(self, drafter_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., round_trip_ms: _Optional[float] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica_id", "address", "state", "num_running", "num_waiting", "kv_cache_usage", "speculation_state", "speculation_reason", "shards", "drafters", "speculation", "num_output_tokens", "reason", "calibration_error", "calibration_drift")
+    __slots__ = ("replica_id", "address", "state", "num_running", "num_waiting", "kv_cache_usage", "speculation_state", "speculation_reason", "shards", "drafters", "speculation", "num_output_tokens", "reason", "calibration_error", "calibration_drift", "speculation_method", "speculation_model")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,8 @@ class ReplicaStatus(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     CALIBRATION_ERROR_FIELD_NUMBER: _ClassVar[int]
     CALIBRATION_DRIFT_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_METHOD_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_MODEL_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     address: str
     state: str
@@ -123,7 +125,9 @@ class ReplicaStatus(_message.Message):
     reason: str
     calibration_error: float
     calibration_drift: float
-    def __init__(self, replica_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., speculation_state: _Optional[str] = ..., speculation_reason: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., drafters: _Optional[_Iterable[_Union[DrafterStatus, _Mapping]]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationStats, _Mapping]] = ..., num_output_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., calibration_error: _Optional[float] = ..., calibration_drift: _Optional[float] = ...) -> None: ...
+    speculation_method: str
+    speculation_model: str
+    def __init__(self, replica_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., speculation_state: _Optional[str] = ..., speculation_reason: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., drafters: _Optional[_Iterable[_Union[DrafterStatus, _Mapping]]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationStats, _Mapping]] = ..., num_output_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., calibration_error: _Optional[float] = ..., calibration_drift: _Optional[float] = ..., speculation_method: _Optional[str] = ..., speculation_model: _Optional[str] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
     __slots__ = ("model", "router_id", "replicas", "num_active_requests", "version")
