@@ -32,7 +32,7 @@ from cluster.request import TokenSource
 from cluster.rpc.client import Client
 from tests.models import DRAFTER, TARGET
 
-COMMANDS = ("up", "down", "generate", "status", "demo")
+COMMANDS = ("up", "down", "generate", "status", "demo", "swap")
 LOCAL = Path(__file__).parents[1] / "deployments" / "local.yaml"
 
 
