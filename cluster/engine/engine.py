@@ -222,11 +222,14 @@ class Engine:
         return outputs
 
     def predicted_step_s(self) -> float:
-        """Seconds that the longest step should take: the largest pass, every round too late."""
+        """Seconds that the longest step should take: the largest pass over a full cache, and every
+        round too late.
+        """
         draft_s = 0.0
         if self._speculator is not None:
             draft_s = self._speculator.timeout_s * self._num_groups
-        return draft_s + float(self.cost_model.verify_seconds(self._max_batch_tokens))
+        full_cache = self._pages.num_pages * self._pages.page_size
+        return draft_s + float(self.cost_model.verify_seconds(self._max_batch_tokens, full_cache))
 
     def check(self) -> None:
         """Verifies that no page is leaked or held twice. Raises: RuntimeError."""
