@@ -30,6 +30,7 @@ from cluster.speculation.proposal import DraftProposal, dequantize_draft_probs
 from tests.eagle3_tools import VOCAB as EAGLE3_VOCAB
 from tests.eagle3_tools import WIDTH, make_eagle3, make_reference
 from tests.models import save_tiny_target
+from tests.target_models import OTHERS, TARGETS, save_target
 
 BLOCK = 5
 GREEDY = DraftSampling(temperature=0.0)
@@ -111,9 +112,15 @@ def same(ours: DraftProposal, theirs: DraftProposal) -> bool:
 # ------------------------------------------------------------------- against each from scratch
 
 
-def test_a_language_model_drafts_its_own_greedy_continuation(language_model: str) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
-    network = CausalLMNetwork(load_causal_lm(language_model, torch.float32, torch.device("cpu")))
+@pytest.mark.parametrize(
+    "architecture", ["qwen3", "llama", "gemma4-shared-keys", "mistral-sliding-window"]
+)
+def test_a_language_model_drafts_its_own_greedy_continuation(
+    architecture: str, tmp_path: Path
+) -> None:
+    folder = save_target({**TARGETS, **OTHERS}[architecture], tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    network = CausalLMNetwork(load_causal_lm(folder, torch.float32, torch.device("cpu")))
     engine, text = make_engine(network), text_for(network)
     engine.open("a", text.key, GREEDY)
     assert text.feed(engine, 0, 6) == 6
@@ -310,4 +317,10 @@ def test_a_model_that_keeps_something_else_is_refused(tmp_path: Path) -> None:
     network = CausalLMNetwork(model)
     model.set_attn_implementation("sdpa")
     with pytest.raises(ConfigError, match=r"speculative\.model"):
+        make_engine(network)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(network: Any) -> None:
+    network.max_position_embeddings = BLOCK
+    with pytest.raises(ConfigError, match=r"speculative\.num_speculative_tokens"):
         make_engine(network)

@@ -10,7 +10,7 @@ to be cropped, and after full acceptance nothing is missing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -43,6 +43,8 @@ class EntryNetwork(Protocol):
     feature_size: int
     max_position_embeddings: int
     num_layers: int
+    key_sources: Mapping[int, int]
+    """Layers that read another layer's keys and values instead of their own."""
     runs_anchor: bool
     """Whether the anchor is an entry (a language model's) or only a token of one (EAGLE-3's)."""
 
@@ -85,7 +87,8 @@ class AutoregressiveMethod:
         generator: the drafter's own randomness, on the network's device.
 
     Raises:
-        ConfigError: the network keeps something else than paged keys and values.
+        ConfigError: the network keeps something else than paged keys and values, or has fewer
+            positions than it is to draft.
     """
 
     def __init__(
@@ -105,11 +108,17 @@ class AutoregressiveMethod:
         self.min_length = 0 if network.runs_anchor else 1
         # The last entry that is run must have a position.
         self.max_length = network.max_position_embeddings - self.block_size
+        if self.max_length < 1:
+            raise ConfigError(
+                "speculative.num_speculative_tokens",
+                f"is {self.block_size} for a model of {network.max_position_embeddings} positions",
+            )
         self.page_size = config.page_size
+        self._cache = KVCache(1, self.page_size, network.key_sources)
         self.num_pages = num_pages_within(
             config.kv_cache_memory_mb, self._position_bytes(), self.page_size
         )
-        self._cache = KVCache(self.num_pages, self.page_size)
+        self._cache.resize(self.num_pages)
 
     def num_kept(self, length: int) -> int:
         """Committed entries, and those of the longest proposal behind them."""
@@ -185,9 +194,8 @@ class AutoregressiveMethod:
     def _position_bytes(self) -> int:
         """What an entry's keys and values take, found out by running one."""
         network = self._network
-        self._cache = KVCache(num_pages=2, page_size=self.page_size)
         session = DraftSession(
-            "", SessionKey("", 0), DraftSampling(temperature=0.0), 0.0, pages=[1]
+            "", SessionKey("", 0), DraftSampling(temperature=0.0), 0.0, pages=[0]
         )
         features = torch.zeros(1, network.feature_size)
         self._run_entries([DraftRows(session, 0, features, (0,))], [(0,)])

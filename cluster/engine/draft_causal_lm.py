@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.engine.attention import ATTENTION_NAME, PagedBatch
+from cluster.engine.layout import key_sources
 from cluster.errors import CheckpointError
 
 
@@ -29,6 +30,7 @@ class CausalLMNetwork:
         self.max_position_embeddings: int = config.max_position_embeddings
         self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
         self.num_layers: int = config.num_hidden_layers
+        self.key_sources = key_sources(config.to_dict())
         self._base = model.get_decoder()
         self._head = model.get_output_embeddings()
 

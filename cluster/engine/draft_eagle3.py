@@ -23,6 +23,7 @@ class Eagle3Network:
         self.feature_size = drafter.config.hidden_size
         self.max_position_embeddings = drafter.config.max_position_embeddings
         self.num_layers = drafter.config.num_hidden_layers
+        self.key_sources: dict[int, int] = {}
         self._drafter = drafter
 
     def forward(
