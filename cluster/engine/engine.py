@@ -28,6 +28,7 @@ from cluster.engine.sampler import SampleInput, SampleOutput, Sampler
 from cluster.engine.scheduler import ScheduledSequence, Scheduler, flatten
 from cluster.engine.sequence import Sequence
 from cluster.engine.speculator import Speculator
+from cluster.engine.step_input import StepInput
 from cluster.engine.text import TextStream
 from cluster.errors import DeadlineExceededError, InvalidRequestError
 from cluster.request import FinishReason, Request, RequestOutput, SpeculationStats
@@ -41,8 +42,7 @@ class _Pass:
 
     group: int
     entries: list[ScheduledSequence]
-    num_tokens: int
-    num_context_tokens: int
+    step: StepInput
     started_s: float  # of the engine's clock, which stands still while drafts are waited for
 
 
@@ -222,9 +222,7 @@ class Engine:
         return outputs
 
     def predicted_step_s(self) -> float:
-        """Seconds that the longest step should take: the largest pass over a full cache, and every
-        round too late.
-        """
+        """Seconds of the longest step: the largest pass, a full cache, every round too late."""
         draft_s = 0.0
         if self._speculator is not None:
             draft_s = self._speculator.timeout_s * self._num_groups
@@ -312,10 +310,7 @@ class Engine:
         for entry in entries:
             entry.sequence.is_in_flight = True
         self._runner.launch(step)
-        num_context_tokens = sum(entry.sequence.num_computed_tokens for entry in entries)
-        self._in_flight.append(
-            _Pass(group, entries, step.num_tokens, num_context_tokens, started_s)
-        )
+        self._in_flight.append(_Pass(group, entries, step, started_s))
 
     def _finish(self, done: _Pass) -> list[RequestOutput]:
         """Samples a pass's tokens, commits them, ends what is done and announces what goes on."""
@@ -338,9 +333,9 @@ class Engine:
             elif sequence.end_error is None:
                 going_on.append(sequence)
         self.cost_model.observe_verify(
-            done.num_tokens,
+            done.step.num_tokens,
             self._clock() - done.started_s,
-            num_context_tokens=done.num_context_tokens,
+            num_context_tokens=done.step.num_context_tokens,
         )
         if self._speculator is not None:
             self._speculator.announce(done.group, going_on)

@@ -41,6 +41,11 @@ class StepInput:
         """N."""
         return len(self.token_ids)
 
+    @property
+    def num_context_tokens(self) -> int:
+        """Cached tokens before this pass, summed over its sequences."""
+        return int((self.context_lens - self.query_lens).sum())
+
     def pack(self) -> np.ndarray:
         """All fields in one int64 array, for the wire between shards."""
         num_sequences, num_pages = self.block_tables.shape
