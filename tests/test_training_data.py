@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def test_only_answers_are_learned(folder: Path) -> None:
 
 
 def test_an_epoch_sees_every_sequence_once_and_repeats_itself() -> None:
-    sequences = [Sequence((i, i + 1), 1) for i in range(5)]
+    sequences = [Sequence(array("i", [i, i + 1]), 1) for i in range(5)]
     dataset = FixedSequences(sequences, seed=3)
     ids = [dataset.batch(step, 5).sequence_ids for step in range(3)]
     assert ids[0] == (0, 1, 2, 3, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -238,7 +239,8 @@ def _sequences(index: int, done: dict[str, dict[str, Any]]) -> list[TokenSequenc
     number = 0
     while (answer := done.get(f"{index}.{number}")) is not None:
         prompt = answer["prompt_token_ids"]
-        sequences.append(TokenSequence((*prompt, *answer["answer_token_ids"]), len(prompt)))
+        token_ids = array("i", [*prompt, *answer["answer_token_ids"]])
+        sequences.append(TokenSequence(token_ids, len(prompt)))
         number += 1
     return sequences
 

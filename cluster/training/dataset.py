@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -98,10 +99,11 @@ class StreamSequences:
 class Sequence:
     """Token ids of one sequence, of which those from ``answer_start`` on are learned.
 
+    ``token_ids`` are 32-bit (typecode ``i``), since all of a data set's are in memory.
     ``answer_start`` 0 stands for a document: all of it.
     """
 
-    token_ids: tuple[int, ...]
+    token_ids: array[int]
     answer_start: int = 0
 
 
@@ -140,6 +142,6 @@ class FixedSequences:
         answers = torch.zeros(len(chosen), width, dtype=torch.bool)
         for row, sequence in enumerate(chosen):
             length = len(sequence.token_ids)
-            token_ids[row, :length] = torch.tensor(sequence.token_ids)
+            token_ids[row, :length] = torch.from_numpy(np.asarray(sequence.token_ids))
             answers[row, sequence.answer_start : length] = True
         return Batch(token_ids, None if answers.all() else answers, tuple(indices))

@@ -21,6 +21,8 @@ from cluster.training.dataset import Batch
 from cluster.training.draft_method import DraftMethod, shape_of
 from cluster.training.drafter_loss import BlockLoss
 
+_ROPE_THETA = 10000.0  # its own: it reads nothing of the target
+
 
 class DraftModelMethod(DraftMethod):
     """A Qwen3 language model learns the text, and by ``total_variation`` the target's own law.
@@ -91,7 +93,7 @@ def _build(config: TrainConfig, target: PreTrainedModel) -> Qwen3ForCausalLM:
                 num_hidden_layers=config.drafter.num_hidden_layers,
                 max_position_embeddings=text.max_position_embeddings,
                 rms_norm_eps=text.rms_norm_eps,
-                rope_parameters=dict(text.rope_parameters),
+                rope_parameters={"rope_type": "default", "rope_theta": _ROPE_THETA},
                 tie_word_embeddings=True,
                 bos_token_id=text.bos_token_id,
                 eos_token_id=text.eos_token_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -101,7 +102,7 @@ def build_datasets(
     ]
     if config.features.mode == "compute":
         return StreamSequences(streams[0]), StreamSequences(streams[1])
-    windows = [[Sequence(tuple(row.tolist())) for row in stream.epoch()] for stream in streams]
+    windows = [[Sequence(array("i", row.tolist())) for row in stream.epoch()] for stream in streams]
     return FixedSequences(windows[0], data.seed), FixedSequences(windows[1], data.seed)
 
 
@@ -151,7 +152,7 @@ def _answered(
         raise prompt.error("has no answer; data.regenerate lets the target write one")
     answer = tokenizer(prompt.answer, add_special_tokens=False, verbose=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    token_ids = (*conversation.prompt_token_ids, *answer, *end)
+    token_ids = array("i", [*conversation.prompt_token_ids, *answer, *end])
     return Sequence(token_ids[: config.data.sequence_length], len(conversation.prompt_token_ids))
 
 
