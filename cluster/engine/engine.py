@@ -234,11 +234,7 @@ class Engine:
         self._pages.check([s.pages for s in self._sequences.values()])
 
     def work_idle(self) -> bool:
-        """Improves the cost model while there are no requests, by one pass at most.
-
-        Returns:
-            Whether the next call should follow at once.
-        """
+        """Without requests: spends one pass at most on the cost model. Returns whether to go on."""
         if self._curve_keeper.improve():
             self.cost_model.replace_curve(self._curve_keeper.curve)
         return self._curve_keeper.is_mid_visit
