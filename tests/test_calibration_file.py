@@ -52,6 +52,21 @@ def test_saved_is_loaded(folders: tuple[Path, Path]) -> None:
     assert list(folders[0].glob("*.partial")) == []
 
 
+def test_other_fits_are_kept_and_the_same_one_is_replaced(folders: tuple[Path, Path]) -> None:
+    path = save(folders)
+    again = CalibrationEntry(key=SAMPLED, temperatures=(4.0, 5.0), num_rounds=7)
+    save_calibration(*folders, [again])
+    assert load_calibration(*folders).fitted == {GREEDY: (1.5, 0.5), SAMPLED: (4.0, 5.0)}
+    assert json.loads(path.read_text())["entries"][0]["metrics"] == {"a": 1}
+
+
+def test_fits_for_another_drafter_are_not_kept(folders: tuple[Path, Path]) -> None:
+    save(folders)
+    (folders[0] / "model.safetensors").write_bytes(b"trained again")
+    save_calibration(*folders, [CalibrationEntry(key=SAMPLED, temperatures=(4.0,), num_rounds=7)])
+    assert load_calibration(*folders).fitted == {SAMPLED: (4.0,)}
+
+
 def test_no_file_leaves_confidences_as_they_are(folders: tuple[Path, Path]) -> None:
     assert load_calibration(*folders).temperatures(GREEDY, 3).tolist() == [1.0] * 3
 

@@ -26,7 +26,7 @@ from cluster.engine.worker import load_tokenizer
 from cluster.errors import ConfigError
 from cluster.models.calibration_file import CalibrationEntry, save_calibration
 from cluster.speculation.calibration import Floats, fit_temperatures
-from cluster.speculation.record import temperature_bucket
+from cluster.speculation.record import calibration_key, temperature_bucket
 
 ERROR_BAR = 0.02
 _LARGEST_AUC_CHANGE = 1e-3  # ties alone: dividing a logit keeps the order
@@ -83,32 +83,44 @@ class Fit:
         }
 
 
-def check_temperatures(temperatures: Sequence[float]) -> None:
-    """Raises ConfigError where two temperatures ask for a fit of the same bucket."""
+def _combinations(
+    temperatures: Sequence[float], verifiers: Sequence[str]
+) -> list[tuple[float, bool]]:
+    """What to fit: pairs of a temperature and whether requests are seeded."""
     buckets = [temperature_bucket(value) for value in temperatures]
     if len(set(buckets)) < len(buckets):
         raise ConfigError(
             "--temperature", f"two of {list(temperatures)} are in one bucket ({', '.join(buckets)})"
         )
+    pairs = []
+    for temperature in temperatures:
+        for is_seeded in (True, False) if temperature > 0 else (True,):
+            if calibration_key(temperature, is_seeded=is_seeded).verifier in verifiers:
+                pairs.append((temperature, is_seeded))
+    if not pairs:
+        raise ConfigError("--verifier", "greedy requests are verified coupled and no other way")
+    return pairs
 
 
 def fit_drafter(
     target: str,
     drafter: DrafterChoice,
     temperatures: Sequence[float],
+    verifiers: Sequence[str],
     data: Data,
     settings: Settings,
     note: Note,
 ) -> Iterator[Fit]:
-    """Fits and judges: greedy at temperature 0, both verifiers above.
+    """Fits and judges one verifier after the other at each temperature; greedy is coupled.
 
     Args:
+        verifiers: which of them.
         note: told what is going on.
 
     Raises:
         CheckpointError, ConfigError, DataError: before the first round.
     """
-    check_temperatures(temperatures)
+    combinations = _combinations(temperatures, verifiers)
     runner = DrafterRunner(target, drafter, settings)
     tokenizer = load_tokenizer(target)
     training, heldout = (
@@ -121,20 +133,19 @@ def fit_drafter(
         )
         for source in (data.training, data.heldout)
     )
-    for temperature in temperatures:
-        for is_seeded in (True,) if temperature == 0 else (True, False):
-            rounds = []
-            for prompts, wanted in (
-                (training, data.training_rounds),
-                (heldout, data.heldout_rounds),
-            ):
-                done = runner.evaluate(prompts, temperature, is_seeded=is_seeded, num_rounds=wanted)
-                note(
-                    f"{drafter.name} {done.key.verifier} at temperature {temperature:g} on "
-                    f"{prompts.name}: {len(done.table)} rounds"
-                )
-                rounds.append(done)
-            yield Fit(fit_temperatures(rounds[0].table), *rounds)
+    for temperature, is_seeded in combinations:
+        rounds = []
+        for prompts, wanted in (
+            (training, data.training_rounds),
+            (heldout, data.heldout_rounds),
+        ):
+            done = runner.evaluate(prompts, temperature, is_seeded=is_seeded, num_rounds=wanted)
+            note(
+                f"{drafter.name} {done.key.verifier} at temperature {temperature:g} on "
+                f"{prompts.name}: {len(done.table)} rounds"
+            )
+            rounds.append(done)
+        yield Fit(fit_temperatures(rounds[0].table), *rounds)
     runner.close()
 
 
@@ -178,12 +189,13 @@ def run(
     target: str,
     drafter: DrafterChoice,
     temperatures: Sequence[float],
+    verifiers: Sequence[str],
     data: Data,
     settings: Settings,
     note: Note,
 ) -> Report:
     """The suite: fits anew, writes nothing. It passes where every held-out error is within 2%."""
-    fits = list(fit_drafter(target, drafter, temperatures, data, settings, note))
+    fits = list(fit_drafter(target, drafter, temperatures, verifiers, data, settings, note))
     figures = summarise(fits)
     return Report(suite="calibration", figures=figures, passed=is_calibrated(figures))
 

@@ -110,6 +110,7 @@ def _run_calibration(args: argparse.Namespace) -> Report:
         target=args.target,
         drafter=drafter,
         temperatures=args.temperature or [0.0, 1.0],
+        verifiers=args.verifier or ["coupled", "rejection"],
         data=calibration_data(args),
         settings=settings_of(args),
         note=note,

@@ -54,6 +54,12 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help="repeatable, one for each bucket: 0, to 0.5, to 0.85, above (default 0 and 1)",
     )
     parser.add_argument(
+        "--verifier",
+        action="append",
+        choices=["coupled", "rejection"],
+        help="repeatable (default both; coupled is what greedy and seeded requests get)",
+    )
+    parser.add_argument(
         "--training-data",
         default="stdlib-training",
         metavar="DATA",
@@ -106,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
             args.target,
             drafter,
             args.temperature or [0.0, 1.0],
+            args.verifier or ["coupled", "rejection"],
             calibration_data(args),
             settings,
             note,

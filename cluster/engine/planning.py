@@ -41,13 +41,12 @@ class RoundPlanner:
     def __init__(
         self, config: SpeculativeConfig, cost_model: CostModel, calibration: Calibration
     ) -> None:
-        self._config = config
         self._cost_model = cost_model
         self._budget: BudgetPlanner | None = None
         if config.scheduler == "prefix":
             self._budget = GreedyBudget()
+        self._online = OnlineCalibration(calibration, is_fixed=not config.online_calibration)
         self._observer: RecordObserver | None = None
-        self.set_calibration(calibration)
 
     @property
     def calibration_error(self) -> float | None:
@@ -58,10 +57,6 @@ class RoundPlanner:
     def calibration_drift(self) -> float:
         """Largest factor between an online temperature and its offline fit; 1 is none."""
         return self._online.drift
-
-    def set_calibration(self, calibration: Calibration) -> None:
-        """Starts over with the offline fit of a drafter, another one than before perhaps."""
-        self._online = OnlineCalibration(calibration, is_fixed=not self._config.online_calibration)
 
     def set_observer(self, observer: RecordObserver | None) -> None:
         """Has every record passed to ``observer``, in the engine's thread (evaluation)."""

@@ -48,6 +48,8 @@ def save_calibration(
 ) -> Path:
     """Writes the file into the drafter's folder, in place of the one there, atomically.
 
+    What that one has for other verifiers and buckets is kept, if it is usable for this pair.
+
     Returns:
         Its path.
 
@@ -55,20 +57,23 @@ def save_calibration(
         CheckpointError: a folder's digest cannot be taken, or the file cannot be written.
     """
     path = local_folder(drafter) / FILE_NAME
+    digests = {"drafter": drafter_digest(drafter), "target": target_digest(target)}
+    written = {
+        entry.key: {
+            "verifier": entry.key.verifier,
+            "temperature_bucket": entry.key.bucket,
+            "temperatures": list(entry.temperatures),
+            "num_rounds": entry.num_rounds,
+            "metrics": dict(entry.metrics),
+        }
+        for entry in entries
+    }
+    for key, kept in _usable_entries(path, drafter, target, digests).items():
+        written.setdefault(key, kept)
     document = {
         "schema_version": SCHEMA_VERSION,
-        "drafter_digest": drafter_digest(drafter),
-        "target_digest": target_digest(target),
-        "entries": [
-            {
-                "verifier": entry.key.verifier,
-                "temperature_bucket": entry.key.bucket,
-                "temperatures": list(entry.temperatures),
-                "num_rounds": entry.num_rounds,
-                "metrics": dict(entry.metrics),
-            }
-            for entry in entries
-        ],
+        **{f"{name}_digest": digest for name, digest in digests.items()},
+        "entries": [written[key] for key in sorted(written)],
     }
     partial = path.with_name(FILE_NAME + ".partial")
     try:
@@ -123,6 +128,17 @@ def load_calibration(
             raise CheckpointError(str(path), name, f"repeats {fit_key.verifier} {fit_key.bucket}")
         fitted[fit_key] = temperatures
     return Calibration(fitted)
+
+
+def _usable_entries(
+    path: Path, drafter: str | Path, target: str | Path, digests: Mapping[str, str]
+) -> dict[CalibrationKey, dict[str, Any]]:
+    """Entries of the file at ``path`` as they stand there; none where it cannot be used."""
+    try:
+        fitted = load_calibration(drafter, target, digests=digests).fitted
+    except CheckpointError:
+        return {}
+    return dict(zip(fitted, read_json(path)["entries"], strict=True)) if fitted else {}
 
 
 def _read_entry(
