@@ -98,3 +98,24 @@ def test_stopping_answers_what_is_unfinished(loop: EngineLoop, answers: Answers)
     loop.submit(make_request("r"))
     loop.stop()
     assert answers.last("r").is_last
+
+
+def test_a_swap_waits_for_no_request(loop: EngineLoop, answers: Answers) -> None:
+    loop.engine._runner.shard.stage_features(None)
+    loop.submit(make_request("r"))
+    assert loop.swap_drafter(None, None).result(30) is None
+    assert answers.last("r").error is None
+
+
+def test_a_swap_is_answered_whatever_happens(
+    loop: EngineLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_down(*_: object) -> None:
+        raise RuntimeError("no features are staged")
+
+    monkeypatch.setattr(loop.engine, "swap_drafter", break_down)
+    waiting = [loop.swap_drafter(None, None), loop.swap_drafter(None, None)]
+    assert isinstance(waiting[0].exception(30), RuntimeError)
+    assert isinstance(waiting[1].exception(30), ReplicaLostError)
+    assert isinstance(loop.failure, RuntimeError)
+    assert isinstance(loop.swap_drafter(None, None).exception(30), ReplicaLostError)
