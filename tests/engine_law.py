@@ -191,9 +191,10 @@ def generate(
     config = config.model_copy(update={"drafter": config.drafter.model_copy(update=limits)})
     with _served_drafter(config, fault) as client, _faulty_engine(fault):
         engine = make_engine(config, client)
-        engine.cost_model = _SteepCostModel()
+        planner = engine._speculator._planner
+        planner._cost_model = _SteepCostModel()
         if fault is Fault.RETROSPECTIVE:
-            engine._budget = _Retrospective()
+            planner._budget = _Retrospective()
         samples = _run(engine, cases, num_samples)
         engine.check()
     return samples
