@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import multiprocessing
+import threading
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +57,13 @@ class RecordingClient(LocalDraftClient):
 class Swapping:
     """An engine of this process and what its actors would do with it."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(
+        self, config: ClusterConfig, announce_port: Callable[[int], None] | None = None
+    ) -> None:
         self._worker = ShardWorker(config, 0)
-        self._worker.start("", 0, 0)
+        if announce_port is not None:
+            announce_port(self._worker.open_rendezvous("127.0.0.1"))
+        self._worker.start("127.0.0.1", 0, 1)
         self.client = _client(config)
         self.engine = self._worker.build_engine(self.client)
 
@@ -66,8 +73,14 @@ class Swapping:
         assert shard is not None
         return sum(len(module._forward_hooks) for module in shard._base.modules())
 
-    def swap(self, config: ClusterConfig) -> list[RequestOutput]:
+    def stage(self, config: ClusterConfig) -> None:
         self._worker.stage_drafter(config)
+
+    def close(self) -> None:
+        self._worker.close()
+
+    def swap(self, config: ClusterConfig) -> list[RequestOutput]:
+        self.stage(config)
         self.client = _client(config)
         return self.engine.swap_drafter(config.speculative, self.client)
 
@@ -239,6 +252,60 @@ def test_nothing_is_caught_for_a_drafter_that_is_gone(configs: dict[str, Cluster
     assert swapping.num_hooks == 2  # that many layers does it read
     swapping.swap(configs["none"])
     assert swapping.num_hooks == 0
+
+
+def _follow(config: ClusterConfig, swap_to: ClusterConfig, pipes: list[Connection]) -> None:
+    """The second of two pipeline stages: stages when it is told to, while it follows."""
+    worker = ShardWorker(config, 1)
+    worker.start("127.0.0.1", pipes[1].recv(), 1)
+
+    def stage() -> None:
+        pipes[1].recv()
+        worker.stage_drafter(swap_to)
+        pipes[1].send("staged")
+
+    threading.Thread(target=stage, daemon=True).start()
+    worker.follow()
+    worker.close()
+
+
+@pytest.mark.timeout(240)
+def test_pipeline_stages_go_over_between_the_same_two_passes(
+    configs: dict[str, ClusterConfig], expected: dict[str, list[int]]
+) -> None:
+    """Passes are under way when it comes, and the drafters read layers of both stages."""
+    former, swap_to = (
+        config.model_copy(
+            update={"target": config.target.model_copy(update={"pipeline_parallel_size": 2})}
+        )
+        for config in (configs["dspark"], configs["eagle3"])
+    )
+    context = multiprocessing.get_context("spawn")
+    pipes = list(context.Pipe())
+    follower = context.Process(target=_follow, args=(former, swap_to, pipes), daemon=True)
+    follower.start()
+    swapping = Swapping(former, announce_port=pipes[0].send)
+    stage, swap = swapping.stage, swapping.swap
+
+    def stage_both(config: ClusterConfig) -> None:
+        pipes[0].send("stage")
+        stage(config)
+        assert pipes[0].recv() == "staged"
+
+    def swap_under_way(config: ClusterConfig) -> list[RequestOutput]:
+        assert swapping.engine._in_flight
+        return swap(config)
+
+    swapping.stage = stage_both  # type: ignore[method-assign]
+    swapping.swap = swap_under_way  # type: ignore[method-assign]
+    outputs = run_with_swaps(swapping, {150: swap_to}, make_requests())
+    assert {name: outputs[name] for name in expected} == expected
+    assert swapping.client is not None
+    assert len(swapping.client.proposals) > 60
+    swapping.engine.close()
+    follower.join(30)
+    swapping.close()
+    assert follower.exitcode == 0
 
 
 @pytest.mark.slow
