@@ -25,6 +25,11 @@ def true_seconds(tokens: np.ndarray, contexts: np.ndarray) -> np.ndarray:
     return 0.004 + 2e-4 * tokens + 2e-6 * contexts
 
 
+def predict(model: CostModel, tokens: np.ndarray, contexts: np.ndarray) -> np.ndarray:
+    """``[tokens, contexts]`` seconds."""
+    return np.stack([model.verify_seconds(tokens, int(size)) for size in contexts], axis=1)
+
+
 def test_verify_curve_is_interpolated_and_extended() -> None:
     model = CostModel({10: 1.0, 20: 2.0, 40: 2.5})
     assert model.verify_seconds([1, 10, 15, 30, 60]).tolist() == [1.0, 1.0, 1.5, 2.25, 3.0]
@@ -32,9 +37,9 @@ def test_verify_curve_is_interpolated_and_extended() -> None:
 
 def test_context_costs_what_the_curve_says() -> None:
     model = CostModel(make_curve())
+    contexts = np.array([0, 500, 2500])
     np.testing.assert_allclose(
-        model.verify_seconds([[1], [36]], [0, 500, 2500]),
-        true_seconds(np.array([[1], [36]]), np.array([0, 500, 2500])),
+        predict(model, np.array([1, 36]), contexts), true_seconds(np.array([[1], [36]]), contexts)
     )
     cheap = model.expected_goodput(num_requests=2, survival_sum=[0, 1], num_tokens=[2, 3])
     dear = model.expected_goodput(
@@ -52,7 +57,7 @@ def test_curve_stays_monotone_and_positive(observed: list[tuple[int, int, float]
     model = CostModel(make_curve())
     for num_tokens, num_context_tokens, seconds in observed:
         model.observe_verify(num_tokens, seconds, num_context_tokens=num_context_tokens)
-    table = model.verify_seconds(np.arange(1, 400)[:, None], np.arange(0, 12_000, 500))
+    table = predict(model, np.arange(1, 400), np.arange(0, 12_000, 500))
     assert np.all(np.diff(table, axis=0) >= -1e-12)
     assert np.all(np.diff(table, axis=1) >= -1e-12)
     assert np.all(table > 0)
@@ -70,15 +75,15 @@ def test_curve_converges_to_what_is_measured() -> None:
 def test_a_slower_machine_slows_every_size_and_recovers() -> None:
     """A noisy neighbour is seen at one size, and it concerns all."""
     model = CostModel(make_curve())
-    sizes, contexts = TOKENS[:, None], CONTEXTS
+    expected = true_seconds(TOKENS[:, None], CONTEXTS)
     slowed = 3 * true_seconds(np.array(8), np.array(1000))
     for _ in range(60):
         model.observe_verify(8, float(slowed), num_context_tokens=1000)
-    ratio = model.verify_seconds(sizes, contexts) / true_seconds(sizes, contexts)
+    ratio = predict(model, TOKENS, CONTEXTS) / expected
     np.testing.assert_allclose(ratio, 3.0, rtol=0.15)
     for _ in range(60):
         model.observe_verify(8, float(slowed) / 3, num_context_tokens=1000)
-    ratio = model.verify_seconds(sizes, contexts) / true_seconds(sizes, contexts)
+    ratio = predict(model, TOKENS, CONTEXTS) / expected
     np.testing.assert_allclose(ratio, 1.0, rtol=0.15)
 
 
@@ -92,18 +97,16 @@ def test_what_stays_at_one_size_is_learnt_there() -> None:
         tokens, context = generator.choice(TOKENS), generator.choice(CONTEXTS)
         seconds = float(true_seconds(tokens, context)) * generator.uniform(0.95, 1.05)
         model.observe_verify(int(tokens), seconds, num_context_tokens=int(context))
-    ratio = model.verify_seconds(TOKENS[:, None], CONTEXTS) / true_seconds(
-        TOKENS[:, None], CONTEXTS
-    )
+    ratio = predict(model, TOKENS, CONTEXTS) / true_seconds(TOKENS[:, None], CONTEXTS)
     np.testing.assert_allclose(ratio, 1.0, atol=0.12)
 
 
 @pytest.mark.parametrize("seconds", [1e-9, 1e3, 0.0, -1.0, float("nan"), float("inf")])
 def test_one_strange_step_changes_little(seconds: float) -> None:
     model = CostModel(make_curve())
-    before = model.verify_seconds(TOKENS[:, None], CONTEXTS)
+    before = predict(model, TOKENS, CONTEXTS)
     model.observe_verify(30, seconds, num_context_tokens=700)
-    ratio = model.verify_seconds(TOKENS[:, None], CONTEXTS) / before
+    ratio = predict(model, TOKENS, CONTEXTS) / before
     assert np.all((ratio < 2**0.111) & (ratio > 2**-0.111))
 
 

@@ -44,10 +44,16 @@ def make_curve() -> VerifyCurve:
     return VerifyCurve.fit(TOKENS, CONTEXTS, table, ORIGIN)
 
 
+def table_of(curve: VerifyCurve, tokens: np.ndarray, contexts: np.ndarray) -> np.ndarray:
+    """``[tokens, contexts]`` seconds."""
+    return np.stack([curve.seconds(tokens, float(size)) for size in contexts], axis=1)
+
+
 def test_a_plane_is_interpolated_and_extended_exactly() -> None:
-    tokens = np.array([1, 3, 8, 20, 100, 128, 500])[:, None]
+    tokens = np.array([1, 3, 8, 20, 100, 128, 500])
     contexts = np.array([0, 100, 256, 3000, 4096, 20_000])
-    np.testing.assert_allclose(make_curve().seconds(tokens, contexts), plane(tokens, contexts))
+    found = table_of(make_curve(), tokens, contexts)
+    np.testing.assert_allclose(found, plane(tokens[:, None], contexts))
     assert float(make_curve().seconds(4)) == plane(4, 0)
 
 
@@ -80,7 +86,7 @@ def test_any_measurement_gives_a_monotone_curve_no_higher_than_it(
     contexts = [100 * k for k in range(len(table[0]))]
     curve = VerifyCurve.fit(tokens, contexts, table)
     assert np.all((curve.table <= table) | np.isnan(table))
-    values = curve.seconds(np.linspace(1, 40, 50)[:, None], np.linspace(0, 600, 50))
+    values = table_of(curve, np.linspace(1, 40, 50), np.linspace(0, 600, 50))
     assert np.all(np.diff(values, axis=0) >= -1e-9 * values.max())
     assert np.all(np.diff(values, axis=1) >= -1e-9 * values.max())
 

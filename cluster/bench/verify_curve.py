@@ -62,7 +62,8 @@ def run(*, target: str, num_batches: int = 60, seed: int = 0) -> Report:
     contexts = np.array([sum(batch.cached_lens) for batch in batches])
     alone = VerifyCurve.of_tokens(dict(zip(curve.tokens, curve.table[:, 0], strict=True)))
     without = _errors(alone.seconds(tokens), measured)
-    with_context = _errors(curve.seconds(tokens, contexts), measured)
+    predicted = [float(curve.seconds(*size)) for size in zip(tokens, contexts, strict=True)]
+    with_context = _errors(np.array(predicted), measured)
     return Report(
         suite="verify_curve",
         figures={

@@ -57,13 +57,11 @@ class CostModel:
         self._scale = 1.0
         self.draft_seconds = draft_seconds
 
-    def verify_seconds(
-        self, num_tokens: npt.ArrayLike, num_context_tokens: npt.ArrayLike = 0
-    ) -> Floats:
-        """Seconds of a step, drafting excluded; any shapes that broadcast.
+    def verify_seconds(self, num_tokens: npt.ArrayLike, num_context_tokens: int = 0) -> Floats:
+        """Seconds of steps, drafting excluded.
 
         Args:
-            num_tokens: batch tokens, guesses and prompt chunks included.
+            num_tokens: batch tokens, guesses and prompt chunks included; any shape.
             num_context_tokens: cached tokens that they look back on, summed over sequences.
         """
         return self._scale * self._curve.seconds(num_tokens, num_context_tokens)
@@ -99,7 +97,7 @@ class CostModel:
         num_requests: int,
         survival_sum: npt.ArrayLike,
         num_tokens: npt.ArrayLike,
-        num_context_tokens: npt.ArrayLike = 0,
+        num_context_tokens: int = 0,
     ) -> Floats:
         """Expected tokens per second of a step that verifies a drafted round.
 

@@ -88,16 +88,13 @@ class VerifyCurve:
     Guarantees: positive, and never falling in either direction: more tokens or more context never
     cost less. Between points it is bilinear; below the first ones flat; beyond the last ones it
     goes on with the last segments' slope (the mean over the other axis, so that it stays monotone).
-    Immutable.
+    Immutable. To be made by ``fit``, ``of_tokens`` or ``from_dict``, which check all of this.
 
     Attributes:
         tokens: ``[T]`` batch tokens, rising, positive.
         context_tokens: ``[C]``, rising, not negative.
         table: ``[T, C]`` seconds.
         origin: what it was measured on, where that is known.
-
-    Raises:
-        ConfigError: an array breaks the above; names it.
     """
 
     tokens: Floats
@@ -105,7 +102,8 @@ class VerifyCurve:
     table: Floats
     origin: CurveOrigin | None = None
 
-    def __post_init__(self) -> None:
+    def _checked(self) -> VerifyCurve:
+        """Itself. Raises: ConfigError: an array breaks the guarantees; names it."""
         for name, lowest in (("tokens", 1), ("context_tokens", 0)):
             axis = getattr(self, name)
             if axis.ndim != 1 or len(axis) == 0 or not np.all(np.isfinite(axis)):
@@ -119,6 +117,7 @@ class VerifyCurve:
             raise ConfigError("seconds", "must be positive and finite")
         if any(np.any(np.diff(self.table, axis=axis) < 0) for axis in (0, 1)):
             raise ConfigError("seconds", "must not fall with more tokens or more context")
+        return self
 
     @classmethod
     def of_tokens(cls, seconds_by_tokens: Mapping[int, float]) -> VerifyCurve:
@@ -163,20 +162,22 @@ class VerifyCurve:
             nearest = known[np.abs(rows[:, None] - known).argmin(axis=1)]
             added = table[nearest, column] - table[nearest, 0]
             table[missing, column] = (table[:, 0] + added)[missing]
-        return cls(_floats(tokens), _floats(context_tokens), _pulled_down(table), origin)
+        curve = cls(_floats(tokens), _floats(context_tokens), _pulled_down(table), origin)
+        return curve._checked()
 
-    def seconds(self, num_tokens: npt.ArrayLike, context_tokens: npt.ArrayLike = 0) -> Floats:
-        """Seconds of a step; the arguments may have any shapes that broadcast."""
-        row, row_share, row_excess = _place(self.tokens, num_tokens)
-        column, column_share, column_excess = _place(self.context_tokens, context_tokens)
-        next_row = np.minimum(row + 1, len(self.tokens) - 1)
-        next_column = np.minimum(column + 1, len(self.context_tokens) - 1)
-        here = _mix(self.table[row, column], self.table[row, next_column], column_share)
-        above = _mix(self.table[next_row, column], self.table[next_row, next_column], column_share)
-        inside = _mix(here, above, row_share)
-        beyond = row_excess * _last_slope(self.tokens, self.table)
-        beyond = beyond + column_excess * _last_slope(self.context_tokens, self.table.T)
-        return np.asarray(inside + beyond)
+    def seconds(self, num_tokens: npt.ArrayLike, context_tokens: float = 0) -> Floats:
+        """Seconds of steps with ``num_tokens`` batch tokens (any shape) and the same context."""
+        tokens = np.asarray(num_tokens, dtype=np.float64)
+        left, right, share = _place(self.context_tokens, context_tokens)
+        start, end = self.table[:, left], self.table[:, right]
+        seconds = np.interp(tokens, self.tokens, start + share * (end - start))
+        if tokens.size and tokens.max() > self.tokens[-1]:
+            slope = _last_slope(self.tokens, self.table)
+            seconds = seconds + slope * np.maximum(tokens - self.tokens[-1], 0.0)
+        if context_tokens > self.context_tokens[-1]:
+            slope = _last_slope(self.context_tokens, self.table.T)
+            seconds = seconds + slope * (context_tokens - self.context_tokens[-1])
+        return np.asarray(seconds)
 
     def corrected(self, num_tokens: float, context_tokens: float, factor: float) -> VerifyCurve:
         """The curve with the points around a place multiplied by ``factor``.
@@ -184,12 +185,14 @@ class VerifyCurve:
         Each moves by its share in the interpolation there. What rises lifts larger sizes with it,
         what falls pulls smaller ones down.
         """
-        shares = _shares(self.tokens, num_tokens)[:, None] * _shares(
-            self.context_tokens, context_tokens
-        )
-        moved = self.table * factor**shares
-        table = _lifted(moved) if factor >= 1 else _pulled_down(moved)
-        return dataclasses.replace(self, table=table)
+        row, next_row, row_share = _place(self.tokens, num_tokens)
+        column, next_column, column_share = _place(self.context_tokens, context_tokens)
+        table = self.table.copy()
+        for i, row_weight in ((row, 1.0 - row_share), (next_row, row_share)):
+            for j, column_weight in ((column, 1.0 - column_share), (next_column, column_share)):
+                table[i, j] *= factor ** (row_weight * column_weight)
+        table = _lifted(table) if factor >= 1 else _pulled_down(table)
+        return VerifyCurve(self.tokens, self.context_tokens, table, self.origin)
 
     def to_dict(self) -> dict[str, Any]:
         """The curve as JSON objects hold it."""
@@ -221,12 +224,13 @@ class VerifyCurve:
                 raise ConfigError(key, "is missing")
             arrays[key] = _numbers(key, values[key])
         origin = values.get("origin")
-        return cls(
+        curve = cls(
             arrays["tokens"],
             arrays["context_tokens"],
             arrays["seconds"],
             None if origin is None else CurveOrigin.from_dict(origin),
         )
+        return curve._checked()
 
 
 def _floats(values: Sequence[int]) -> Floats:
@@ -256,28 +260,15 @@ def _pulled_down(table: Floats) -> Floats:
     ]
 
 
-def _mix(start: Floats, end: Floats, share: Floats) -> Floats:
-    return start + share * (end - start)
-
-
-def _place(axis: Floats, values: npt.ArrayLike) -> tuple[npt.NDArray[np.intp], Floats, Floats]:
-    """Where values lie on an axis: point to the left, share of the way to the next, excess."""
-    wanted = np.asarray(values, dtype=np.float64)
-    inside = np.clip(wanted, axis[0], axis[-1])
-    left = np.searchsorted(axis, inside, side="right") - 1
-    right = np.minimum(left + 1, len(axis) - 1)
-    width = np.where(right > left, axis[right] - axis[left], 1.0)
-    return left, (inside - axis[left]) / width, np.maximum(wanted - axis[-1], 0.0)
-
-
-def _shares(axis: Floats, value: float) -> Floats:
-    """``[len(axis)]`` shares with which interpolation at ``value`` reads each point."""
-    left, share, _ = _place(axis, value)
-    shares = np.zeros(len(axis))
-    shares[left] = 1.0 - share
-    if share > 0:
-        shares[left + 1] = share
-    return shares
+def _place(axis: Floats, value: float) -> tuple[int, int, float]:
+    """The points of an axis around a value, and the share of the way between them; ends hold."""
+    right = int(axis.searchsorted(value))
+    if right == 0:
+        return 0, 0, 0.0
+    if right == len(axis):
+        return right - 1, right - 1, 0.0
+    start = float(axis[right - 1])
+    return right - 1, right, (value - start) / (float(axis[right]) - start)
 
 
 def _last_slope(axis: Floats, table: Floats) -> float:
