@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         application.swap(config.speculative, timeout_s=args.timeout, report=report_to_stderr)
         report_to_stderr("waiting for the drafters to be ready")
         wait_ready(application.router_address, config, started + args.timeout)
-    if state is not None and state.is_alive:
+    if state is not None and state.is_alive and state.ray_address == ray_address:
         write_state(dataclasses.replace(state, config=str(path)))
     _print_swapped(config, time.monotonic() - started, as_json=args.json)
     return 0
