@@ -122,11 +122,13 @@ class RoundPlanner:
         """Calibrated confidences ``[R, K]``; zero behind each row's width."""
         shape = (len(widths), int(widths.max()))
         raw, temperatures = np.zeros(shape), np.ones(shape)
+        rows_by_key: dict[CalibrationKey, list[int]] = {}
         for row, (sequence, width) in enumerate(limits.items()):
             if sequence.proposal is not None:
                 raw[row, :width] = sequence.proposal.confidences[:width]
-                fitted = self._online.temperatures(_key(sequence.request.sampling), shape[1])
-                temperatures[row] = fitted
+                rows_by_key.setdefault(_key(sequence.request.sampling), []).append(row)
+        for key, rows in rows_by_key.items():
+            temperatures[rows] = self._online.temperatures(key, shape[1])
         is_candidate = np.arange(shape[1]) < widths[:, None]
         return np.where(is_candidate, apply_temperatures(raw, temperatures), 0.0)
 
