@@ -40,8 +40,8 @@ class CurveKeeper:
         cached = None
         if self._cache is not None and origin is not None:
             cached = self._cache.load(origin)
-        if cached is not None:
-            logger.info("verify curve of %s, from the cache", cached.origin)
+        if cached is not None and cached.origin is not None:
+            logger.info("serving with the verify curve of %s", cached.origin.measured_at)
             probe.warm_up()
         self.curve = cached or self._profiler.profile_quickly()
 
