@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -30,7 +32,7 @@ class CausalLMNetwork:
         self.max_position_embeddings: int = config.max_position_embeddings
         self._soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
         self.num_layers: int = config.num_hidden_layers
-        self.key_sources = key_sources(config.to_dict())
+        self.key_sources: Mapping[int, int] = key_sources(config.to_dict())
         self._base = model.get_decoder()
         self._head = model.get_output_embeddings()
 

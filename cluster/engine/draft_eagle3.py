@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ class Eagle3Network:
         self.feature_size = drafter.config.hidden_size
         self.max_position_embeddings = drafter.config.max_position_embeddings
         self.num_layers = drafter.config.num_hidden_layers
-        self.key_sources: dict[int, int] = {}
+        self.key_sources: Mapping[int, int] = {}
         self._drafter = drafter
 
     def forward(
