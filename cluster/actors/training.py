@@ -50,8 +50,8 @@ def train_on_ray(
         ClusterStateError: there is no Ray cluster, or workers failed too often.
     """
     with tempfile.TemporaryDirectory(prefix="dspark-") as temp_dir:
-        _connect(num_workers, cpus_per_worker, temp_dir)
         try:
+            _connect(num_workers, cpus_per_worker, temp_dir)
             trainer = ray.train.torch.TorchTrainer(
                 _run_loop,
                 train_loop_config={"loop": loop, "config": config},
