@@ -223,7 +223,7 @@ def drafters(tmp_path: Path) -> dict[str, dict[str, Any] | None]:
         "ngram": {"method": "ngram", "num_speculative_tokens": 4},
         "eagle3": {
             "method": "eagle3",
-            "model": save_tiny_eagle3(tmp_path / "eagle3", TARGET),
+            "model": save_tiny_eagle3(tmp_path / "eagle3", TARGET, tie_word_embeddings=False),
             "num_speculative_tokens": 2,
         },
         "none": None,
@@ -247,7 +247,7 @@ def running(tmp_path: Path, state_dir: Path) -> Iterator[dict[str, Any]]:
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_every_method_in_turn_while_requests_stream(
-    running: dict[str, Any], drafters: dict[str, dict[str, Any] | None], tmp_path: Path
+    drafters: dict[str, dict[str, Any] | None], running: dict[str, Any], tmp_path: Path
 ) -> None:
     with Client(running["address"]) as client:
 
