@@ -1,0 +1,250 @@
+"""Evaluating and calibrating drafters: what counts as a round, and the figures made of rounds."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.bench import calibration as calibration_bench
+from cluster.bench import prompt_sets
+from cluster.bench.calibration import Data, fit_drafter, is_calibrated, store, summarise
+from cluster.bench.drafter_choice import DrafterChoice
+from cluster.bench.evaluation import (
+    DrafterRunner,
+    Settings,
+    acceptance_figures,
+    confidence_figures,
+)
+from cluster.bench.plots import plot_positions, plot_reliability
+from cluster.bench.prompt_sets import PromptSet, load_prompt_set
+from cluster.cli import main
+from cluster.engine.worker import load_tokenizer
+from cluster.errors import ConfigError, DataError
+from cluster.models.calibration_file import load_calibration
+from cluster.speculation.record import COUPLED, REJECTION, CalibrationKey, VerificationRecord
+from cluster.speculation.reliability import RoundTable
+from cluster.training.corpus import load_documents
+from tests.models import TARGET, save_tiny_drafter, save_tiny_target
+
+KEY = CalibrationKey(COUPLED, "greedy")
+BLOCK = 4
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("pair")
+    target = save_tiny_target(folder / "target", scale=2.0)
+    return target, save_tiny_drafter(folder / "drafter", target)
+
+
+def tiny_prompts(count: int, length: int = 6) -> PromptSet:
+    random = np.random.default_rng(0)
+    return PromptSet("tiny", tuple(map(tuple, random.integers(0, 96, (count, length)).tolist())))
+
+
+# ------------------------------------------------------------------------------------- drafters
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("dspark=a/b-c", ("b-c", "dspark", "a/b-c")),
+        ("mine=eagle3:a/b", ("mine", "eagle3", "a/b")),
+        ("ngram", ("ngram", "ngram", None)),
+        ("lookup=ngram", ("lookup", "ngram", None)),
+    ],
+)
+def test_drafters_are_read(text: str, expected: tuple[str, str, str | None]) -> None:
+    choice = DrafterChoice.parse(text)
+    assert (choice.name, choice.method, choice.model) == expected
+
+
+@pytest.mark.parametrize("text", ["medusa=a", "dspark", "ngram=a", "mine=medusa:a", "mine=dspark"])
+def test_what_is_no_drafter_is_bad_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--drafter", text]) == 2
+    assert "--drafter" in capsys.readouterr().err
+
+
+def test_two_drafters_of_one_name_are_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--drafter", "dspark=a/x", "--drafter", "dflash=b/x"]) == 2
+    assert "NAME=METHOD:DIR" in capsys.readouterr().err
+
+
+def test_plots_without_matplotlib_are_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    imported = importlib.import_module
+
+    def without(name: str) -> object:
+        if name == "matplotlib":
+            raise ImportError(name)
+        return imported(name)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    assert main(["eval", "--out", str(tmp_path / "out")]) == 2
+    assert "[train]" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------------- figures
+
+
+def make_table() -> RoundTable:
+    rounds = [  # request, confidences, accepted
+        ("a", (0.9, 0.8, 0.6), 3),
+        ("a", (0.9, 0.7, 0.6), 1),
+        ("b", (0.5, 0.7, 0.2), 0),
+        ("b", (), 0),
+    ]
+    records = [VerificationRecord(KEY, who, len(c), c, n) for who, c, n in rounds]
+    return RoundTable.from_records(records, 3)
+
+
+def test_acceptance_by_hand() -> None:
+    figures = acceptance_figures(make_table())
+    assert (figures["rounds"], figures["requests"]) == (4, 2)
+    assert figures["acceptance_length"] == 2.0  # (4 + 2 + 1 + 1) / 4
+    assert figures["acceptance_rate"] == [0.5, 0.25, 0.25]
+    assert figures["conditional_acceptance"] == [round(2 / 3, 4), 0.5, 1.0]
+    assert figures["rounds_reached"] == [3, 2, 1]
+    assert acceptance_figures(RoundTable.from_records([], 3)) == {"rounds": 0, "requests": 0}
+
+
+def test_confidence_by_hand() -> None:
+    figures = confidence_figures(make_table(), np.ones(3))
+    # Position 1: 0.9 twice, both accepted; 0.5 once, rejected.
+    assert figures["ece"][0] == pytest.approx((0.2 + 0.5) / 3, abs=1e-4)
+    # Position 2: survival 0.72 accepted; 0.63 and 0.35 not.
+    assert figures["ece"][1] == pytest.approx((0.28 + 0.63 + 0.35) / 3, abs=1e-4)
+    assert figures["auc"] == [1.0, 1.0, None]  # of rounds that get there
+    assert figures["brier"][0] == pytest.approx((0.01 + 0.01 + 0.25) / 3, abs=1e-4)
+    scaled = confidence_figures(make_table(), np.full(3, 2.0))
+    assert scaled["auc"] == figures["auc"]
+    assert scaled["ece"] != figures["ece"]
+
+
+# --------------------------------------------------------------------------------------- rounds
+
+
+def test_only_rounds_with_room_for_the_whole_block_count(pair: tuple[str, str]) -> None:
+    target, drafter = pair
+    choice = DrafterChoice("tiny", "dspark", drafter)
+    runner = DrafterRunner(target, choice, Settings(max_tokens=20, concurrency=4))
+    evaluation = runner.evaluate(tiny_prompts(6), 0.0)
+    assert runner.num_positions == BLOCK
+    assert set(evaluation.table.num_drafted.tolist()) == {BLOCK}
+    figures = evaluation.figures()
+    assert figures["requests"] == 6
+    assert 1.0 <= figures["acceptance_length"] <= BLOCK + 1
+    # Greedy rounds are what they are: again, and one request at a time, they are the same.
+    alone = DrafterRunner(target, choice, Settings(max_tokens=20, concurrency=1))
+    again = alone.evaluate(tiny_prompts(6), 0.0).figures()
+    assert again["rounds"] == figures["rounds"]
+    assert again["acceptance_rate"] == figures["acceptance_rate"]
+
+
+def test_enough_rounds_end_it(pair: tuple[str, str]) -> None:
+    target, drafter = pair
+    choice = DrafterChoice("tiny", "dspark", drafter)
+    runner = DrafterRunner(target, choice, Settings(max_tokens=16, concurrency=2))
+    evaluation = runner.evaluate(tiny_prompts(50), 1.0, num_rounds=10)
+    assert evaluation.key.verifier == REJECTION
+    assert evaluation.table.acceptance is not None
+    assert 10 <= len(evaluation.table) < 50
+
+
+def test_rounds_without_a_proposal_count_one(pair: tuple[str, str]) -> None:
+    runner = DrafterRunner(pair[0], DrafterChoice.parse("ngram"), Settings(max_tokens=24))
+    evaluation = runner.evaluate(tiny_prompts(3), 1.0, is_seeded=True)
+    table = evaluation.table
+    assert (table.num_drafted == 0).any()
+    assert evaluation.figures()["acceptance_length"] == pytest.approx(
+        1 + table.num_accepted.mean(), abs=1e-4
+    )
+
+
+def test_calibrating_writes_a_file_that_serves(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, drafter = pair
+    choice = DrafterChoice("tiny", "dspark", drafter)
+    monkeypatch.setattr(
+        calibration_bench, "load_prompt_set", lambda *args, count, **options: tiny_prompts(count)
+    )
+    data = Data(
+        training="a",
+        heldout="b",
+        training_rounds=20,
+        heldout_rounds=10,
+        num_prompts=8,
+        prompt_tokens=6,
+    )
+    settings = Settings(max_tokens=16, concurrency=4)
+    verifiers = [COUPLED, REJECTION]
+    fits = list(fit_drafter(target, choice, [0.0, 1.0], verifiers, data, settings, lambda _: None))
+    figures = summarise(fits)
+    assert [(f["verifier"], f["temperature_bucket"]) for f in figures["fits"]] == [
+        (COUPLED, "greedy"),
+        (COUPLED, "high"),
+        (REJECTION, "high"),
+    ]
+    for name in ("ece_before", "ece_after", "auc"):
+        assert len(figures[name]) == BLOCK
+    assert not is_calibrated(figures)  # of ten rounds there is noise alone
+    path = store(target, choice, fits, settings)
+    entry = json.loads(Path(path).read_text())["entries"][0]
+    assert entry["metrics"]["heldout"]["rounds"] >= 10
+    calibration = load_calibration(drafter, target, num_positions=BLOCK)
+    assert calibration.fitted == {fit.heldout.key: fit.temperatures for fit in fits}
+    served = DrafterRunner(target, choice, settings).evaluate(tiny_prompts(2), 0.0)
+    assert served.temperatures.tolist() == list(fits[0].temperatures)
+    assert served.figures()["calibrated_confidence"] is not None
+    plot_reliability(served, tmp_path)
+    plot_positions([served.figures()], tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "positions-tiny-0.png",
+        "reliability-tiny-tiny-coupled-0.png",
+    ]
+    Path(path).unlink()
+
+
+def test_fits_that_cannot_be_kept_apart_are_refused() -> None:
+    with pytest.raises(ConfigError, match="one bucket"):
+        calibration_bench._combinations([0.9, 1.0], [COUPLED])
+    with pytest.raises(ConfigError, match="coupled"):
+        calibration_bench._combinations([0.0], [REJECTION])
+
+
+# -------------------------------------------------------------------------------------- prompts
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(TARGET)
+    path = tmp_path / "mine.jsonl"
+    rows = [{"turns": ["def add(a, b):"]}, {"prompt": "x = 1\n" * 200}, {"prompt": "import os"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_prompt_set(str(path), tokenizer, count=5, num_tokens=8, max_tokens=40)
+    assert found.name == "mine"
+    texts = sorted(tokenizer.decode(prompt) for prompt in found.prompts)
+    assert texts == ["def add(a, b):", "import os"]  # the long one is left out
+    with pytest.raises(DataError, match="no prompt of 2 to 1 tokens"):
+        load_prompt_set(str(path), tokenizer, count=5, num_tokens=8, max_tokens=1)
+
+
+def test_code_prompts_are_windows_of_one_length_and_never_of_both_sets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    documents = tuple(group[:5] for group in load_documents())  # all would take seconds
+    monkeypatch.setattr(prompt_sets, "load_documents", lambda: documents)
+    tokenizer = load_tokenizer(TARGET)
+    heldout, training = (
+        load_prompt_set(name, tokenizer, count=40, num_tokens=32, max_tokens=99)
+        for name in ("stdlib-heldout", "stdlib-training")
+    )
+    assert {len(prompt) for prompt in heldout.prompts + training.prompts} == {32}
+    assert len(set(heldout.prompts)) == 40
+    assert not set(heldout.prompts) & set(training.prompts)
