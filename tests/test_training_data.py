@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import cli
 from cluster.errors import CheckpointError, ConfigError, DataError
-from cluster.training import answers
+from cluster.training import answers, loop
 from cluster.training.answers import Conversation, regenerate
 from cluster.training.config import load_train_config
 from cluster.training.dataset import FixedSequences, Sequence
@@ -21,6 +21,7 @@ from cluster.training.loop import check_inputs
 from cluster.training.parallel import Worker
 from cluster.training.prompts import read_prompts
 from cluster.training.sources import build_datasets
+from tests.models import save_tiny_drafter
 from tests.training_tools import LENGTH, make_config, save_target, write_config, write_jsonl
 
 CONFIGS = sorted((Path(__file__).parents[1] / "deployments" / "training").glob("*.yaml"))
@@ -153,22 +154,38 @@ def test_empty_and_long_and_unanswered_prompts_are_refused(folder: Path) -> None
 
 
 def test_a_broken_line_ends_the_command_before_the_model_is_read(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_jsonl(folder / "prompts.jsonl", {"prompt": "x"}, "{")
-    (folder / "target" / "model.safetensors").unlink()
+    monkeypatch.setattr(loop, "_load_target", None)
     path = write_config(folder, data={"files": ["prompts.jsonl"], "heldout_files": []})
     assert cli.main(["train", str(path)]) == 2
     assert "prompts.jsonl:2: is not JSON" in capsys.readouterr().err
 
 
 def test_a_truncated_target_is_refused(folder: Path) -> None:
-    from cluster.training.loop import train
-
     weights = folder / "target" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="target"):
-        train(make_config(folder), Worker())
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"target/model\.safetensors"):
+        check_inputs(make_config(folder))
+
+
+def test_a_drafter_to_go_on_from_is_checked_first(folder: Path) -> None:
+    start = Path(save_tiny_drafter(folder / "start", str(folder / "target"), mask_token_id=2))
+    good = {"init_from": "start", "num_anchors": 4}
+    check_inputs(make_config(folder, drafter=good))
+    with pytest.raises(ConfigError, match=r"drafter\.init_from: is dflash, but .* DSpark"):
+        check_inputs(make_config(folder, drafter={"init_from": "start", "method": "dflash"}))
+    config, weights = start / "config.json", start / "model.safetensors"
+    values = json.loads(config.read_text())
+    for key, value in (("hidden_size", 24), ("vocab_size", 299), ("num_target_layers", 9)):
+        config.write_text(json.dumps({**values, key: value}))
+        with pytest.raises(CheckpointError, match=rf"start/config\.json: {key}"):
+            check_inputs(make_config(folder, drafter=good))
+    config.write_text(json.dumps(values))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"start/model\.safetensors"):
+        check_inputs(make_config(folder, drafter=good))
 
 
 # ------------------------------------------------------------------------------------ data sets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from cluster.training import feature_cache, report
 from cluster.training.config import TrainConfig
 from cluster.training.loop import DrafterTraining, train
 from cluster.training.parallel import Worker, join_group
+from cluster.training.progress import Progress
 from cluster.training.resume import read_summary
 from tests.training_tools import make_config, save_target, write_jsonl
 
@@ -109,16 +111,6 @@ def test_training_goes_on_from_another_drafter(folder: Path) -> None:
             make_config(folder, drafter={"init_from": "out", "block_size": 4}, output=output),
             Worker(),
         )
-
-
-@pytest.mark.parametrize(("key", "value"), [("hidden_size", 24), ("vocab_size", 12)])
-def test_a_drafter_of_another_target_is_refused(folder: Path, key: str, value: int) -> None:
-    train(make_config(folder), Worker())
-    path = folder / "out" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    config = make_config(folder, drafter={"init_from": "out"}, output={"folder": "next"})
-    with pytest.raises(CheckpointError):
-        train(config, Worker())
 
 
 def test_short_answers_are_padded_without_effect(folder: Path) -> None:
@@ -362,6 +354,22 @@ def test_a_missing_extra_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"output\.plots: needs pip install 'dspark-cluster\[tr"):
         train(make_config(folder, output={"plots": True}), Worker())
+
+
+def test_progress_is_a_bar_on_a_terminal_and_a_log_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    for stream in (terminal, io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with caplog.at_level("INFO"), Progress("steps", 4, start=1) as progress:
+            progress.advance()
+            progress.note("loss 2")
+    assert "steps" in terminal.getvalue()
+    assert "2/4" in terminal.getvalue()
+    assert "loss 2" in terminal.getvalue()
+    assert caplog.messages == ["loss 2"]
 
 
 @pytest.mark.slow

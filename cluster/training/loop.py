@@ -12,11 +12,15 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from cluster.config import SpeculativeConfig
 from cluster.engine.target_model import load_text_config
 from cluster.engine.worker import load_tokenizer
 from cluster.errors import CheckpointError, ConfigError
 from cluster.models.checkpoint import target_digest
-from cluster.training.config import TrainConfig
+from cluster.models.drafter_check import check_drafter
+from cluster.models.hub import local_folder
+from cluster.models.tensor_headers import read_headers
+from cluster.training.config import TrainConfig, TrainedDrafter
 from cluster.training.dataset import Batch
 from cluster.training.draft_method import feature_layers
 from cluster.training.drafter_loss import BlockLoss
@@ -55,7 +59,8 @@ def log_to_stderr() -> None:
 
 
 def check_inputs(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Source]:
-    """Reads what can be read without loading the target: its configuration, tokenizer, the data.
+    """Reads what can be read without loading models: configurations, headers of weights, the
+    tokenizer, the data.
 
     Raises:
         ConfigError, CheckpointError, DataError: something does not fit or is broken.
@@ -69,8 +74,22 @@ def check_inputs(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Source]:
             f"{length} exceeds the target's context of {text.max_position_embeddings}",
         )
     feature_layers(config, text.num_hidden_layers)
+    folder = local_folder(config.target.model)
+    read_headers(folder)
+    if config.drafter.init_from is not None:
+        _check_start(config.drafter, text.to_dict(), folder)
     tokenizer = load_tokenizer(config.target.model, trust_remote_code=trust)
     return tokenizer, read_source(config, tokenizer)
+
+
+def _check_start(drafter: TrainedDrafter, target: dict[str, Any], target_folder: Path) -> None:
+    """Whether ``drafter.init_from`` is of this method and belongs to this target."""
+    start = str(drafter.init_from)
+    served = SpeculativeConfig(method=drafter.method, model=start, num_speculative_tokens=1)
+    try:
+        check_drafter(served, local_folder(start), target, target_folder)
+    except ConfigError as error:
+        raise ConfigError("drafter.init_from", error.message) from None
 
 
 class DrafterTraining:
