@@ -20,7 +20,6 @@ from cluster.training.drafter_loss import (
 from cluster.training.features import FeatureTarget
 from cluster.training.optimization import Budget, learning_rate_factor
 from cluster.training.parallel import Worker, run_workers
-from cluster.training.speculate import SpeculativeSession
 from cluster.training.tokenizer import train_tokenizer
 from tests.models import save_tiny_drafter
 from tests.training_tools import DOCUMENTS, LENGTH, VOCAB_SIZE, build_tiny_target, save_target
@@ -183,22 +182,6 @@ def test_features_are_taken_before_the_final_norm(target_folder):
     embedding, _, last = features.chunk(3, dim=-1)
     torch.testing.assert_close(embedding, model.model.embed_tokens(torch.tensor([[5, 6, 7]])))
     torch.testing.assert_close(model.lm_head(model.model.norm(last)), logits)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_speculation_continues_the_sequence(target_folder, temperature):
-    model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
-    network = tiny_drafter(target_folder)
-    source = FeatureTarget(model, network.config.target_layer_ids)
-    prompt = [5, 6, 7, 8]
-    session = SpeculativeSession(
-        source, network, prompt, temperature, torch.Generator().manual_seed(0)
-    )
-    accepted = [session.round() for _ in range(5)]
-    assert len(session.token_ids) == len(prompt) + sum(accepted) + len(accepted)
-    if temperature == 0:
-        logits = model(torch.tensor([session.token_ids])).logits[0]
-        assert logits[3:-1].argmax(-1).tolist() == session.token_ids[4:]
 
 
 # ------------------------------------------------------------------------------------ schedule
