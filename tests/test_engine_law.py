@@ -63,7 +63,7 @@ SLOW_CASES: dict[str, tuple[dict[str, Any], list[Case]]] = {
 # The other ways of drafting; the last two run beside the slow cases.
 METHODS = ["draft_model", "ngram", "eagle3"]
 METHOD_CASE = FAST_CASES[0]
-NUM_METHOD_SAMPLES = 6_000
+NUM_METHOD_SAMPLES = 4_000
 ALPHA = 0.001 / (
     len(FAST_CASES) + len(METHODS) + sum(len(cases) for _, cases in SLOW_CASES.values())
 )
@@ -100,13 +100,13 @@ def test_output_has_the_target_law_however_drafts_are_made(
     pair: tuple[str, str], method: str, tmp_path: Path
 ) -> None:
     speculative = method_settings(method, pair[0], tmp_path)
-    samples = generate(
-        *pair, [METHOD_CASE], num_samples=NUM_METHOD_SAMPLES, scheduler="prefix", **speculative
-    )[METHOD_CASE.name]
+    samples = generate(*pair, [METHOD_CASE], num_samples=NUM_METHOD_SAMPLES, **speculative)[
+        METHOD_CASE.name
+    ]
     check_speculation(samples)
     law = target_law(pair[0], METHOD_CASE.params)
     assert law_p_value(samples.tokens, law) > ALPHA
-    shifted = shift_law(samples.tokens, law, position=0, total_variation=0.05)
+    shifted = shift_law(samples.tokens, law, position=0, total_variation=0.1)
     assert law_p_value(shifted, law) < ALPHA
 
 
