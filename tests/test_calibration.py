@@ -254,6 +254,15 @@ def test_drift_is_bounded_whatever_happens() -> None:
     assert online.error > 0.3  # and the metric says that it is not
 
 
+def test_certain_confidences_stay_finite_under_a_small_temperature() -> None:
+    """A chance of acceptance that rounds to 1 has an exact 0 for a denominator."""
+    online = OnlineCalibration(Calibration({KEY: (0.3,) * BLOCK}))
+    record = VerificationRecord(KEY, "a", BLOCK, (1.0,) * BLOCK, BLOCK)
+    feed(online, [record, record._replace(num_accepted_tokens=0)] * 600)
+    assert np.isfinite(online.temperatures(KEY, BLOCK)).all()
+    assert online.drift > 1.5  # and it learns that they are too sure
+
+
 def test_error_tells_wrong_from_right_while_fixed() -> None:
     right, wrong = (OnlineCalibration(Calibration(), is_fixed=True) for _ in range(2))
     assert right.error is None

@@ -159,12 +159,14 @@ class _Window:
         P = before * sigmoid(z) with z = logit / exp(drift), so dP/d(drift) = -P (1 - sigmoid(z)) z.
         """
         scaled = logits / np.exp(self.drift[position])
-        confidence = 1 / (1 + np.exp(-scaled))
+        confidence, doubt = 1 / (1 + np.exp(-scaled)), 1 / (1 + np.exp(scaled))
         chance = before * confidence
-        weight = (1 - confidence) * scaled / (1 - chance)
+        # 1 - chance, which never becomes 0 like this, however sure a scaled confidence is.
+        failure = (1 - before) + before * doubt
+        weight = doubt * scaled / failure
         precision = _PRIOR_STD**-2
         gradient = (outcome - chance) @ weight + precision * self.drift[position]
-        curvature = (chance * (1 - chance)) @ weight**2 + precision
+        curvature = (chance * failure) @ weight**2 + precision
         step = np.clip(gradient / curvature, -_LARGEST_STEP, _LARGEST_STEP)
         largest = np.log(MAX_DRIFT)
         self.drift[position] = np.clip(self.drift[position] - step, -largest, largest)
