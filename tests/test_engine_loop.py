@@ -119,3 +119,20 @@ def test_a_swap_is_answered_whatever_happens(
     assert isinstance(waiting[1].exception(30), ReplicaLostError)
     assert isinstance(loop.failure, RuntimeError)
     assert isinstance(loop.swap_drafter(None, None).exception(30), ReplicaLostError)
+
+
+def test_a_swap_that_nobody_waits_for_hides_no_failure(
+    loop: EngineLoop, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_posted = threading.Event()
+
+    def break_down(*_: object) -> None:
+        is_posted.wait(30)
+        raise RuntimeError("no features are staged")
+
+    monkeypatch.setattr(loop.engine, "swap_drafter", break_down)
+    loop.swap_drafter(None, None)
+    assert loop.swap_drafter(None, None).cancel()
+    loop.submit(make_request("r"))
+    is_posted.set()
+    assert isinstance(answers.last("r").error, ReplicaLostError)

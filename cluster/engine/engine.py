@@ -222,10 +222,12 @@ class Engine:
         return outputs
 
     def predicted_step_s(self) -> float:
-        """Seconds of the longest step: the largest pass, a full cache, every round too late."""
-        draft_s = 0.0
-        if self._speculator is not None:
-            draft_s = self._speculator.timeout_s * self._num_groups
+        """Seconds of the longest step: the largest pass, a full cache, every round too late.
+
+        For any thread.
+        """
+        speculator = self._speculator  # once: a swap may be taking it away
+        draft_s = 0.0 if speculator is None else speculator.timeout_s * self._num_groups
         full_cache = self._pages.num_pages * self._pages.page_size
         return draft_s + float(self.cost_model.verify_seconds(self._max_batch_tokens, full_cache))
 

@@ -214,7 +214,8 @@ class EngineLoop:
             self._end_reason = reason
         waiting = [m.request_id for m in self._inbox if isinstance(m, Request)]
         for message in self._inbox:
-            if isinstance(message, _Swap):
+            # One that nobody waits for any more takes no exception.
+            if isinstance(message, _Swap) and message.done.set_running_or_notify_cancel():
                 message.done.set_exception(ReplicaLostError(reason))
         self._inbox.clear()
         self._deliver([_lost(request_id, reason) for request_id in [*waiting, *self._active]])
