@@ -32,6 +32,20 @@ class _Place(NamedTuple):
     position: int
 
 
+class Addition(NamedTuple):
+    """Committed positions for one session.
+
+    ``features`` are ``[N, d]`` of positions ``start .. start+N-1``; ``token_ids`` are N+1, of
+    positions ``start .. start+N``.
+    """
+
+    replica_id: str
+    key: SessionKey
+    start: int
+    features: torch.Tensor
+    token_ids: Sequence[int]
+
+
 class DraftEngine:
     """Drafts for the sessions of any number of replicas.
 
@@ -115,7 +129,6 @@ class DraftEngine:
             self._drop(next(iter(self._sessions)))
         self._sessions.add(DraftSession(replica_id, key, sampling, now))
 
-    @torch.inference_mode()
     def append(
         self,
         replica_id: str,
@@ -124,29 +137,42 @@ class DraftEngine:
         features: torch.Tensor,
         token_ids: Sequence[int],
     ) -> int | None:
-        """Appends committed positions; what overlaps with positions held already is skipped.
+        """``append_all`` with one addition."""
+        return self.append_all([Addition(replica_id, key, start, features, token_ids)])[0]
+
+    @torch.inference_mode()
+    def append_all(self, additions: Sequence[Addition]) -> list[int | None]:
+        """Appends committed positions, all in one go; what a session holds already is skipped.
 
         Args:
-            start: first position.
-            features: ``[N, d]`` of positions ``start .. start+N-1``.
-            token_ids: N+1 of them, of positions ``start .. start+N``.
+            additions: no session twice.
 
         Returns:
-            The length now held, which is less than ``start + N`` (and nothing was appended) when
-            there is a gap before ``start``; ``None`` when the session is unknown or no memory
-            could be found for it.
+            For each the length now held, which is less than ``start + N`` (and nothing was
+            appended) when there is a gap before ``start``; ``None`` when the session is unknown or
+            no memory could be found for it.
         """
-        session = self._sessions.get(replica_id, key)
-        if session is None:
-            return None
-        self._sessions.touch(session, self._clock())
-        end = start + len(features)
-        if start <= session.length < end:
-            rows = self._extend(session, end, features, token_ids, keep=set())
-            if rows is None:
-                return None
-            self._method.write([rows])
-        return session.length
+        # A session must not lose its pages to another one before its rows are written.
+        keep = {(addition.replica_id, addition.key) for addition in additions}
+        new_rows: list[DraftRows] = []
+        lengths: list[int | None] = []
+        for addition in additions:
+            session = self._sessions.get(addition.replica_id, addition.key)
+            if session is None:
+                lengths.append(None)
+                continue
+            self._sessions.touch(session, self._clock())
+            end = addition.start + len(addition.features)
+            if addition.start <= session.length < end:
+                rows = self._extend(session, end, addition.features, addition.token_ids, keep=keep)
+                if rows is None:
+                    lengths.append(None)
+                    continue
+                new_rows.append(rows)
+            lengths.append(session.length)
+        if new_rows:
+            self._method.write(new_rows)
+        return lengths
 
     @torch.inference_mode()
     def draft(self, rounds: Sequence[tuple[str, DraftRound]]) -> list[list[DraftResult]]:

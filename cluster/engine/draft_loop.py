@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from cluster.engine.draft_client import DraftResult, DraftRound, DraftSampling, SessionKey
-from cluster.engine.draft_engine import DraftEngine
+from cluster.engine.draft_engine import Addition, DraftEngine
 from cluster.errors import QueueFullError
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 MAX_QUEUED_PER_REPLICA = 4
 MAX_QUEUED_CHUNKS_PER_REPLICA = 1024
 MAX_QUEUED_COMMANDS = 4096
+# A network takes rows of many sessions for little more than those of one.
+MAX_ROWS_PER_TURN = 512
 _EXPIRE_PERIOD_S = 5.0
 
 
@@ -72,8 +74,9 @@ class DraftLoop:
 
     Guarantees:
     - rounds of different replicas that wait at the same time share one pass, one round a replica;
-    - rounds come before features: between two passes at most one chunk of features is taken,
-      replicas in turn, so a round waits for at most one chunk and chunks never starve;
+    - rounds come before features: between two passes at most ``MAX_ROWS_PER_TURN`` rows of features
+      are taken (or one chunk, if it has more), replicas in turn and sessions together, so that no
+      round waits for more than these, and chunks never starve;
     - queues are bounded by replica, and every submission is answered exactly once, unless the
       replica is dropped or the loop stopped before its turn;
     - an error of the engine answers those it hit, forgets their sessions, and ends nothing else.
@@ -173,13 +176,13 @@ class DraftLoop:
                 commands = list(self._commands)
                 self._commands.clear()
                 rounds = _take_one_each(self._rounds)
-                chunks = _take_one_each(self._chunks, limit=1)
+                chunks = _take_chunks(self._chunks)
             for command in commands:
                 command(self._engine)
             if rounds:
                 self._draft(rounds)
-            for replica_id, queued in chunks:
-                self._append(replica_id, queued)
+            if chunks:
+                self._append(chunks)
             self._engine.expire()
 
     def _has_work(self) -> bool:
@@ -206,20 +209,53 @@ class DraftLoop:
                 )
             )
 
-    def _append(self, replica_id: str, queued: _QueuedChunk) -> None:
-        chunk = queued.chunk
-        try:
-            if chunk.sampling is not None:
-                self._engine.open(replica_id, chunk.session, chunk.sampling)
-            length = self._engine.append(
-                replica_id, chunk.session, chunk.start, chunk.features, chunk.token_ids
+    def _append(self, chunks: list[tuple[str, _QueuedChunk]]) -> None:
+        additions: list[Addition] = []
+        opened: list[tuple[str, _QueuedChunk]] = []
+        for replica_id, queued in chunks:
+            chunk = queued.chunk
+            try:
+                if chunk.sampling is not None:
+                    self._engine.open(replica_id, chunk.session, chunk.sampling)
+            except Exception as error:  # as above: the sender is told, the loop goes on
+                self._fail(replica_id, queued, error)
+                continue
+            opened.append((replica_id, queued))
+            additions.append(
+                Addition(replica_id, chunk.session, chunk.start, chunk.features, chunk.token_ids)
             )
-        except Exception as error:  # as above: the sender is told, the loop goes on
-            logger.exception("appending draft features failed")
-            self._engine.close(replica_id, chunk.session)
-            queued.on_done(error)
+        try:
+            lengths = self._engine.append_all(additions)
+        except Exception as error:
+            for replica_id, queued in opened:
+                self._fail(replica_id, queued, error)
         else:
-            queued.on_done(length or 0)
+            for (_, queued), length in zip(opened, lengths, strict=True):
+                queued.on_done(length or 0)
+
+    def _fail(self, replica_id: str, queued: _QueuedChunk, error: Exception) -> None:
+        logger.error("appending draft features failed", exc_info=error)
+        self._engine.close(replica_id, queued.chunk.session)
+        queued.on_done(error)
+
+
+def _take_chunks(
+    queues: OrderedDict[str, deque[_QueuedChunk]],
+) -> list[tuple[str, _QueuedChunk]]:
+    """Takes chunks of different sessions, replicas in turn: one, and more while they fit a turn."""
+    taken: list[tuple[str, _QueuedChunk]] = []
+    sessions: set[tuple[str, SessionKey]] = set()
+    num_rows = 0
+    while queues:
+        replica_id, queue = next(iter(queues.items()))
+        chunk = queue[0].chunk
+        key = (replica_id, chunk.session)
+        num_rows += len(chunk.features)
+        if taken and (key in sessions or num_rows > MAX_ROWS_PER_TURN):
+            break
+        sessions.add(key)
+        taken += _take_one_each(queues, limit=1)
+    return taken
 
 
 def _take_one_each(
