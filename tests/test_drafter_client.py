@@ -11,7 +11,7 @@ import torch
 from grpc import aio
 
 from cluster.rpc.channels import PROTOCOL_VERSION
-from cluster.rpc.draft_messages import encode_digests
+from cluster.rpc.draft_messages import chunk_bytes, encode_digests
 from cluster.rpc.tensors import encode_tensor
 from cluster.v1 import drafter_pb2, drafter_pb2_grpc
 from tests.draft_helpers import BLOCK, VOCAB, make_drafter, make_engine, round_of, sequence
@@ -71,7 +71,7 @@ class FakeDrafter(drafter_pb2_grpc.DrafterServiceServicer):
             ack = drafter_pb2.FeedResponse.Ack(
                 session=message.chunk.session,
                 length=message.chunk.start + rows.shape[0],
-                credit_bytes=len(rows.data),
+                credit_bytes=chunk_bytes(message.chunk),
             )
             await context.write(drafter_pb2.FeedResponse(ack=ack))
 
