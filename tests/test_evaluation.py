@@ -167,6 +167,20 @@ def test_rounds_without_a_proposal_count_one(pair: tuple[str, str]) -> None:
     )
 
 
+def test_outputs_too_short_for_a_round_are_refused(pair: tuple[str, str]) -> None:
+    choice = DrafterChoice("tiny", "dspark", pair[1])
+    with pytest.raises(ConfigError, match=f"the least is {BLOCK + 3}"):
+        DrafterRunner(pair[0], choice, Settings(max_tokens=BLOCK + 2))
+    runner = DrafterRunner(pair[0], choice, Settings(max_tokens=BLOCK + 3))
+    assert len(runner.evaluate(tiny_prompts(2), 0.0).table) == 2  # one round each
+
+
+def test_positions_without_a_token_are_not_judged() -> None:
+    assert is_calibrated({"ece_after": [0.01, None], "fits": []})
+    assert not is_calibrated({"ece_after": [0.03, None], "fits": []})
+    assert not is_calibrated({"ece_after": [None], "fits": []})  # nothing was
+
+
 def test_calibrating_writes_a_file_that_serves(
     pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from cluster.bench.evaluation import (
 from cluster.bench.prompt_sets import load_prompt_set
 from cluster.bench.report import Report
 from cluster.engine.worker import load_tokenizer
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataError
 from cluster.models.calibration_file import CalibrationEntry, save_calibration
 from cluster.speculation.calibration import Floats, fit_temperatures
 from cluster.speculation.record import calibration_key, temperature_bucket
@@ -119,6 +119,7 @@ def fit_drafter(
 
     Raises:
         CheckpointError, ConfigError, DataError: before the first round.
+        DataError: a set gave no rounds.
     """
     combinations = _combinations(temperatures, verifiers)
     runner = DrafterRunner(target, drafter, settings)
@@ -144,6 +145,8 @@ def fit_drafter(
                 f"{drafter.name} {done.key.verifier} at temperature {temperature:g} on "
                 f"{prompts.name}: {len(done.table)} rounds"
             )
+            if len(done.table) == 0:
+                raise DataError(prompts.name, None, "has no prompt whose answer holds a round")
             rounds.append(done)
         yield Fit(fit_temperatures(rounds[0].table), *rounds)
     runner.close()
@@ -209,7 +212,8 @@ def is_calibrated(figures: dict[str, Any]) -> bool:
             fit["heldout"]["before"]["auc"], fit["heldout"]["after"]["auc"], strict=True
         )
     )
-    return is_same_auc and all(error <= ERROR_BAR for error in figures["ece_after"])
+    errors = [error for error in figures["ece_after"] if error is not None]
+    return is_same_auc and bool(errors) and max(errors) <= ERROR_BAR
 
 
 def _by_position(

@@ -18,6 +18,7 @@ from cluster.bench.drafter_choice import DrafterChoice
 from cluster.bench.local_engine import build_local_engine, local_config, run_requests
 from cluster.bench.prompt_sets import PromptSet
 from cluster.engine.drafter_calibration import block_size_of, load_drafter_calibration
+from cluster.errors import ConfigError
 from cluster.request import Request, RequestOutput, SamplingParams
 from cluster.speculation.calibration import Floats, apply_temperatures, survival
 from cluster.speculation.record import CalibrationKey, VerificationRecord, calibration_key
@@ -31,6 +32,8 @@ from cluster.speculation.reliability import (
 )
 
 _DIGITS = 4
+# The prompt's own pass samples the first one; during the next the drafter gets the prompt.
+_TOKENS_WITHOUT_DRAFT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,7 @@ class DrafterRunner:
 
     Raises:
         CheckpointError: target or drafter cannot be loaded.
-        ConfigError: they cannot be served.
+        ConfigError: they cannot be served, or outputs are too short for a round.
     """
 
     def __init__(
@@ -111,6 +114,13 @@ class DrafterRunner:
         self.drafter = drafter
         self.calibration = load_drafter_calibration(config)
         self.num_positions = block_size_of(config.speculative) or settings.num_speculative_tokens
+        if settings.max_tokens < self.num_positions + _TOKENS_WITHOUT_DRAFT + 1:
+            raise ConfigError(
+                "--max-tokens",
+                f"is {settings.max_tokens}: no round would have a whole block of "
+                f"{self.num_positions}; the least is "
+                f"{self.num_positions + _TOKENS_WITHOUT_DRAFT + 1}",
+            )
         self._settings = settings
         self._engine = build_local_engine(config, seed)
 
