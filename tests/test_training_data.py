@@ -94,6 +94,8 @@ def test_command_line_overrides_values(folder: Path, capsys: pytest.CaptureFixtu
     assert moved.target.model == "a/b"
     assert cli.main(["train", str(path), "--set", "optimization.step=9"]) == 2
     assert "did you mean 'steps'" in capsys.readouterr().err
+    assert cli.main(["train", str(path), "--set", "optimization.steps=[9"]) == 2
+    assert "optimization.steps: is not YAML" in capsys.readouterr().err
     assert cli.main(["train", str(folder / "none.yaml"), "--json"]) == 2
     assert "none.yaml" in json.loads(capsys.readouterr().out)["error"]
 

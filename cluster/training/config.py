@@ -310,7 +310,10 @@ def _override(values: Any, override: str) -> None:
         values = values.setdefault(part, {})
     if not isinstance(values, dict):
         raise ConfigError(key, "is no section of the file")
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(key, f"is not YAML: {value!r}") from None
     if key in _MODELS and isinstance(parsed, str):
         parsed = resolve_path(parsed, Path.cwd())
     elif key in _PATHS:
