@@ -45,11 +45,11 @@ class _HeldDraftEngine(DraftEngine):
         self.gate.set()
         self.is_holding = threading.Event()
 
-    def append(self, *args: Any) -> int | None:
+    def append_all(self, *args: Any) -> list[int | None]:
         if not self.gate.is_set():
             self.is_holding.set()
             self.gate.wait(20)
-        return super().append(*args)
+        return super().append_all(*args)
 
 
 @dataclass

@@ -192,9 +192,9 @@ def test_more_than_the_credit_or_four_rounds_end_the_stream(loop):
             time.sleep(0.3)
             return super().draft(rounds)
 
-        def append(self, *args):
+        def append_all(self, *args):
             time.sleep(0.3)
-            return super().append(*args)
+            return super().append_all(*args)
 
     base = make_engine(make_drafter())
     base.__class__ = SlowEngine
