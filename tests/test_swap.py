@@ -245,6 +245,7 @@ def running(tmp_path: Path, state_dir: Path) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_method_in_turn_while_requests_stream(
     drafters: dict[str, dict[str, Any] | None], running: dict[str, Any], tmp_path: Path

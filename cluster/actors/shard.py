@@ -7,6 +7,7 @@ run in the shard's own process.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import time
@@ -19,6 +20,7 @@ import ray
 
 from cluster.actors.digests import read_digests
 from cluster.config import ClusterConfig, SpeculativeConfig
+from cluster.errors import CheckpointError
 from cluster.rpc.cluster_status import ReplicaParts, ShardStatus
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from cluster.speculation.calibration import Calibration
 
 _FAILURE_POLL_S = 0.1
+
+_logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -298,9 +302,16 @@ class Shard:
 
 
 def _load_calibration(config: ClusterConfig, digests: Mapping[str, str]) -> Calibration:
+    """The drafter's calibration. One that cannot be used must not keep a target from serving:
+    confidences are then taken as they are, until online calibration has seen enough."""
     from cluster.engine.drafter_calibration import load_drafter_calibration
+    from cluster.speculation.calibration import Calibration
 
-    return load_drafter_calibration(config, digests)
+    try:
+        return load_drafter_calibration(config, digests)
+    except CheckpointError as error:
+        _logger.warning("confidences stay uncalibrated: %s", error)
+        return Calibration()
 
 
 def _node_address() -> str:

@@ -16,6 +16,7 @@ from cluster.cli.drafters import (
     drafters_of,
     note,
     positive,
+    sampling_temperature,
     settings_of,
     wide_console,
 )
@@ -49,7 +50,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
         action="append",
-        type=float,
+        type=sampling_temperature,
         metavar="T",
         help="repeatable, one for each bucket: 0, to 0.5, to 0.85, above (default 0 and 1)",
     )

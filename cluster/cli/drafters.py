@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,14 @@ def add_rounds(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
         help="entries of a draft distribution, as `speculative.draft_top_k` (default 1024)",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+
+
+def sampling_temperature(text: str) -> float:
+    """A sampling temperature, for argparse."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
 
 
 def positive(text: str) -> int:

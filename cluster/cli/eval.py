@@ -17,6 +17,7 @@ from cluster.cli.drafters import (
     drafters_of,
     note,
     positive,
+    sampling_temperature,
     settings_of,
     wide_console,
 )
@@ -60,7 +61,7 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
         action="append",
-        type=float,
+        type=sampling_temperature,
         metavar="T",
         help="repeatable (default 0 and 1)",
     )
@@ -92,7 +93,7 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
         num_prompts=args.prompts,
         prompt_tokens=args.prompt_tokens,
         temperatures=args.temperature or [0.0, 1.0],
-        seeds=args.seed or [0],
+        seeds=sorted(set(args.seed or [0])),
         is_seeded=args.seeded,
     )
 

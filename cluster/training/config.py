@@ -62,7 +62,7 @@ class DataConfig(Section):
         lt=1,
         description="first part of the budget that runs documents at half the sequence length",
     )
-    seed: int = Field(default=0, ge=0, description="of the order")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of the order")
 
 
 class TrainedDrafter(Section):
@@ -125,7 +125,7 @@ class OptimizationConfig(Section):
     precision: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="of the arithmetic; weights are float32"
     )
-    seed: int = Field(default=0, ge=0, description="of the first weights and the anchors")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of the first weights and the anchors")
 
 
 class FeaturesConfig(Section):

@@ -16,6 +16,7 @@ from cluster.config import SpeculativeConfig
 from cluster.engine.target_model import load_text_config
 from cluster.engine.worker import load_tokenizer
 from cluster.errors import CheckpointError, ConfigError
+from cluster.models.calibration_file import FILE_NAME as CALIBRATION_FILE
 from cluster.models.checkpoint import target_digest
 from cluster.models.drafter_check import check_drafter
 from cluster.models.hub import local_folder
@@ -243,7 +244,10 @@ class DrafterTraining:
             self._budget,
             self._settings,
         )
-        self.method.save(Path(self._config.output.folder))
+        folder = Path(self._config.output.folder)
+        self.method.save(folder)
+        # What was fitted to the weights before these is of no use, and would be refused.
+        (folder / CALIBRATION_FILE).unlink(missing_ok=True)
 
     @property
     def _state_folder(self) -> Path:

@@ -65,9 +65,9 @@ def load_training_state(
         return 0
     try:
         state = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        saved = state["settings"]
+    except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(str(path), None, f"broken training state: {error}") from error
-    saved = state["settings"]
     for key, value in (settings or {}).items():
         if saved.get(key) != value:
             raise ConfigError(
