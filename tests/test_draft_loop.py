@@ -23,7 +23,9 @@ class RecordingMethod(BlockMethod):
 
     def __init__(self) -> None:
         config = DrafterConfig(kv_cache_memory_mb=1, page_size=4)
-        super().__init__(make_drafter(max_positions=4096), config, 16, torch.Generator().manual_seed(1))
+        super().__init__(
+            make_drafter(max_positions=4096), config, 16, torch.Generator().manual_seed(1)
+        )
         self.writes: list[list[int]] = []
 
     def write(self, rows: list[DraftRows]) -> None:
