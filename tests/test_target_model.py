@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV32Config,
     Gemma2Config,
     GPT2Config,
@@ -19,7 +21,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from cluster.engine.target import TargetShard
-from cluster.errors import ConfigError
+from cluster.engine.target_model import check_servable, load_text_config
+from cluster.errors import CheckpointError, ConfigError
 from tests.engine_tools import make_config
 from tests.target_models import SMALL, TARGETS, save_target
 
@@ -74,3 +77,21 @@ def test_layers_that_attend_on_their_own_are_refused(
     monkeypatch.setattr(LlamaAttention, "forward", forward)
     with pytest.raises(ConfigError, match=r"LlamaForCausalLM.*\[1\].*AttentionInterface"):
         TargetShard(make_config(model).target, None, None)
+
+
+def test_quantised_latent_attention_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(TARGETS["deepseek-v3"])
+    check_servable(model, is_compressed=False)
+    model.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(ConfigError, match="DeepseekV3ForCausalLM cannot be served quantised"):
+        check_servable(model, is_compressed=False)
+
+
+def test_a_configuration_that_contradicts_itself_names_its_file(tmp_path: Path) -> None:
+    model = save_target(TARGETS["llama"], tmp_path)
+    path = Path(model) / "config.json"
+    config = json.loads(path.read_text())
+    config["num_attention_heads"] = 7  # does not divide the hidden size
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json.*7"):
+        load_text_config(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -26,6 +27,9 @@ def load_text_config(model: str, *, trust_remote_code: bool = False) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:  # keys that contradict each other
+        message = " ".join(str(error).split())
+        raise CheckpointError(model, "config.json", message) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(model, "config.json", str(error).split("\n")[0]) from error
     return config.get_text_config()
@@ -81,6 +85,13 @@ def check_servable(model: PreTrainedModel, *, is_compressed: bool) -> None:
         raise ConfigError(
             "target.model",
             f"{architecture} cannot be served: its layers keep a state besides keys and values",
+        )
+    is_quantised = getattr(text_config, "quantization_config", None) is not None
+    if text_config.model_type in LATENT_MODEL_TYPES and is_quantised:
+        raise ConfigError(
+            "target.model",
+            f"{architecture} cannot be served quantised: its attention is computed with the "
+            "weights of kv_b_proj themselves",
         )
     layer_types = COMPRESSED_LAYER_TYPES if is_compressed else _PAGED_LAYER_TYPES
     unknown = set(getattr(text_config, "layer_types", None) or ()) - layer_types
