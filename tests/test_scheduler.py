@@ -115,3 +115,19 @@ def test_a_preempted_sequence_waits_until_it_fits_as_a_whole() -> None:
     assert scheduler.num_preemptions <= 1
     assert num_computed <= 2 * 1024 + 1024  # at most one of them is computed a second time
     pages.check([])
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "load"), [(64, (3, 32)), (32, (3, 32)), (31, (2, 31)), (8, (2, 8)), (2, (2, 2))]
+)
+def test_a_prompt_counts_as_far_as_it_fits_and_samples_at_its_end(
+    max_tokens: int, load: tuple[int, int]
+) -> None:
+    scheduler, _ = make_scheduler()
+    decoding(scheduler, 5, 6)
+    request = Request(request_id="prompt", prompt_token_ids=(0,) * 30)
+    prompt = Sequence(request, [0] * 30, 30, max_output_tokens=100)
+    scheduler.add(prompt)
+    scheduler.schedule(0, {})  # admits it; nothing of it is computed
+    scheduler._config = scheduler._config.model_copy(update={"max_num_batched_tokens": max_tokens})
+    assert scheduler.base_load(0) == load

@@ -96,6 +96,21 @@ class Scheduler:
             limits[sequence] = limit
         return limits
 
+    def base_load(self, group: int) -> tuple[int, int]:
+        """Sequences that sample, and tokens, in the group's next pass without any guess.
+
+        It looks at lengths only, as ``draft_limits`` does, and so not at who may be preempted.
+        """
+        members = self.group_members(group)
+        members.sort(key=lambda s: s.num_missing_tokens > 1)  # as they are scheduled
+        room = self._config.max_num_batched_tokens
+        num_sampling = num_tokens = 0
+        for sequence in members:
+            taken = min(sequence.num_missing_tokens, room - num_tokens)
+            num_sampling += taken == sequence.num_missing_tokens
+            num_tokens += taken
+        return num_sampling, num_tokens
+
     def schedule(
         self, group: int, drafts: dict[Sequence, tuple[int, ...]]
     ) -> list[ScheduledSequence]:

@@ -87,10 +87,11 @@ class Speculator:
         if not limits:
             return {}
         members = scheduler.group_members(group)
+        num_requests, num_base_tokens = scheduler.base_load(group)
         return self._planner.choose(
             limits,
-            num_requests=len(members),
-            num_base_tokens=sum(s.num_missing_tokens for s in members),
+            num_requests=num_requests,
+            num_base_tokens=num_base_tokens,
             num_context_tokens=sum(s.num_computed_tokens for s in members),
         )
 
