@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def test_layers_that_attend_on_their_own_are_refused(
 
 
 def test_quantised_latent_attention_is_refused() -> None:
-    model = AutoModelForCausalLM.from_config(TARGETS["deepseek-v3"])
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(TARGETS["deepseek-v3"]))
     check_servable(model, is_compressed=False)
     model.config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(ConfigError, match="DeepseekV3ForCausalLM cannot be served quantised"):
