@@ -76,9 +76,9 @@ def test_split_models_have_the_same_logits_and_features(
     projection = Projection(torch.randn(hidden_size, 3 * hidden_size), (-1, 0, 2))
     lock = threading.Lock()
 
-    def load_alone(*args: Any) -> Any:
+    def load_alone(*args: Any, **options: Any) -> Any:
         with lock:  # transformers' loading is not made for threads
-            return load_model(*args)
+            return load_model(*args, **options)
 
     monkeypatch.setattr(target_module, "load_model", load_alone)
 

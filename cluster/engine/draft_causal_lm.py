@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cluster.engine.attention import ATTENTION_NAME, PagedBatch
 from cluster.engine.layout import key_sources
-from cluster.errors import CheckpointError
+from cluster.engine.target_model import load_model
 
 
 class CausalLMNetwork:
@@ -64,20 +63,5 @@ def load_causal_lm(path: str, dtype: torch.dtype, device: torch.device) -> PreTr
     Raises:
         CheckpointError: it cannot be loaded, or lacks a weight.
     """
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(path, None, str(error).split("\n")[0]) from error
-    for kind in ("missing_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in info.get(kind, ()))
-        if keys:
-            raise CheckpointError(path, keys[0], kind.replace("_", " "))
-    model.requires_grad_(False)
-    loaded: PreTrainedModel = model.to(device).eval()
-    return loaded
+    model: PreTrainedModel = load_model(path, dtype, ATTENTION_NAME).to(device).eval()
+    return model

@@ -83,7 +83,9 @@ class TargetShard:
             attention = COMPRESSED_ATTENTION_NAME
         elif self._is_latent:
             attention = LATENT_ATTENTION_NAME
-        model = load_model(config, self.dtype, attention)
+        model = load_model(
+            config.model, self.dtype, attention, trust_remote_code=config.trust_remote_code
+        )
         self._base = model.get_decoder()
         text_config = self._base.config
         check_servable(model, is_compressed=self._is_compressed)

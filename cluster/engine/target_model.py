@@ -9,7 +9,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cluster.config import TargetConfig
 from cluster.engine.compressed_cache import COMPRESSED_LAYER_TYPES
 from cluster.errors import CheckpointError, ConfigError
 
@@ -35,10 +34,13 @@ def load_text_config(model: str, *, trust_remote_code: bool = False) -> Any:
     return config.get_text_config()
 
 
-def load_model(config: TargetConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def load_model(
+    path: str, dtype: torch.dtype, attention: str, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The whole model on the CPU, without gradients.
 
     Args:
+        path: checkpoint folder or hub id.
         attention: its name in transformers' ``AttentionInterface``.
 
     Raises:
@@ -46,19 +48,19 @@ def load_model(config: TargetConfig, dtype: torch.dtype, attention: str) -> PreT
     """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            config.model,
+            path,
             dtype=dtype,
             attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(config.model, None, str(error).split("\n")[0]) from error
+        raise CheckpointError(path, None, str(error).split("\n")[0]) from error
     for kind in ("missing_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in info.get(kind, ()))
         if keys:
-            raise CheckpointError(config.model, keys[0], kind.replace("_", " "))
+            raise CheckpointError(path, keys[0], kind.replace("_", " "))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
