@@ -17,6 +17,8 @@ from cluster.cli.drafters import (
     settings_of,
 )
 from cluster.cli.eval import add_comparison, comparison_of
+from cluster.cli.widen import add_arguments as add_widen
+from cluster.cli.widen import run as run_widen
 
 if TYPE_CHECKING:
     from cluster.bench.report import Report
@@ -151,5 +153,11 @@ _SUITES = {
         "measured ones",
         _add_verify_curve,
         _run_verify_curve,
+    ),
+    "widen": _Suite(
+        "a small trained target and its drafter in models of a larger shape whose outputs are the "
+        "same, written to the folders target and drafter in --out and compared",
+        add_widen,
+        run_widen,
     ),
 }
