@@ -64,6 +64,10 @@ class TargetConfig(Section):
         default=None, ge=2, description="KV pages; unset: from kv_cache_memory_mb"
     )
     kv_cache_memory_mb: int = Field(default=256, ge=1, description="KV memory of each shard")
+    enable_prefix_caching: bool = Field(
+        default=True,
+        description="prompts with the same beginning compute it once; never for deepseek_v4",
+    )
     deterministic: bool = Field(
         default=False, description="bit-identical outputs whatever the batch (slow)"
     )

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from cluster.bench.judge import Judgement, judge
 from cluster.config import ClusterConfig
 from cluster.engine.engine import Engine
-from cluster.engine.pages import PagePool
 from cluster.errors import (
     CheckpointError,
     ConfigError,
@@ -470,25 +469,6 @@ def run_stage_count(target: str, stages: int) -> None:
 
     layers = AutoModelForCausalLM.from_pretrained(target).config.num_hidden_layers
     stage_layers(layers, stages, 0)
-
-
-def test_page_pool_notices_leaks_and_double_frees() -> None:
-    pool = PagePool(num_pages=9, page_size=4)
-    mine: list[int] = []
-    assert pool.grow(mine, 10)
-    assert len(mine) == 3
-    assert 0 not in mine
-    assert not pool.grow([], 24)
-    pool.check([mine])
-    with pytest.raises(RuntimeError, match="neither free nor held"):
-        pool.check([mine[:2]])
-    with pytest.raises(RuntimeError, match="held twice"):
-        pool.check([mine, mine])
-    copy = list(mine)
-    pool.shrink(mine, 0)
-    pool.check([])
-    with pytest.raises(RuntimeError, match="freed twice"):
-        pool.shrink(copy, 0)
 
 
 def test_configuration_is_parsed_once(pair: tuple[str, str]) -> None:

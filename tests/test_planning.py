@@ -42,7 +42,7 @@ def make_planner(calibration: Calibration | None = None, **overrides: object) ->
 def make_sequence(request_id: str, confidences: tuple[float, ...], **sampling: object) -> Sequence:
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
     request = Request(request_id=request_id, prompt_token_ids=(1, 2), sampling=params)
-    sequence = Sequence.of(request, max_model_len=100, text=None)
+    sequence = Sequence.of(request, max_model_len=100, tokenizer=None)
     sequence.proposal = DraftProposal(tuple(range(5, 5 + len(confidences))), confidences)
     return sequence
 

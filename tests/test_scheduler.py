@@ -6,6 +6,7 @@ import pytest
 
 from cluster.config import TargetConfig
 from cluster.engine.pages import PagePool
+from cluster.engine.prefix_cache import PrefixCache
 from cluster.engine.scheduler import ScheduledSequence, Scheduler
 from cluster.engine.sequence import Sequence
 from cluster.request import Request
@@ -20,7 +21,7 @@ def make_scheduler(*, num_pages: int = 64, max_tokens: int = 64) -> tuple[Schedu
         model="none", max_num_seqs=4, max_num_batched_tokens=max_tokens, page_size=PAGE_SIZE
     )
     pages = PagePool(num_pages + 1, PAGE_SIZE)  # one page is padding
-    return Scheduler(config, pages, num_groups=1), pages
+    return Scheduler(config, pages, PrefixCache(pages, is_enabled=False), num_groups=1), pages
 
 
 def decoding(scheduler: Scheduler, *lengths: int) -> list[Sequence]:
@@ -88,7 +89,7 @@ def test_a_preempted_sequence_waits_until_it_fits_as_a_whole() -> None:
     """Two requests that do not fit together are served one behind the other, without thrashing."""
     config = TargetConfig(model="m", max_num_batched_tokens=256, max_num_seqs=8)
     pages = PagePool(num_pages=101, page_size=16)
-    scheduler = Scheduler(config, pages, num_groups=1)
+    scheduler = Scheduler(config, pages, PrefixCache(pages, is_enabled=False), num_groups=1)
     sequences = [
         Sequence(
             request=Request(request_id=str(i), prompt_token_ids=(1,) * 700),

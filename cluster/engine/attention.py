@@ -56,6 +56,11 @@ class KVCache:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
+    def keeps_pages(self) -> bool:
+        """All that is held of a token lies in its page, so that another sequence can use it."""
+        return True
+
+    @property
     def bytes_per_token(self) -> int:
         """What a token takes, by the layers that have stored something."""
         tensors = [tensor for pair in self._layers.values() for tensor in pair]

@@ -259,6 +259,11 @@ class CompressedCaches:
         self._tried = self._new_cache()
 
     @property
+    def keeps_pages(self) -> bool:
+        """What is held of a token belongs to its sequence: no other one can use it."""
+        return False
+
+    @property
     def bytes_per_token(self) -> float:
         """What a token adds to a sequence's entries."""
         entries = sum(dim / rate for rate, dim, _ in self._compressors())

@@ -22,14 +22,14 @@ from cluster.engine.feature_refresh import FeatureRefresh
 from cluster.engine.load import EngineLoad
 from cluster.engine.pages import PagePool
 from cluster.engine.planning import RecordObserver
+from cluster.engine.prefix_cache import PrefixCache
 from cluster.engine.profile import StepProbe
 from cluster.engine.runner import Runner
-from cluster.engine.sampler import SampleInput, SampleOutput, Sampler
+from cluster.engine.sampler import SampleOutput, Sampler
 from cluster.engine.scheduler import ScheduledSequence, Scheduler, flatten
 from cluster.engine.sequence import Sequence
 from cluster.engine.speculator import Speculator
 from cluster.engine.step_input import StepInput
-from cluster.engine.text import TextStream
 from cluster.errors import DeadlineExceededError, InvalidRequestError
 from cluster.request import FinishReason, Request, RequestOutput, SpeculationStats
 from cluster.speculation.calibration import Calibration
@@ -88,8 +88,11 @@ class Engine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._pages = PagePool(shard.num_pages, shard.page_size, shard.cache.release)
         self._pages.check_holds(self.max_model_len)
+        self._prefixes = PrefixCache(
+            self._pages, config.target.enable_prefix_caching and shard.cache.keeps_pages
+        )
         self._num_groups = runner.num_stages
-        self._scheduler = Scheduler(config.target, self._pages, self._num_groups)
+        self._scheduler = Scheduler(config.target, self._pages, self._prefixes, self._num_groups)
         speculative = config.speculative
         self._sampler = Sampler(
             eos_token_ids=eos_token_ids,
@@ -128,14 +131,7 @@ class Engine:
         )
         if request.request_id in self._sequences:
             raise InvalidRequestError("request_id", f"'{request.request_id}' is being served")
-        text = None
-        if request.sampling.stop:
-            if self._tokenizer is None:
-                raise InvalidRequestError("sampling.stop", "this engine has no tokenizer")
-            text = TextStream(self._tokenizer, request.sampling.stop)
-            for token_id in request.resume_token_ids:
-                text.push(token_id)
-        sequence = Sequence.of(request, max_model_len=self.max_model_len, text=text)
+        sequence = Sequence.of(request, max_model_len=self.max_model_len, tokenizer=self._tokenizer)
         self._scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
 
@@ -170,6 +166,10 @@ class Engine:
             kv_cache_usage=self._pages.usage,
             num_output_tokens=self._num_output_tokens,
             num_preemptions=self._scheduler.num_preemptions,
+            num_prefix_queried_tokens=self._prefixes.num_queried_tokens,
+            num_prefix_hit_tokens=self._prefixes.num_hit_tokens,
+            num_cached_pages=self._prefixes.num_pages,
+            num_evicted_pages=self._pages.num_evictions,
             speculation_state=state,
             speculation_reason=reason,
             stats=self._stats,
@@ -212,11 +212,11 @@ class Engine:
             outputs += self._finish(self._in_flight.popleft())
         for sequence in self._sequences.values():
             sequence.proposal = None
-        self._refresh.mark(
-            self._sequences.values(),
-            are_read=speculative is not None and speculative.uses_features,
-            are_kept=self._runner.use_staged_features(),
-        )
+        are_read = speculative is not None and speculative.uses_features
+        are_kept = self._runner.use_staged_features()
+        self._refresh.mark(self._sequences.values(), are_read=are_read, are_kept=are_kept)
+        if are_read and not are_kept:
+            self._prefixes.clear()
         self._sampler.trust_drafter = speculative is None or speculative.trust_drafter
         self._speculator = self._make_speculator(speculative, draft_client, calibration)
         return outputs
@@ -232,7 +232,7 @@ class Engine:
         return draft_s + float(self.cost_model.verify_seconds(self._max_batch_tokens, full_cache))
 
     def check(self) -> None:
-        """Verifies that no page is leaked or held twice. Raises: RuntimeError."""
+        """Verifies that every page is held by its sequences or free. Raises: RuntimeError."""
         self._pages.check([s.pages for s in self._sequences.values()])
 
     def work_idle(self) -> bool:
@@ -314,7 +314,7 @@ class Engine:
         """Samples a pass's tokens, commits them, ends what is done and announces what goes on."""
         logits = self._runner.collect()
         sampling = [entry for entry in done.entries if entry.samples]
-        samples = iter(self._sampler.sample(logits, [_sample_input(e) for e in sampling]))
+        samples = iter(self._sampler.sample(logits, [e.sample_input for e in sampling]))
         outputs: list[RequestOutput] = []
         going_on: list[Sequence] = []
         for entry in done.entries:
@@ -326,6 +326,7 @@ class Engine:
                 outputs.append(output)
             else:
                 sequence.num_computed_tokens += entry.num_tokens
+            self._prefixes.keep(sequence)
             if reason is not None:
                 self._remove(sequence)
             elif sequence.end_error is None:
@@ -385,15 +386,3 @@ class Engine:
     def _read_features(self, ranges: list[tuple[Sequence, int, int]]) -> torch.Tensor:
         slots = feature_slots(ranges, self._pages.page_size)
         return self._runner.shard.gather_features(torch.from_numpy(slots))
-
-
-def _sample_input(entry: ScheduledSequence) -> SampleInput:
-    sequence = entry.sequence
-    return SampleInput(
-        params=sequence.request.sampling,
-        token_ids=sequence.token_ids,
-        num_prompt_tokens=sequence.num_prompt_tokens,
-        choice_index=sequence.request.choice_index,
-        draft_token_ids=entry.draft_token_ids,
-        proposal=sequence.proposal,
-    )

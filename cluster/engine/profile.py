@@ -17,7 +17,7 @@ import numpy as np
 from cluster.config import TargetConfig
 from cluster.engine.pages import PagePool
 from cluster.engine.runner import Runner
-from cluster.engine.sampler import SampleInput, Sampler
+from cluster.engine.sampler import Sampler
 from cluster.engine.scheduler import ScheduledSequence, flatten
 from cluster.engine.sequence import Sequence
 from cluster.request import Request, SamplingParams
@@ -128,7 +128,7 @@ class StepProbe:
                 self._runner.shard.cache.pretend(entry.sequence.pages[0], cached)
             start = time.perf_counter()
             self._runner.launch(flatten(entries, self._pages.page_size))
-            self._sampler.sample(self._runner.collect(), [_sample_input(e) for e in entries])
+            self._sampler.sample(self._runner.collect(), [e.sample_input for e in entries])
             return time.perf_counter() - start
         finally:
             self._pages.shrink(held, 0)
@@ -274,14 +274,3 @@ def _filled(room: np.ndarray, total: int) -> np.ndarray:
     """``total`` put into places with ``room``, one after the other; what does not fit is lost."""
     ends = np.minimum(np.cumsum(room), total)
     return np.diff(ends, prepend=0)
-
-
-def _sample_input(entry: ScheduledSequence) -> SampleInput:
-    return SampleInput(
-        params=entry.sequence.request.sampling,
-        token_ids=entry.sequence.token_ids,
-        num_prompt_tokens=entry.sequence.num_prompt_tokens,
-        choice_index=0,
-        draft_token_ids=entry.draft_token_ids,
-        proposal=None,
-    )

@@ -4,7 +4,7 @@ There is no prefill or decode phase: every sequence's computed tokens catch up w
 ones, guesses included. Decoding sequences go first, prompts fill what is left of the token budget
 in chunks, so a long prompt never stalls the rest. Guesses only get what every decoding sequence
 leaves of tokens and pages. When pages still run out, the youngest sequence that is not in flight
-gives its pages back and is computed again later.
+gives its pages back and is computed again later, but for what the prefix cache still has of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 
 from cluster.config import TargetConfig
 from cluster.engine.pages import PagePool
+from cluster.engine.prefix_cache import PrefixCache
+from cluster.engine.sampler import SampleInput
 from cluster.engine.sequence import Sequence
 from cluster.engine.step_input import StepInput
 from cluster.errors import QueueFullError
@@ -34,16 +36,38 @@ class ScheduledSequence:
         """Whether the pass reaches the sequence's last committed token, so that it samples."""
         return self.num_tokens == self.sequence.num_missing_tokens
 
+    @property
+    def sample_input(self) -> SampleInput:
+        """What the sampler needs of it, where it samples."""
+        sequence = self.sequence
+        return SampleInput(
+            params=sequence.request.sampling,
+            token_ids=sequence.token_ids,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            choice_index=sequence.request.choice_index,
+            draft_token_ids=self.draft_token_ids,
+            proposal=sequence.proposal,
+        )
+
 
 class Scheduler:
     """Keeps the waiting and the running sequences; holds no tensors.
 
     Running sequences are spread over ``num_groups`` groups, of which each pass takes one.
+
+    Args:
+        config: bounds.
+        pages: of the cache.
+        prefixes: of the same pages; what is found there is not computed.
+        num_groups: at least 1.
     """
 
-    def __init__(self, config: TargetConfig, pages: PagePool, num_groups: int) -> None:
+    def __init__(
+        self, config: TargetConfig, pages: PagePool, prefixes: PrefixCache, num_groups: int
+    ) -> None:
         self._config = config
         self._pages = pages
+        self._prefixes = prefixes
         self._num_groups = num_groups
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}  # a set that keeps its order
@@ -138,8 +162,10 @@ class Scheduler:
             sequence = self.waiting[0]
             if sizes.index(min(sizes)) != group:
                 break
-            if not self._admits(sequence):
+            found = self._prefixes.match(sequence)
+            if not self._admits(sequence, found):
                 break
+            self._prefixes.start(sequence, found)
             num_tokens = min(sequence.num_missing_tokens, budget)
             self._pages.grow(sequence.pages, len(sequence.token_ids))
             self.waiting.popleft()
@@ -150,12 +176,14 @@ class Scheduler:
             budget -= num_tokens
         return scheduled
 
-    def _admits(self, sequence: Sequence) -> bool:
+    def _admits(self, sequence: Sequence, found: list[int]) -> bool:
         """Whether a waiting sequence fits as a whole, with a page to spare for each running one.
 
-        Without that it would be computed in part, preempted and computed again, over and over.
+        Without that it would be computed in part, preempted and computed again, over and over. Of
+        its pages, those that were found in others' hands need no room.
         """
-        needed = self._pages.pages_for(len(sequence.token_ids) + 1)
+        num_shared = sum(map(self._pages.is_held, found))
+        needed = self._pages.pages_for(len(sequence.token_ids) + 1) - num_shared
         return not self.running or needed + len(self.running) <= self._pages.num_free
 
     def _group_sizes(self) -> list[int]:
@@ -191,11 +219,11 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Frees a running sequence's pages; it is computed again from the front of the queue.
 
-        It must not be in flight.
+        It must not be in flight. Its full pages can be found until somebody needs them.
         """
         del self.running[sequence]
         self._pages.shrink(sequence.pages, 0)
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_kept_pages = 0
         sequence.has_outdated_features = False
         sequence.proposal = None
         self.waiting.appendleft(sequence)

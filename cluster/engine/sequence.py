@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.engine.draft_client import SessionKey
 from cluster.engine.text import TextStream
+from cluster.errors import InvalidRequestError
 from cluster.request import FinishReason, Request, SpeculationStats, Usage
 from cluster.speculation.proposal import DraftProposal
 
@@ -21,6 +23,8 @@ class Sequence:
     Attributes:
         token_ids: prompt and output; ``num_prompt_tokens`` of them are the prompt.
         pages: KV pages held, in order of position.
+        page_digests: of its full pages, from the first on (``PrefixCache``).
+        num_kept_pages: how many of its pages others can find, or find copies of.
         group: which of the groups in flight it belongs to while it runs.
         is_in_flight: part of a pass that is under way (its pages must not be touched).
         has_outdated_features: those in the cache are a former drafter's.
@@ -34,6 +38,8 @@ class Sequence:
     max_output_tokens: int
     num_computed_tokens: int = 0
     pages: list[int] = field(default_factory=list)
+    page_digests: list[bytes] = field(default_factory=list)
+    num_kept_pages: int = 0
     group: int = 0
     is_in_flight: bool = False
     end_error: Exception | None = None
@@ -47,13 +53,23 @@ class Sequence:
     num_bulk_features: int = 0
 
     @classmethod
-    def of(cls, request: Request, *, max_model_len: int, text: TextStream | None) -> Sequence:
+    def of(cls, request: Request, *, max_model_len: int, tokenizer: Any) -> Sequence:
         """A request that nothing was done for yet.
 
         Args:
             max_model_len: no output goes beyond it.
-            text: has taken in the resumed tokens.
+            tokenizer: ``None`` if there is none; stop strings are looked for with it.
+
+        Raises:
+            InvalidRequestError: there are stop strings and no tokenizer.
         """
+        text = None
+        if request.sampling.stop:
+            if tokenizer is None:
+                raise InvalidRequestError("sampling.stop", "this engine has no tokenizer")
+            text = TextStream(tokenizer, request.sampling.stop)
+            for token_id in request.resume_token_ids:
+                text.push(token_id)
         num_prompt_tokens = len(request.prompt_token_ids)
         return cls(
             request=request,

@@ -1,0 +1,110 @@
+"""Prefix caching: a prompt that begins like an earlier one takes over the pages of that beginning.
+
+A full page is known by a digest of its tokens and of the page before it, and so of everything its
+keys, values and context features depend on (``page_digest``). A match ends before the last token of
+a sequence, because that one must run through the target for there to be logits. So what is computed
+after a match always begins in a page of the sequence's own: pages that are shared, or may be, are
+never written, and none is ever copied. Recomputing the up to ``page_size`` tokens of a whole match
+takes part in a pass that is needed anyway; copying one page in every layer would be one more way
+to write the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as Tokens
+
+import numpy as np
+
+from cluster.engine.pages import PagePool
+from cluster.engine.sequence import Sequence
+
+_NO_PAGE = b""
+
+
+def page_digest(parent: bytes, token_ids: Tokens[int]) -> bytes:
+    """Digest of a page and all before it; the same on every machine.
+
+    Args:
+        parent: digest of the page before it, empty for the first.
+        token_ids: of the page, all of them.
+
+    Returns:
+        32 bytes. Collisions would hand one request another one's context, hence SHA-256.
+    """
+    return hashlib.sha256(parent + np.asarray(token_ids, dtype="<i4").tobytes()).digest()
+
+
+class PrefixCache:
+    """Finds computed pages for sequences that are about to start, and keeps those of all others.
+
+    Guarantees: a page is found only with keys, values and context features of exactly the tokens
+    that it is looked up for, at their positions, all of them committed; a sequence has at least one
+    token left to compute; each page is digested once for a sequence, whatever it goes through.
+
+    Pages of a sequence that has outdated features are not kept; when all features become outdated
+    at once, ``clear`` must be called.
+
+    Args:
+        pages: of the engine's cache.
+        is_enabled: ``False`` finds and keeps nothing.
+
+    Attributes:
+        num_queried_tokens, num_hit_tokens: tokens of the sequences that were started, restarted
+            ones included, and those of them that were found.
+    """
+
+    def __init__(self, pages: PagePool, is_enabled: bool) -> None:
+        self._pages = pages
+        self._is_enabled = is_enabled
+        self.num_queried_tokens = 0
+        self.num_hit_tokens = 0
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that can be found."""
+        return self._pages.num_keyed
+
+    def match(self, sequence: Sequence) -> list[int]:
+        """The pages of the longest prefix that is there; nobody holds them by that yet."""
+        found: list[int] = []
+        if not self._is_enabled:
+            return found
+        for index in range((len(sequence.token_ids) - 1) // self._pages.page_size):
+            page = self._pages.find(self._digest(sequence, index))
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def start(self, sequence: Sequence, found: list[int]) -> None:
+        """Lets a sequence without pages start behind what ``match`` has just found for it."""
+        for page in found:
+            self._pages.hold(page)
+        sequence.pages = found
+        sequence.num_kept_pages = len(found)
+        sequence.num_computed_tokens = len(found) * self._pages.page_size
+        self.num_queried_tokens += len(sequence.token_ids)
+        self.num_hit_tokens += sequence.num_computed_tokens
+
+    def keep(self, sequence: Sequence) -> None:
+        """Lets others find the pages that the sequence has filled since the last call."""
+        if not self._is_enabled or sequence.has_outdated_features:
+            return
+        num_full = sequence.num_computed_tokens // self._pages.page_size
+        for index in range(sequence.num_kept_pages, num_full):
+            self._pages.set_key(sequence.pages[index], self._digest(sequence, index))
+        sequence.num_kept_pages = num_full
+
+    def clear(self) -> None:
+        """Lets nothing be found that was computed until now."""
+        self._pages.forget_keys()
+
+    def _digest(self, sequence: Sequence, index: int) -> bytes:
+        """Of the page at ``index``, at most one behind those that were asked for before."""
+        digests = sequence.page_digests
+        if index == len(digests):
+            size = self._pages.page_size
+            token_ids = sequence.token_ids[index * size : (index + 1) * size]
+            digests.append(page_digest(digests[-1] if digests else _NO_PAGE, token_ids))
+        return digests[index]
