@@ -13,7 +13,7 @@ class EngineLoad:
 
     Attributes:
         kv_cache_usage: share of pages that running requests hold; what is only cached is free.
-        num_prefix_queried_tokens: tokens of requests when they started, or started again.
+        num_prefix_queried_tokens: tokens of requests when they first started.
         num_prefix_hit_tokens: how many of them were found in the prefix cache.
         num_cached_pages: pages that a prompt with the same beginning would find, held ones too.
         num_evicted_pages: pages that were cached and taken for something else, in all.

@@ -58,6 +58,10 @@ class PagePool:
         """Share of pages that are held, 0..1."""
         return 1.0 - self.num_free / self.num_pages
 
+    def free_pages(self) -> list[int]:
+        """The pages that nobody holds."""
+        return [*self._free, *self._idle]
+
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)

@@ -50,8 +50,8 @@ class PrefixCache:
         is_enabled: ``False`` finds and keeps nothing.
 
     Attributes:
-        num_queried_tokens, num_hit_tokens: tokens of the sequences that were started, restarted
-            ones included, and those of them that were found.
+        num_queried_tokens, num_hit_tokens: tokens of the sequences that were started, each counted
+            once however often it is preempted, and those of them that were found.
     """
 
     def __init__(self, pages: PagePool, is_enabled: bool) -> None:
@@ -84,8 +84,10 @@ class PrefixCache:
         sequence.pages = found
         sequence.num_kept_pages = len(found)
         sequence.num_computed_tokens = len(found) * self._pages.page_size
-        self.num_queried_tokens += len(sequence.token_ids)
-        self.num_hit_tokens += sequence.num_computed_tokens
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.num_queried_tokens += len(sequence.token_ids)
+            self.num_hit_tokens += sequence.num_computed_tokens
 
     def keep(self, sequence: Sequence) -> None:
         """Lets others find the pages that the sequence has filled since the last call."""

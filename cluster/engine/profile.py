@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -45,8 +46,9 @@ class BatchShape:
 class StepProbe:
     """Runs steps of a wanted size that nobody asked for.
 
-    Guarantees: writes to free pages only, and gives them back before ``measure`` returns; one call
-    of ``measure`` is one pass.
+    Guarantees: writes to free pages only, and gives them back before ``measure`` returns; reads the
+    rest of a context from pages that nobody holds, which stay as they are, so that few cached
+    prefixes are lost; one call of ``measure`` is one pass.
 
     Args:
         runner: the target's shards, with no pass under way.
@@ -121,8 +123,8 @@ class StepProbe:
             RuntimeError: requests hold the pages that it needs, or the shards are broken.
         """
         held: list[int] = []
-        entries = self._entries(shape, held)
         try:
+            entries = self._entries(shape, held)
             for entry in entries:
                 cached = entry.sequence.num_computed_tokens
                 self._runner.shard.cache.pretend(entry.sequence.pages[0], cached)
@@ -134,14 +136,19 @@ class StepProbe:
             self._pages.shrink(held, 0)
 
     def _entries(self, shape: BatchShape, held: list[int]) -> list[ScheduledSequence]:
+        page_size = self._pages.page_size
         sizes = list(zip(shape.query_lens, shape.cached_lens, strict=True))
-        num_pages = [self._pages.pages_for(query + cached) for query, cached in sizes]
-        if not self._pages.grow(held, sum(num_pages) * self._pages.page_size):
+        # A sequence's first page is its own too: a cache may know the sequence by it.
+        read = [max(cached // page_size - 1, 0) for _, cached in sizes]
+        own = [self._pages.pages_for(sum(size)) - n for size, n in zip(sizes, read, strict=True)]
+        if sum(own) + sum(read) > self._pages.num_free:
             raise RuntimeError("no free pages to measure a step with")
-        dealt = self._random.permutation(held).tolist()
+        self._pages.grow(held, sum(own) * page_size)
+        written = iter(self._random.permutation(held).tolist())
+        others = iter(self._random.permutation(self._pages.free_pages()).tolist())
         entries = []
-        for (query, cached), count in zip(sizes, num_pages, strict=True):
-            pages, dealt = dealt[:count], dealt[count:]
+        for (query, cached), num_own, num_read in zip(sizes, own, read, strict=True):
+            pages = [next(written), *islice(others, num_read), *islice(written, num_own - 1)]
             num_committed = 1 if query <= BLOCK_TOKENS else query
             token_ids = self._random.integers(0, self._runner.shard.vocab_size, cached + query)
             committed = token_ids[: cached + num_committed].tolist()

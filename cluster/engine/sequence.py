@@ -24,7 +24,8 @@ class Sequence:
         token_ids: prompt and output; ``num_prompt_tokens`` of them are the prompt.
         pages: KV pages held, in order of position.
         page_digests: of its full pages, from the first on (``PrefixCache``).
-        num_kept_pages: how many of its pages others can find, or find copies of.
+        num_kept_pages: how many of its pages others can find, or others of the same content.
+        num_cached_tokens: found in the prefix cache when it first started; ``None`` before.
         group: which of the groups in flight it belongs to while it runs.
         is_in_flight: part of a pass that is under way (its pages must not be touched).
         has_outdated_features: those in the cache are a former drafter's.
@@ -40,6 +41,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     page_digests: list[bytes] = field(default_factory=list)
     num_kept_pages: int = 0
+    num_cached_tokens: int | None = None
     group: int = 0
     is_in_flight: bool = False
     end_error: Exception | None = None
@@ -110,6 +112,7 @@ class Sequence:
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=self.num_output_tokens,
+            cached_prompt_tokens=min(self.num_cached_tokens or 0, self.num_prompt_tokens),
             speculation=self.stats,
         )
 
