@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,58 +31,82 @@ _ARCHITECTURE = "Qwen3ForCausalLM"
 _TEXT_FILES = ("tokenizer*", "generation_config.json", "special_tokens_map.json", "chat_template*")
 
 
-def write_target(narrow: Path, out: Path, shape: Shape, dtype: torch.dtype) -> Widening:
-    """Writes the target in folder ``narrow``, widened to ``shape``, to folder ``out``.
+def target_widening(folder: Path, shape: Shape) -> Widening:
+    """How the target in a folder becomes one of ``shape``.
 
     Raises:
         CheckpointError: it cannot be read, or is no plain Qwen3.
         ConfigError: as ``Widening``.
     """
-    config = load_text_config(str(narrow))
-    values = config.to_dict()
-    file = str(narrow / CONFIG)
-    _check_plain(values, file)
-    widening = Widening(Shape.of(values), shape)
-    _check_rotary(values["rope_parameters"], widening, file)
-    with torch.device("meta"):
-        weights = AutoModelForCausalLM.from_config(config).state_dict()
-    shapes = {name: weight.shape for name, weight in weights.items()}
-    is_tied = bool(values["tie_word_embeddings"])
-    if is_tied:
-        del shapes["lm_head.weight"]
-    tensors = widen_target(read_tensors(narrow, shapes), widening, dtype, is_tied=is_tied)
-    write_checkpoint(out, {**read_json(narrow / CONFIG), **shape.config_values()}, tensors, dtype)
-    _copy_text_files(narrow, out)
+    config, file = load_text_config(str(folder)).to_dict(), str(folder / CONFIG)
+    if config.get("architectures") != [_ARCHITECTURE]:
+        raise CheckpointError(file, "architectures", f"only {_ARCHITECTURE} can be widened")
+    if any(kind != "full_attention" for kind in config["layer_types"]):
+        raise CheckpointError(file, "layer_types", "only 'full_attention' layers can be widened")
+    if config.get("quantization_config"):
+        raise CheckpointError(file, "quantization_config", "quantised weights cannot be widened")
+    widening = Widening(Shape.of(config), shape)
+    _check_rotary(config["rope_parameters"], widening, file)
     return widening
 
 
-def write_drafter(
-    narrow: Path, out: Path, target: Widening, num_layers: int | None, dtype: torch.dtype
+def drafter_widening(
+    folder: Path, target_folder: Path, target: Widening, num_layers: int | None
 ) -> Widening:
-    """Writes the drafter in folder ``narrow``, widened for a target that ``target`` widens, to
-    folder ``out``; with ``num_layers`` layers, by default as many as it has.
+    """How the drafter in a folder becomes one of the wide target's shape.
+
+    Args:
+        target_folder: the narrow target.
+        target: how that becomes the wide one.
+        num_layers: of the wide drafter; ``None``: as many as it has.
 
     Raises:
         CheckpointError: it cannot be read, is no DSpark drafter with Qwen3 layers, or is none of
             this target.
         ConfigError: as ``Widening``, and for ``--drafter-layers``.
     """
-    config = load_drafter_config(narrow)
-    file = str(narrow / CONFIG)
+    config, file = load_drafter_config(folder), str(folder / CONFIG)
     if not isinstance(config, DSparkConfig) or config.architecture != QWEN3:
         raise CheckpointError(file, "architectures", f"only {QWEN3} can be widened")
-    check_drafter_matches_target(
-        config,
-        {"vocab_size": config.vocab_size, **target.narrow.config_values()},
-        file,
-    )
-    num_layers = num_layers or config.num_hidden_layers
-    if num_layers < config.num_hidden_layers:
-        raise ConfigError(
-            "--drafter-layers", f"is {num_layers}, the drafter has {config.num_hidden_layers}"
-        )
+    check_drafter_matches_target(config, read_json(target_folder / CONFIG), file)
+    least = config.num_hidden_layers
+    num_layers = num_layers or least
+    if num_layers < least:
+        raise ConfigError("--drafter-layers", f"is {num_layers}, but the drafter has {least}")
     widening = Widening(Shape.of(asdict(config)), target.wide.with_layers(num_layers))
     _check_rotary(config.rope_parameters, widening, file)
+    return widening
+
+
+def write_target(folder: Path, out: Path, widening: Widening, dtype: torch.dtype) -> None:
+    """Writes the target in ``folder``, widened, to ``out``, with its tokenizer.
+
+    Raises:
+        CheckpointError: a weight is missing, broken or of another shape.
+    """
+    config = load_text_config(str(folder))
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(config).state_dict()
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    is_tied = bool(config.tie_word_embeddings)
+    if is_tied:
+        del shapes["lm_head.weight"]
+    tensors = widen_target(read_tensors(folder, shapes), widening, dtype, is_tied=is_tied)
+    values = {**read_json(folder / CONFIG), **widening.wide.config_values()}
+    write_checkpoint(out, values, tensors, dtype)
+    _copy_text_files(folder, out)
+
+
+def write_drafter(
+    folder: Path, out: Path, target: Widening, widening: Widening, dtype: torch.dtype
+) -> None:
+    """Writes the drafter in ``folder``, widened by ``widening``, to ``out``.
+
+    Raises:
+        CheckpointError: a weight is missing, unexpected, broken or of another shape.
+    """
+    config = load_drafter_config(folder)
+    assert isinstance(config, DSparkConfig)  # drafter_widening has seen to it
     sizes = widening.wide.config_values()
     del sizes["layer_types"]
     wide = replace(
@@ -93,11 +118,11 @@ def write_drafter(
         num_target_layers=target.wide.num_layers,
     )
     with torch.device("meta"):
-        shapes = {k: v.shape for k, v in build_drafter(config).checkpoint_tensors().items()}
-    tensors = read_tensors(narrow, shapes, only_for="a DSpark drafter")
+        weights = build_drafter(config).checkpoint_tensors()
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    tensors = read_tensors(folder, shapes, only_for="a DSpark drafter")
     write_checkpoint(out, wide.to_dict(), widen_drafter(tensors, config, widening, dtype), dtype)
-    _copy_text_files(narrow, out)
-    return widening
+    _copy_text_files(folder, out)
 
 
 def carry_calibration(
@@ -113,6 +138,7 @@ def carry_calibration(
     """
     fitted = load_calibration(drafter, target).fitted
     if not fitted:
+        (wide_drafter / FILE_NAME).unlink(missing_ok=True)  # of an earlier run
         return False
     written = read_json(drafter / FILE_NAME)["entries"]
     entries = [
@@ -128,16 +154,7 @@ def carry_calibration(
     return True
 
 
-def _check_plain(config: dict[str, Any], file: str) -> None:
-    if config.get("architectures") != [_ARCHITECTURE]:
-        raise CheckpointError(file, "architectures", f"only {_ARCHITECTURE} can be widened")
-    if any(kind != "full_attention" for kind in config["layer_types"]):
-        raise CheckpointError(file, "layer_types", "only 'full_attention' layers can be widened")
-    if config.get("quantization_config"):
-        raise CheckpointError(file, "quantization_config", "quantised weights cannot be widened")
-
-
-def _check_rotary(rope_parameters: Any, widening: Widening, file: str) -> None:
+def _check_rotary(rope_parameters: Mapping[str, Any], widening: Widening, file: str) -> None:
     """Frequencies of other kinds depend on the head's dimension by more than their index."""
     is_wider = widening.wide.head_dim > widening.narrow.head_dim
     if is_wider and rope_parameters["rope_type"] != "default":
