@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from cluster.bench.prompt_sets import CODE_SETS, load_prompt_set
+from cluster.bench.prompt_sets import load_prompt_set
 from cluster.request import Request, SamplingParams
 
 
@@ -28,7 +28,6 @@ class PromptSource:
         loaded = load_prompt_set(
             source, tokenizer, count=count, num_tokens=num_tokens, max_tokens=num_tokens
         )
-        self.is_code = source in CODE_SETS
         self._prompts = loaded.prompts
         self._num_taken = 0
 

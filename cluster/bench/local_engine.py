@@ -42,11 +42,14 @@ def local_config(
     return ClusterConfig.parse(values)
 
 
-def build_local_engine(config: ClusterConfig, seed: int | None = None) -> Engine:
+def build_local_engine(
+    config: ClusterConfig, seed: int | None = None, *, target_digest: str | None = None
+) -> Engine:
     """The engine of one shard with its drafter beside it.
 
     Args:
         seed: of every random stream; unset: fresh ones.
+        target_digest: with it the verify curve of an earlier start is used, and one is kept.
 
     Raises:
         CheckpointError: target or drafter cannot be loaded, or do not fit each other.
@@ -55,9 +58,13 @@ def build_local_engine(config: ClusterConfig, seed: int | None = None) -> Engine
     worker = ShardWorker(config, 0)
     worker.start("", 0, 0)
     if config.speculative is None:
-        return worker.build_engine(None, seed=seed)
-    client = LocalDraftClient(build_draft_engine(config, seed=seed))
-    return worker.build_engine(client, calibration=load_drafter_calibration(config), seed=seed)
+        return worker.build_engine(None, target_digest=target_digest, seed=seed)
+    return worker.build_engine(
+        LocalDraftClient(build_draft_engine(config, seed=seed)),
+        target_digest=target_digest,
+        calibration=load_drafter_calibration(config),
+        seed=seed,
+    )
 
 
 def run_requests(

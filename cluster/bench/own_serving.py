@@ -43,7 +43,7 @@ class OwnSettings:
     max_model_len: int = 1024
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
-    kv_cache_memory_mb: int = 1024
+    kv_cache_memory_mb: int = 2048
 
     def values(self) -> dict[str, Any]:
         """The ``args`` of a configuration."""

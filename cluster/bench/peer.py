@@ -42,7 +42,7 @@ class PeerSettings:
     max_model_len: int = 1024
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
-    kv_cache_gb: int = 1
+    kv_cache_gb: int = 2
 
     def check(self) -> None:
         """Raises ConfigError where there is no vLLM in the virtual environment."""
@@ -96,7 +96,7 @@ class PeerSettings:
 
 
 class PeerServer:
-    """``vllm serve`` in a process group of its own, which stands still while it is paused.
+    """The peer's server in a process group of its own, which stands still while it is paused.
 
     Guarantees: behind ``close`` none of its processes lives.
 
@@ -164,11 +164,12 @@ class PeerServer:
 def serve_command(
     settings: PeerSettings, speculative: Mapping[str, Any] | None, port: int
 ) -> Sequence[str]:
-    """The command line of ``vllm serve``."""
+    """The command line of the peer's OpenAI-compatible server."""
     command = [
-        str(settings.venv / "bin" / "vllm"),
-        "serve",
-        str(Path(settings.target).resolve()),
+        str(settings.venv / "bin" / "python"),
+        # `vllm serve` asks for the version of a package `vllm`, which its CPU build is not.
+        *("-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(Path(settings.target).resolve())),
         *("--dtype", settings.dtype),
         *("--max-model-len", str(settings.max_model_len)),
         *("--max-num-seqs", str(settings.max_num_seqs)),

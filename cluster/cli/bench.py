@@ -17,6 +17,9 @@ from cluster.cli.drafters import (
     settings_of,
 )
 from cluster.cli.eval import add_comparison, comparison_of
+from cluster.cli.load import add_load, add_overhead, run_load, run_overhead
+from cluster.cli.speed import add_arguments as add_speed
+from cluster.cli.speed import run as run_speed
 from cluster.cli.widen import add_arguments as add_widen
 from cluster.cli.widen import run as run_widen
 
@@ -153,6 +156,23 @@ _SUITES = {
         "measured ones",
         _add_verify_curve,
         _run_verify_curve,
+    ),
+    "load": _Suite(
+        "throughput, latencies, acceptance and budget of an engine in this process, of a cluster "
+        "over gRPC or of an OpenAI-compatible server, at fixed concurrencies or from a trace",
+        add_load,
+        run_load,
+    ),
+    "speed": _Suite(
+        "our plain steps and our cluster's throughput against vLLM's on the same cores, and the "
+        "time per token against its formula",
+        add_speed,
+        run_speed,
+    ),
+    "overhead": _Suite(
+        "the whole cluster over gRPC against the engine in this process: throughput, first token",
+        add_overhead,
+        run_overhead,
     ),
     "widen": _Suite(
         "a small trained target and its drafter in models of a larger shape whose outputs are the "
