@@ -39,12 +39,12 @@ class Report:
         )
 
     def to_text(self) -> str:
-        """One line a figure, and one for each row of a figure that has rows."""
+        """One line a figure; rows are a table, with a column for each of them if they are few."""
         width = max(len(name) for name in self.figures)
         lines = [f"suite {self.suite}"]
         for name, value in self.figures.items():
             if _has_rows(value):
-                lines += [f"{name:<{width}}  {_row_text(row)}" for row in value]
+                lines += [name, *(f"  {line}" for line in _table(value))]
             else:
                 lines.append(f"{name:<{width}}  {value}")
         return "\n".join(lines)
@@ -54,10 +54,21 @@ def _has_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _row_text(row: dict[str, Any]) -> str:
-    """What is in a row, but for what is nested in it; that is in the JSON."""
-    flat = (f"{name} {value}" for name, value in row.items() if not isinstance(value, dict))
-    return ", ".join(flat)
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of what is in the rows, but for what is nested in them; that is in the JSON."""
+    names = [n for n, v in rows[0].items() if not isinstance(v, dict | list)]
+    table = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
+    if len(names) > len(rows):
+        table = [list(column) for column in zip(*table, strict=True)]
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in table
+    ]
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else str(value)
 
 
 def describe_machine() -> dict[str, Any]:
