@@ -133,7 +133,14 @@ def test_a_wrong_weight_shows(narrow: Pair, tmp_path: Path) -> None:
 
 
 def test_bf16_weights_keep_their_bits_where_factors_are_powers_of_two(tmp_path: Path) -> None:
-    shape = replace(widen.DEFAULT_SHAPE, num_layers=9, intermediate_size=800)
+    shape = Shape(
+        hidden_size=768,
+        intermediate_size=800,
+        num_layers=9,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=128,
+    )
     target, wide = Pair(target=Path(TARGET), drafter=None), Pair(target=tmp_path, drafter=None)
     assert write_pair(target, wide, shape, None, torch.bfloat16)["is_rounded"] is False
     before = load_file(Path(TARGET) / "model.safetensors")

@@ -35,15 +35,6 @@ from cluster.models.hub import local_folder
 from cluster.models.tensor_headers import read_headers
 from cluster.training.features import FeatureTarget
 
-# 135M parameters with a vocabulary of 4096; every factor is a power of two from stdlib-7m.
-DEFAULT_SHAPE = Shape(
-    hidden_size=768,
-    intermediate_size=2560,
-    num_layers=16,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=128,
-)
 MAX_LOGIT_DIFFERENCE = 1e-4
 
 _HEADER_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -10,14 +10,15 @@ from cluster.cli.drafters import DEFAULT_DRAFTER, DEFAULT_TARGET, note, positive
 if TYPE_CHECKING:
     from cluster.bench.report import Report
 
-# Fields of ``cluster.bench.widen_shape.Shape``.
+# Fields of ``cluster.bench.widen_shape.Shape``: 135M parameters with stdlib-7m's vocabulary, and
+# factors that are powers of two.
 _SIZES = {
-    "hidden_size": "width of the residual stream, of target and drafter",
-    "intermediate_size": "width inside the MLPs, of both",
-    "num_layers": "layers of the target",
-    "num_heads": "query heads, of both",
-    "num_kv_heads": "key and value heads, of both",
-    "head_dim": "size of a head, of both: a multiple of what it is",
+    "hidden_size": (768, "width of the residual stream, of target and drafter"),
+    "intermediate_size": (2560, "width inside the MLPs, of both"),
+    "num_layers": (16, "layers of the target"),
+    "num_heads": (8, "query heads, of both"),
+    "num_kv_heads": (4, "key and value heads, of both"),
+    "head_dim": (128, "size of a head, of both: a multiple of what it is"),
 }
 
 
@@ -27,9 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     drafter = parser.add_mutually_exclusive_group()
     drafter.add_argument("--drafter", default=DEFAULT_DRAFTER.partition("=")[2], metavar="DIR")
     drafter.add_argument("--no-drafter", action="store_true", help="widen the target alone")
-    for name, text in _SIZES.items():
-        option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=positive, metavar="N", help=f"{text} (default: 135M)")
+    for name, (size, text) in _SIZES.items():
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=positive,
+            default=size,
+            metavar="N",
+            help=f"{text} (default {size})",
+        )
     parser.add_argument(
         "--drafter-layers", type=positive, metavar="N", help="default: as many as it has"
     )
@@ -41,20 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     """Runs the suite. Raises: cluster.errors for sizes that cannot be, and checkpoints."""
-    from dataclasses import replace
-
     import torch
 
     from cluster.bench import widen
+    from cluster.bench.widen_shape import Shape
     from cluster.errors import ConfigError
 
     if args.out is None:
         raise ConfigError("--out", "is missing: the folder for the checkpoints")
-    given = {name: value for name in _SIZES if (value := getattr(args, name)) is not None}
     return widen.run(
         target=args.target,
         drafter=None if args.no_drafter else args.drafter,
-        shape=replace(widen.DEFAULT_SHAPE, **given),
+        shape=Shape(**{name: getattr(args, name) for name in _SIZES}),
         drafter_layers=args.drafter_layers,
         out=args.out,
         dtype=getattr(torch, args.dtype),
