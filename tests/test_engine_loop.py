@@ -70,6 +70,17 @@ def test_requests_are_answered_and_the_loop_goes_idle(loop: EngineLoop, answers:
     assert loop.failure is None
 
 
+def test_an_idle_engine_notices_a_page_that_was_lost(
+    loop: EngineLoop, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.engine.loop._IDLE_WAIT_S", 0.01)
+    loop.engine._pages.grow([], 1)
+    loop.submit(make_request("r"))
+    assert answers.last("r").finish_reason is not None
+    loop._thread.join(10)
+    assert "nobody holds" in str(loop.failure)
+
+
 def test_cancel_reaches_the_engine(loop: EngineLoop, answers: Answers) -> None:
     loop.submit(make_request("r"))
     loop.cancel("r", RequestCancelledError("the client left"))

@@ -232,8 +232,18 @@ class Engine:
         return draft_s + float(self.cost_model.verify_seconds(self._max_batch_tokens, full_cache))
 
     def check(self) -> None:
-        """Verifies that every page is held by its sequences or free. Raises: RuntimeError."""
-        self._pages.check([s.pages for s in self._sequences.values()])
+        """Verifies that the pages of all sequences are theirs, suffice, and are all that is held.
+
+        Takes time in proportion to the cache's pages.
+
+        Raises:
+            RuntimeError: otherwise.
+        """
+        sequences = self._sequences.values()
+        self._pages.check([s.pages for s in sequences])
+        for sequence in sequences:
+            if len(sequence.pages) < self._pages.pages_for(sequence.num_computed_tokens):
+                raise RuntimeError(f"{sequence.request.request_id} lacks pages of its context")
 
     def work_idle(self) -> bool:
         """Without requests: spends one pass at most on the cost model. Returns whether to go on."""

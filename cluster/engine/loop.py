@@ -158,12 +158,15 @@ class EngineLoop:
             self._wait()
 
     def _wait(self) -> None:
-        """Waits until something is posted; meanwhile keeps the shards company and the cost model
-        current, one pass at a time, so that a request waits for one at most.
+        """Waits until something is posted. When that takes longer, checks the engine once, then
+        keeps the shards company and the cost model current, one pass at a time, so that a request
+        waits for one at most.
         """
+        if self._is_posted(_IDLE_WAIT_S):
+            return
         self.engine.check()
         last_sign = time.monotonic()
-        pause_s = _IDLE_WAIT_S
+        pause_s = 0.0
         while not self._is_posted(pause_s):
             pause_s = 0.0 if self.engine.work_idle() else _IDLE_WAIT_S
             self._load = self.engine.load()  # drafters come and go without any step
