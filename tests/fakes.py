@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from cluster.engine.load import EngineLoad
+from cluster.engine.load import EngineLoad, PrefixCacheStats
 from cluster.engine.text import TextStream
 from cluster.errors import DsparkError, QueueFullError
 from cluster.request import (
@@ -103,6 +103,7 @@ class FakeEngineLoop:
             num_running=len(self._active),
             num_output_tokens=self._num_output_tokens,
             kv_cache_usage=len(self._active) / self._max_num_seqs,
+            prefix_cache=PrefixCacheStats(100, 60, 7, 2),
             speculation_state="on",
             speculation_reason="scripted",
             stats=SpeculationStats(num_drafts=3, num_accepted_tokens_per_pos=[2, 1]),

@@ -72,7 +72,7 @@ def check_a_quarter_is_enough(
             assert len(completion.token_ids) == request.sampling.max_tokens
         outputs[num_pages] = done
         load = engine.load()
-        assert (load.num_evicted_pages > 0) == (num_pages < wanted)
+        assert (load.prefix_cache.num_evicted_pages > 0) == (num_pages < wanted)
         num_preemptions += load.num_preemptions
         assert (load.stats.num_drafts > 0) == speculate
     ample, tight = outputs[wanted], outputs[wanted // 4]

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.bench.judge import Judgement, judge
 from cluster.engine.engine import Engine
+from cluster.engine.load import PrefixCacheStats
 from cluster.engine.profile import StepProbe
 from cluster.request import Request, SamplingParams
 from tests.engine_tools import Completion, make_config, make_engine, run
@@ -79,8 +80,10 @@ def test_beginnings_of_prompts_are_found_and_change_no_output(
     }
     assert {name: num_cached(completion) for name, completion in done.items()} == expected
     load = engine.load()
-    assert load.num_prefix_hit_tokens == sum(expected.values())
-    assert load.num_prefix_queried_tokens == 50 + sum(len(r.prompt_token_ids) for r in requests)
+    assert load.prefix_cache.num_hit_tokens == sum(expected.values())
+    assert load.prefix_cache.num_queried_tokens == 50 + sum(
+        len(r.prompt_token_ids) for r in requests
+    )
     verdict = judge_all(target, requests, done)
     assert verdict.num_positions == 24 * len(requests)
     assert verdict.num_mismatches == 0
@@ -190,8 +193,8 @@ def test_a_crowded_cache_forgets_what_was_used_longest_ago(pair: tuple[str, str]
     done = run(engine, requests)
     assert judge_all(target, requests, done).num_mismatches == 0
     load = engine.load()
-    assert load.num_evicted_pages > 0
-    assert load.num_cached_pages <= 16
+    assert load.prefix_cache.num_evicted_pages > 0
+    assert load.prefix_cache.num_cached_pages <= 16
     # The common beginning is used all the time, so it stays: all but the first ones find it.
     assert [num_cached(done[str(k)]) for k in range(4, 12)] == [32] * 8
 
@@ -230,21 +233,21 @@ def test_deepseek_v4_shares_no_pages(tmp_path: Path) -> None:
     outputs = [run(engine, [ask("r", prompt)])["r"] for _ in range(2)]
     assert outputs[0].token_ids == outputs[1].token_ids
     load = engine.load()
-    assert load.num_prefix_hit_tokens == load.num_cached_pages == 0
+    assert load.prefix_cache == PrefixCacheStats(num_queried_tokens=80)
 
 
 def test_it_can_be_switched_off(pair: tuple[str, str]) -> None:
     engine = make_engine(make_config(pair[0], enable_prefix_caching=False))
     for _ in range(2):
         assert num_cached(run(engine, [ask("r")])["r"]) == 0
-    assert engine.load().num_cached_pages == 0
+    assert engine.load().prefix_cache.num_cached_pages == 0
 
 
 def test_measuring_a_full_cache_leaves_what_is_cached(pair: tuple[str, str]) -> None:
     config = make_config(pair[0], num_pages=1 + 32, max_model_len=128, max_num_seqs=4)
     engine: Engine = make_engine(config)
     run(engine, [ask("r", PROMPT * 2)])
-    num_pages = engine.load().num_cached_pages
+    num_pages = engine.load().prefix_cache.num_cached_pages
     assert num_pages == 7
     probe = StepProbe(engine._runner, engine._pages, config.target, engine.max_model_len)
     shape = probe.shape(4, 400)
@@ -252,4 +255,4 @@ def test_measuring_a_full_cache_leaves_what_is_cached(pair: tuple[str, str]) -> 
     for _ in range(5):
         probe.measure(shape)
         engine.check()
-    assert engine.load().num_cached_pages == num_pages
+    assert engine.load().prefix_cache.num_cached_pages == num_pages

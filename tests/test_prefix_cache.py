@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.engine import prefix_cache
+from cluster.engine.load import PrefixCacheStats
 from cluster.engine.pages import PagePool
 from cluster.engine.prefix_cache import PrefixCache, page_digest
 from cluster.engine.sequence import Sequence
@@ -54,8 +55,8 @@ def test_whole_pages_are_found_and_a_token_is_left(
     prefixes.start(second, found)
     assert second.num_computed_tokens == num_found * PAGE_SIZE < length
     pages.check([first.pages, second.pages])
-    assert prefixes.num_queried_tokens == 14 + length
-    assert prefixes.num_hit_tokens == num_found * PAGE_SIZE
+    assert prefixes.stats().num_queried_tokens == 14 + length
+    assert prefixes.stats().num_hit_tokens == num_found * PAGE_SIZE
     assert second.usage().cached_prompt_tokens == num_found * PAGE_SIZE
 
 
@@ -107,14 +108,15 @@ def test_pages_of_outdated_features_are_not_kept(pages: PagePool, prefixes: Pref
     first.token_ids += range(8, 16)
     compute(first, 8, pages, prefixes)
     assert prefixes.match(waiting(*range(16))) == []
-    assert prefixes.num_pages == 0
+    assert prefixes.stats().num_cached_pages == 0
 
 
 def test_nothing_is_found_or_kept_where_it_is_off(pages: PagePool) -> None:
     prefixes = PrefixCache(pages, is_enabled=False)
     computed(range(8), pages, prefixes)
     second = computed(range(8), pages, prefixes)
-    assert second.usage().cached_prompt_tokens == prefixes.num_hit_tokens == prefixes.num_pages == 0
+    assert second.usage().cached_prompt_tokens == 0
+    assert prefixes.stats() == PrefixCacheStats(num_queried_tokens=16)
 
 
 def test_each_page_is_digested_once(
@@ -141,7 +143,7 @@ def test_each_page_is_digested_once(
     prefixes.start(sequence, prefixes.match(sequence))
     compute(sequence, sequence.num_missing_tokens, pages, prefixes)
     assert digested == [tuple(range(i, i + 4)) for i in range(0, 20, 4)]
-    assert prefixes.num_hit_tokens == 0  # it counts as it first started
+    assert prefixes.stats().num_hit_tokens == 0  # it counts as it first started
 
 
 def test_digests_are_the_same_on_every_machine() -> None:

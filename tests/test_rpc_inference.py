@@ -11,6 +11,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from cluster.engine.load import PrefixCacheStats
 from cluster.engine.text import TextStream
 from cluster.errors import (
     ClusterStateError,
@@ -225,6 +226,7 @@ async def test_status() -> None:
             assert replica.speculation.num_accepted_tokens_per_pos == [2, 1]
             assert replica.speculation.num_malformed_proposals == 7
             assert (replica.calibration_error, replica.calibration_drift) == (0.03, 1.25)
+            assert replica.prefix_cache == PrefixCacheStats(100, 60, 7, 2)
 
 
 async def test_blocking_client() -> None:

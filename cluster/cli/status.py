@@ -56,6 +56,12 @@ def _print(address: str, status: ClusterStatus) -> None:
             f"  load: {replica.num_running} running, {replica.num_waiting} waiting, "
             f"KV cache {replica.kv_cache_usage:.0%} full, {replica.num_output_tokens} tokens so far"
         )
+        cache = replica.prefix_cache
+        if cache.num_queried_tokens:
+            console.print(
+                f"  prefix cache: {cache.hit_rate:.0%} of prompt tokens found, "
+                f"{cache.num_cached_pages} pages, {cache.num_evicted_pages} evicted so far"
+            )
         stats = replica.speculation
         console.print(
             f"  speculation: {replica.speculation_state} ({replica.speculation_reason}), "

@@ -8,15 +8,33 @@ from cluster.request import SpeculationStats
 
 
 @dataclass(frozen=True)
+class PrefixCacheStats:
+    """What prefix caching has found so far, and what it holds now.
+
+    Attributes:
+        num_queried_tokens: of requests when they first started, resumed tokens included.
+        num_hit_tokens: how many of them were found.
+        num_cached_pages: pages that can be found, also while requests hold them.
+        num_evicted_pages: pages that could be found and were taken for something else, in all.
+    """
+
+    num_queried_tokens: int = 0
+    num_hit_tokens: int = 0
+    num_cached_pages: int = 0
+    num_evicted_pages: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the tokens that were found, 0..1."""
+        return self.num_hit_tokens / max(self.num_queried_tokens, 1)
+
+
+@dataclass(frozen=True)
 class EngineLoad:
     """What a replica reports of itself; times and shares are of the moment of the report.
 
     Attributes:
         kv_cache_usage: share of pages that running requests hold; what is only cached is free.
-        num_prefix_queried_tokens: tokens of requests when they first started.
-        num_prefix_hit_tokens: how many of them were found in the prefix cache.
-        num_cached_pages: pages that a prompt with the same beginning would find, held ones too.
-        num_evicted_pages: pages that were cached and taken for something else, in all.
         calibration_error: of the confidences as served (``OnlineCalibration.error``); ``None``
             before enough was verified.
         calibration_drift: largest factor between a temperature in force and its offline fit.
@@ -27,10 +45,7 @@ class EngineLoad:
     kv_cache_usage: float = 0.0
     num_output_tokens: int = 0
     num_preemptions: int = 0
-    num_prefix_queried_tokens: int = 0
-    num_prefix_hit_tokens: int = 0
-    num_cached_pages: int = 0
-    num_evicted_pages: int = 0
+    prefix_cache: PrefixCacheStats = field(default_factory=PrefixCacheStats)
     speculation_state: str = "off"
     speculation_reason: str = ""
     stats: SpeculationStats = field(default_factory=SpeculationStats)

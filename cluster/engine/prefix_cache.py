@@ -16,6 +16,7 @@ from collections.abc import Sequence as Tokens
 
 import numpy as np
 
+from cluster.engine.load import PrefixCacheStats
 from cluster.engine.pages import PagePool
 from cluster.engine.sequence import Sequence
 
@@ -49,21 +50,22 @@ class PrefixCache:
         pages: of the engine's cache.
         is_enabled: ``False`` finds and keeps nothing.
 
-    Attributes:
-        num_queried_tokens, num_hit_tokens: tokens of the sequences that were started, each counted
-            once however often it is preempted, and those of them that were found.
     """
 
     def __init__(self, pages: PagePool, is_enabled: bool) -> None:
         self._pages = pages
         self._is_enabled = is_enabled
-        self.num_queried_tokens = 0
-        self.num_hit_tokens = 0
+        self._num_queried_tokens = 0
+        self._num_hit_tokens = 0
 
-    @property
-    def num_pages(self) -> int:
-        """Pages that can be found."""
-        return self._pages.num_keyed
+    def stats(self) -> PrefixCacheStats:
+        """Counts; a sequence counts once, however often it is preempted."""
+        return PrefixCacheStats(
+            num_queried_tokens=self._num_queried_tokens,
+            num_hit_tokens=self._num_hit_tokens,
+            num_cached_pages=self._pages.num_keyed,
+            num_evicted_pages=self._pages.num_evictions,
+        )
 
     def match(self, sequence: Sequence) -> list[int]:
         """The pages of the longest prefix that is there; nobody holds them by that yet."""
@@ -86,8 +88,8 @@ class PrefixCache:
         sequence.num_computed_tokens = len(found) * self._pages.page_size
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = sequence.num_computed_tokens
-            self.num_queried_tokens += len(sequence.token_ids)
-            self.num_hit_tokens += sequence.num_computed_tokens
+            self._num_queried_tokens += len(sequence.token_ids)
+            self._num_hit_tokens += sequence.num_computed_tokens
 
     def keep(self, sequence: Sequence) -> None:
         """Lets others find the pages that the sequence has filled since the last call."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cluster.engine.load import PrefixCacheStats
 from cluster.request import SpeculationStats
 from cluster.rpc.convert import stats_from_proto
 from cluster.v1 import inference_pb2
@@ -63,7 +64,7 @@ class ReplicaStatus:
         state: connecting, ready, draining, mismatched or lost; all but ``replica_id``, ``address``
             and ``reason`` are as of its last report.
         reason: why it is mismatched, else empty.
-        kv_cache_usage: 0..1.
+        kv_cache_usage: share of pages that requests hold, 0..1.
         speculation_state: on or off; ``speculation_reason`` says why.
         speculation: sums since the replica started.
         speculation_method, speculation_model: as in ``ReplicaParts``.
@@ -79,6 +80,7 @@ class ReplicaStatus:
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
     num_output_tokens: int = 0
+    prefix_cache: PrefixCacheStats = field(default_factory=PrefixCacheStats)
     speculation_state: str = ""
     speculation_reason: str = ""
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
@@ -132,6 +134,12 @@ def _replica_from_proto(message: inference_pb2.ReplicaStatus) -> ReplicaStatus:
         num_waiting=message.num_waiting,
         kv_cache_usage=message.kv_cache_usage,
         num_output_tokens=message.num_output_tokens,
+        prefix_cache=PrefixCacheStats(
+            num_queried_tokens=message.prefix_cache.num_queried_tokens,
+            num_hit_tokens=message.prefix_cache.num_hit_tokens,
+            num_cached_pages=message.prefix_cache.num_cached_pages,
+            num_evicted_pages=message.prefix_cache.num_evicted_pages,
+        ),
         speculation_state=message.speculation_state,
         speculation_reason=message.speculation_reason,
         speculation=stats_from_proto(message.speculation),

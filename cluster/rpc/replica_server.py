@@ -256,6 +256,7 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             num_waiting=load.num_waiting,
             kv_cache_usage=load.kv_cache_usage,
             num_output_tokens=load.num_output_tokens,
+            prefix_cache=inference_pb2.PrefixCacheStats(**vars(load.prefix_cache)),
             speculation_state=load.speculation_state,
             speculation_reason=load.speculation_reason,
             speculation=speculation,

@@ -91,8 +91,20 @@ class DrafterStatus(_message.Message):
     round_trip_ms: float
     def __init__(self, drafter_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., round_trip_ms: _Optional[float] = ...) -> None: ...
 
+class PrefixCacheStats(_message.Message):
+    __slots__ = ("num_queried_tokens", "num_hit_tokens", "num_cached_pages", "num_evicted_pages")
+    NUM_QUERIED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    NUM_EVICTED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    num_queried_tokens: int
+    num_hit_tokens: int
+    num_cached_pages: int
+    num_evicted_pages: int
+    def __init__(self, num_queried_tokens: _Optional[int] = ..., num_hit_tokens: _Optional[int] = ..., num_cached_pages: _Optional[int] = ..., num_evicted_pages: _Optional[int] = ...) -> None: ...
+
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica_id", "address", "state", "num_running", "num_waiting", "kv_cache_usage", "speculation_state", "speculation_reason", "shards", "drafters", "speculation", "num_output_tokens", "reason", "calibration_error", "calibration_drift", "speculation_method", "speculation_model")
+    __slots__ = ("replica_id", "address", "state", "num_running", "num_waiting", "kv_cache_usage", "speculation_state", "speculation_reason", "shards", "drafters", "speculation", "num_output_tokens", "reason", "calibration_error", "calibration_drift", "speculation_method", "speculation_model", "prefix_cache")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +122,7 @@ class ReplicaStatus(_message.Message):
     CALIBRATION_DRIFT_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_METHOD_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_MODEL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     address: str
     state: str
@@ -127,7 +140,8 @@ class ReplicaStatus(_message.Message):
     calibration_drift: float
     speculation_method: str
     speculation_model: str
-    def __init__(self, replica_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., speculation_state: _Optional[str] = ..., speculation_reason: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., drafters: _Optional[_Iterable[_Union[DrafterStatus, _Mapping]]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationStats, _Mapping]] = ..., num_output_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., calibration_error: _Optional[float] = ..., calibration_drift: _Optional[float] = ..., speculation_method: _Optional[str] = ..., speculation_model: _Optional[str] = ...) -> None: ...
+    prefix_cache: PrefixCacheStats
+    def __init__(self, replica_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., speculation_state: _Optional[str] = ..., speculation_reason: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., drafters: _Optional[_Iterable[_Union[DrafterStatus, _Mapping]]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationStats, _Mapping]] = ..., num_output_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., calibration_error: _Optional[float] = ..., calibration_drift: _Optional[float] = ..., speculation_method: _Optional[str] = ..., speculation_model: _Optional[str] = ..., prefix_cache: _Optional[_Union[PrefixCacheStats, _Mapping]] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
     __slots__ = ("model", "router_id", "replicas", "num_active_requests", "version")
