@@ -45,8 +45,8 @@ class RecordingClient(LocalDraftClient):
         self.engine = engine
         self.proposals: Proposals = {}
 
-    def start_round(self, round: DraftRound) -> list[DraftResult]:
-        results = super().start_round(round)
+    def collect(self, handle: DraftRound, timeout_s: float) -> list[DraftResult]:
+        results = super().collect(handle, timeout_s)
         for result in results:
             if result.proposal is not None:
                 key = result.session.request_id, result.committed_length

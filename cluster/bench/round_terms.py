@@ -38,10 +38,10 @@ class TimedDraftClient(LocalDraftClient):
         super().__init__(engine)
         self.seconds: list[float] = []
 
-    def start_round(self, round: DraftRound) -> list[DraftResult]:
+    def collect(self, handle: DraftRound, timeout_s: float) -> list[DraftResult]:
         """As ``LocalDraftClient``."""
         started = time.perf_counter()
-        results = super().start_round(round)
+        results = super().collect(handle, timeout_s)
         if any(result.proposal is not None for result in results):
             self.seconds.append(time.perf_counter() - started)
         return results

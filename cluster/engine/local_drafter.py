@@ -21,8 +21,8 @@ _REPLICA_ID = "local"
 class LocalDraftClient:
     """A ``DraftClient`` on a ``DraftEngine`` of this process (co-located drafting, evaluation).
 
-    Guarantees: everything happens in the caller's thread, ``start_round`` does the round's whole
-    work, and no answer is ever late.
+    Guarantees: everything happens in the caller's thread, ``collect`` does the round's whole work
+    (so that it is seen as the time that drafting takes), and no answer is ever late.
 
     Args:
         engine: used by nobody else.
@@ -67,20 +67,20 @@ class LocalDraftClient:
         """Forgets the session; unknown ones are ignored."""
         self._engine.close(_REPLICA_ID, session)
 
-    def start_round(self, round: DraftRound) -> list[DraftResult]:
-        """Drafts the round now."""
+    def start_round(self, round: DraftRound) -> DraftRound:
+        """Keeps the round for ``collect``."""
+        return round
+
+    def collect(self, handle: DraftRound, timeout_s: float) -> list[DraftResult]:
+        """Drafts the round now, however long that takes."""
         if self._is_closed:
             return []
-        (results,) = self._engine.draft([(_REPLICA_ID, round)])
+        (results,) = self._engine.draft([(_REPLICA_ID, handle)])
         for result in results:
             if result.outcome is DraftOutcome.UNKNOWN_SESSION:
                 # The engine that refuses a base must not be asked for it again.
                 self._engine.close(_REPLICA_ID, result.session)
         return results
-
-    def collect(self, handle: list[DraftResult], timeout_s: float) -> list[DraftResult]:
-        """The round's answers."""
-        return handle
 
     def close(self) -> None:
         """Forgets every session."""
