@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from cluster.bench.judge import Judgement, judge
 from cluster.engine.engine import Engine
 from cluster.engine.load import PrefixCacheStats
 from cluster.engine.profile import StepProbe
-from cluster.request import Request, SamplingParams
+from cluster.engine.worker import load_tokenizer
+from cluster.request import Request, SamplingParams, SpeculationStats
 from tests.engine_tools import Completion, make_config, make_engine, run
 from tests.models import DRAFTER, TARGET, save_tiny_drafter, save_tiny_target
 from tests.scripted_drafts import ScriptedDrafts
@@ -159,6 +163,51 @@ def test_a_trained_drafter_guesses_as_well_behind_a_match() -> None:
         lengths.append((stats.num_accepted_tokens - counted[1]) / (stats.num_drafts - counted[0]))
     assert lengths[0] > 0.5
     assert abs(lengths[1] / lengths[0] - 1) < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("speculate", [False, True], ids=["plain", "speculative"])
+def test_a_prompt_of_800_tokens_is_answered_sooner_the_second_time(speculate: bool) -> None:
+    engine = make_engine(make_config(TARGET, DRAFTER if speculate else None))
+    first_token_s: dict[str, list[float]] = {"first": [], "again": []}
+    for start in range(7):
+        prompt = tuple((31 * start + 17 * k * k + k) % 4000 + 64 for k in range(800))
+        for name, seconds in first_token_s.items():
+            started = time.perf_counter()
+            engine.add_request(ask(name, prompt))
+            while not any(output.token_ids for output in engine.step()):
+                pass
+            seconds.append(time.perf_counter() - started)
+            while engine.has_work:
+                engine.step()
+    medians = {name: statistics.median(seconds) for name, seconds in first_token_s.items()}
+    assert medians["again"] <= 0.2 * medians["first"], medians
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+@pytest.mark.timeout(300)
+def test_code_prompts_are_guessed_as_well_behind_a_match(shared_dir: Path) -> None:
+    engine = make_engine(make_config(TARGET, DRAFTER, max_num_seqs=32))
+    path = shared_dir / "data" / "prompts" / "humaneval.jsonl"
+    texts = [json.loads(line)["turns"][0] for line in path.read_text().splitlines()[:64]]
+    tokenizer = load_tokenizer(TARGET)
+    prompts = {str(k): tuple(tokenizer.encode(text)) for k, text in enumerate(texts)}
+    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+    lengths = []
+    for _ in range(2):
+        done = run(engine, [ask(name, prompt, params) for name, prompt in prompts.items()])
+        total = SpeculationStats()
+        for completion in done.values():
+            assert completion.usage is not None
+            total.num_drafts += completion.usage.speculation.num_drafts
+            total.num_accepted_tokens += completion.usage.speculation.num_accepted_tokens
+        lengths.append(total.acceptance_length)
+    cached = engine.load().prefix_cache
+    assert cached.num_hit_tokens > 0.4 * cached.num_queried_tokens
+    assert lengths[0] > 2
+    assert abs(lengths[1] / lengths[0] - 1) < 0.03, lengths
 
 
 def test_a_preempted_request_goes_on_behind_what_is_left_of_it(pair: tuple[str, str]) -> None:
