@@ -170,11 +170,13 @@ def generate(
     *,
     num_samples: int,
     fault: Fault | None = None,
+    token_cost: float = 1.0,
     **speculative: Any,
 ) -> dict[str, Samples]:
     """``num_samples`` outputs of each case, all cases side by side in every batch.
 
     Args:
+        token_cost: of a token in a pass, in what a pass costs without any, by ``MAX_NUM_SEQS``.
         speculative: keys of the configuration's ``speculative`` part.
     """
     config = make_config(
@@ -192,7 +194,7 @@ def generate(
     with _served_drafter(config, fault) as client, _faulty_engine(fault):
         engine = make_engine(config, client)
         planner = engine._speculator._planner
-        planner._cost_model = _SteepCostModel()
+        planner._cost_model = _SteepCostModel(token_cost)
         if fault is Fault.RETROSPECTIVE:
             planner._budget = _Retrospective()
         samples = _run(engine, cases, num_samples)
@@ -203,9 +205,9 @@ def generate(
 class _SteepCostModel(CostModel):
     """A pass's every token counts, so that admission must choose; it stays as it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, token_cost: float) -> None:
         sizes = (1, MAX_NUM_SEQS * (BLOCK_SIZE + 1))
-        super().__init__({size: float(MAX_NUM_SEQS + size) for size in sizes})
+        super().__init__({size: MAX_NUM_SEQS + token_cost * size for size in sizes})
 
     def observe_verify(
         self, num_tokens: int, seconds: float, *, num_context_tokens: int = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ import pytest
 from cluster.speculation import online_calibration
 from cluster.speculation.calibration import (
     Calibration,
-    apply_temperatures,
-    fit_temperatures,
+    LogitScaling,
+    fit_scaling,
     logit,
     survival,
 )
@@ -31,6 +30,7 @@ from cluster.speculation.reliability import (
     calibration_error,
     calibration_error_interval,
     calibration_noise,
+    calibration_request_noise,
     mean_interval,
     reliability_bins,
 )
@@ -44,16 +44,17 @@ def draw_records(
     num_rounds: int,
     *,
     scale: float = 1.0,
+    shift: float = 0.0,
     seed: int = 0,
     key: CalibrationKey = KEY,
     num_admitted: int = BLOCK,
     level: float = 0.9,
 ) -> list[VerificationRecord]:
-    """Rounds whose confidences have logits ``scale`` times those of the true chances."""
+    """Rounds whose confidences have logits ``scale`` times (true ones + ``shift``)."""
     random = np.random.default_rng(seed)
     logits = random.normal(level, 1.0, size=(num_rounds, BLOCK))
     chances = 1 / (1 + np.exp(-logits))
-    confidences = 1 / (1 + np.exp(-logits * scale))
+    confidences = 1 / (1 + np.exp(-(logits + shift) * scale))
     accepted = np.cumprod(random.random(chances.shape) < chances, axis=1)[:, :num_admitted].sum(1)
     return [
         VerificationRecord(
@@ -74,8 +75,11 @@ def draw_table(num_rounds: int, **options: object) -> RoundTable:
     return RoundTable.from_records(draw_records(num_rounds, **options), BLOCK)  # type: ignore[arg-type]
 
 
-def errors(table: RoundTable, temperatures: np.ndarray | tuple[float, ...] | float) -> list[float]:
-    chances = survival(apply_temperatures(table.confidences, temperatures))
+RAW = LogitScaling.identity(BLOCK)
+
+
+def errors(table: RoundTable, scaling: LogitScaling) -> list[float]:
+    chances = survival(scaling.apply(table.confidences))
     return [
         calibration_error(chances[:, k], table.is_accepted[:, k] * 1.0)
         for k in range(table.num_positions)
@@ -134,6 +138,30 @@ def test_noise_is_what_right_predictions_show() -> None:
     assert calibration_noise(predictions) == pytest.approx(np.mean(shown), rel=0.15)
 
 
+def test_noise_of_requests_whose_rounds_are_alike_is_larger() -> None:
+    """Twenty rounds that share one outcome are one; the independent noise does not see that."""
+    random = np.random.default_rng(2)
+    request_index = np.repeat(np.arange(400), 20)
+    predictions = random.random(8000)
+    alone = (random.random(8000) < predictions) * 1.0
+    together = (np.repeat(random.random(400), 20) < predictions) * 1.0
+    independent = calibration_noise(predictions)
+    assert calibration_request_noise(predictions, alone, request_index) == pytest.approx(
+        independent, rel=0.2
+    )
+    shown = [
+        calibration_error(predictions, (np.repeat(random.random(400), 20) < predictions) * 1.0)
+        for _ in range(30)
+    ]
+    assert calibration_request_noise(predictions, together, request_index) == pytest.approx(
+        np.mean(shown), rel=0.25
+    )
+    assert np.mean(shown) > 1.2 * independent
+    # An error that all requests share is no noise.
+    wrong = np.clip(predictions + 0.2, 0, 1)
+    assert calibration_request_noise(wrong, alone, request_index) < 0.2 / 4
+
+
 def test_outcomes_use_the_exact_chance_where_it_is_known() -> None:
     record = VerificationRecord(EXACT_KEY, "a", 3, (0.5, 0.5, 0.5), 1, (0.9, 0.4, 0.7))
     partial = record._replace(confidences=(0.5,), num_accepted_tokens=1, acceptance=(0.9,))
@@ -159,50 +187,83 @@ def test_keys_by_verifier_and_temperature() -> None:
 def test_what_was_not_fitted_takes_the_nearest_fit() -> None:
     calibration = Calibration(
         {
-            CalibrationKey(COUPLED, "greedy"): (2.0, 3.0),
-            CalibrationKey(COUPLED, "high"): (4.0, 5.0),
+            CalibrationKey(COUPLED, "greedy"): LogitScaling((2.0, 3.0), (0.2, 0.3)),
+            CalibrationKey(COUPLED, "high"): LogitScaling((4.0, 5.0), (0.4, 0.5)),
         }
     )
 
-    def at(verifier: str, bucket: str, count: int = 2) -> list[float]:
-        return calibration.temperatures(CalibrationKey(verifier, bucket), count).tolist()
+    def at(verifier: str, bucket: str, count: int = 2) -> LogitScaling:
+        return calibration.scaling(CalibrationKey(verifier, bucket), count)
 
-    assert at(COUPLED, "low") == [2.0, 3.0]
-    assert at(COUPLED, "medium") == [4.0, 5.0]
-    assert at(COUPLED, "high", 4) == [4.0, 5.0, 5.0, 5.0]
-    assert at(REJECTION, "high") == [1.0, 1.0]
+    assert at(COUPLED, "low") == LogitScaling((2.0, 3.0), (0.2, 0.3))
+    assert at(COUPLED, "medium") == LogitScaling((4.0, 5.0), (0.4, 0.5))
+    assert at(COUPLED, "high", 4) == LogitScaling((4.0, 5.0, 5.0, 5.0), (0.4, 0.5, 0.5, 0.5))
+    assert at(REJECTION, "high") == LogitScaling((1.0, 1.0), (0.0, 0.0))
 
 
 # ---------------------------------------------------------------------------------- offline fit
 
 
-def test_temperature_one_changes_nothing_and_ends_stay_finite() -> None:
-    confidences = np.array([0.0, 0.2, 0.999, 1.0])
-    assert apply_temperatures(confidences, 1.0) == pytest.approx(confidences, abs=1e-5)
+def test_scaling_by_hand() -> None:
+    confidences = np.array([[0.0, 0.2], [0.999, 1.0]])
+    assert LogitScaling.identity(2).apply(confidences) == pytest.approx(confidences, abs=1e-5)
     assert np.isfinite(logit(confidences)).all()
-    softer = apply_temperatures(confidences, 3.0)
-    assert (np.diff(softer) > 0).all()  # the order stays
+    scaled = LogitScaling((2.0, 0.5), (-1.0, 0.5)).apply(np.array([[0.9, 0.2]]))
+    # logit 0.9 = ln 9, halved less 1; logit 0.2 = -ln 4, doubled and a half more.
+    assert scaled[0] == pytest.approx([3 / (3 + np.e), np.exp(0.5) / (16 + np.exp(0.5))])
+    rising = np.array([[0.0], [0.2], [0.999], [1.0]])
+    assert (np.diff(LogitScaling((3.0,), (-2.0,)).apply(rising)[:, 0]) > 0).all()  # order stays
 
 
 @pytest.mark.parametrize("key", [KEY, EXACT_KEY], ids=["coupled", "rejection"])
-def test_fit_finds_the_scale_and_holds_on_other_rounds(key: CalibrationKey) -> None:
-    temperatures = fit_temperatures(draw_table(20_000, scale=2.0, seed=1, key=key))
-    # Behind, few rounds are left to tell one temperature from another.
-    assert temperatures[:4] == pytest.approx([2.0] * 4, rel=0.25)
-    heldout = draw_table(40_000, scale=2.0, seed=2, key=key)
-    assert max(errors(heldout, 1.0)) > 0.05
-    assert max(errors(heldout, temperatures)) < 0.02
+def test_fit_finds_scale_and_shift_and_holds_on_other_rounds(key: CalibrationKey) -> None:
+    scaling = fit_scaling(draw_table(20_000, scale=2.0, shift=0.6, seed=1, key=key))
+    # Behind, few rounds are left to tell one scaling from another.
+    assert scaling.temperatures[:4] == pytest.approx([2.0] * 4, rel=0.25)
+    assert scaling.biases[:4] == pytest.approx([-0.6] * 4, abs=0.2)
+    heldout = draw_table(40_000, scale=2.0, shift=0.6, seed=2, key=key)
+    assert max(errors(heldout, RAW)) > 0.1
+    assert max(errors(heldout, scaling)) < 0.02
+
+
+def test_a_temperature_alone_would_not_mend_a_shift() -> None:
+    """What the bias is for: confidences on both sides of one half, and all too high."""
+    table = draw_table(20_000, shift=0.8, level=0.0, seed=27)
+    scaled = [
+        errors(table, LogitScaling((float(t),) * BLOCK, RAW.biases))[0]
+        for t in np.geomspace(0.2, 5, 40)
+    ]
+    assert min(scaled) > 0.06
+    assert errors(table, fit_scaling(table))[0] < 0.02
+
+
+def test_fit_stays_finite_where_rounds_say_nothing() -> None:
+    """All accepted, all alike, some positions without any token."""
+    records = [VerificationRecord(KEY, str(i), 2, (0.9, 0.9), 2) for i in range(50)]
+    scaling = fit_scaling(RoundTable.from_records(records, 3))
+    assert np.isfinite(scaling.temperatures + scaling.biases).all()
+    assert (scaling.temperatures[2], scaling.biases[2]) == (1.0, 0.0)
+    assert scaling.apply(np.full((1, 3), 0.9))[0, 0] > 0.97
+    with pytest.raises(ValueError, match="no rounds"):
+        fit_scaling(RoundTable.from_records([], 3))
 
 
 def test_fit_is_sequential() -> None:
     """A later position makes up for what earlier ones cannot: its own confidence is right."""
-    table = draw_table(20_000, seed=3)
-    wrong = np.full_like(table.confidences, 0.5)
-    wrong[:, 1:] = table.confidences[:, 1:]  # the first position says nothing, and too little
-    blind = replace(table, confidences=wrong)
-    temperatures = fit_temperatures(blind)
-    assert temperatures[1] < 0.8  # it alone would be right with 1
-    assert errors(blind, temperatures)[1] < errors(blind, 1.0)[1] / 1.5
+    random = np.random.default_rng(3)
+    chances = 1 / (1 + np.exp(-random.normal(0.5, 1.5, size=20_000)))  # of both positions alike
+    accepted = np.cumprod(random.random((20_000, 2)) < chances[:, None], axis=1).sum(1)
+    records = [
+        VerificationRecord(KEY, str(row), 2, (0.5, chance), num_accepted)  # the first is blind
+        for row, (chance, num_accepted) in enumerate(
+            zip(chances.tolist(), accepted.tolist(), strict=True)
+        )
+    ]
+    table = RoundTable.from_records(records, 2)
+    scaling = fit_scaling(table)
+    assert scaling.temperatures[1] < 0.8
+    alone = LogitScaling((scaling.temperatures[0], 1.0), (scaling.biases[0], 0.0))
+    assert errors(table, scaling)[1] < errors(table, alone)[1] / 1.5
 
 
 # --------------------------------------------------------------------------------------- online
@@ -218,35 +279,46 @@ def feed(online: OnlineCalibration, records: list[VerificationRecord]) -> None:
 def test_doubled_logits_are_brought_back_within_2000_rounds(
     key: CalibrationKey, num_admitted: int
 ) -> None:
-    offline = fit_temperatures(draw_table(20_000, seed=4, key=key))  # on the right scale
+    offline = fit_scaling(draw_table(20_000, seed=4, key=key))  # on the right scale
     online = OnlineCalibration(Calibration({key: offline}))
     judged = draw_table(40_000, scale=2.0, seed=5, key=key)
     assert max(errors(judged, offline)) > 0.06
     feed(online, draw_records(2000, scale=2.0, seed=6, key=key, num_admitted=num_admitted))
-    after = errors(judged, online.temperatures(key, BLOCK))[:num_admitted]
+    after = errors(judged, online.scaling(key, BLOCK))[:num_admitted]
     assert max(after) < 0.04
     assert 1.5 < online.drift < 2.5
     # Positions that were never admitted are not known about, and stay.
-    rest = online.temperatures(key, BLOCK)[num_admitted:]
-    assert rest == pytest.approx(offline[num_admitted:])
+    moved = online.scaling(key, BLOCK)
+    assert moved.temperatures[num_admitted:] == pytest.approx(offline.temperatures[num_admitted:])
+    assert moved.biases[num_admitted:] == pytest.approx(offline.biases[num_admitted:])
+
+
+def test_a_shift_of_the_odds_is_brought_back_too() -> None:
+    offline = fit_scaling(draw_table(20_000, seed=4))
+    online = OnlineCalibration(Calibration({KEY: offline}))
+    judged = draw_table(40_000, shift=0.8, seed=5)
+    assert max(errors(judged, offline)) > 0.1
+    feed(online, draw_records(2000, shift=0.8, seed=6))
+    assert max(errors(judged, online.scaling(KEY, BLOCK))) < 0.04
+    assert online.scaling(KEY, BLOCK).biases[0] == pytest.approx(-0.8, abs=0.3)
 
 
 def test_stationary_outcomes_do_not_make_it_wander() -> None:
-    offline = fit_temperatures(draw_table(20_000, seed=7))
+    offline = fit_scaling(draw_table(20_000, seed=7))
     online = OnlineCalibration(Calibration({KEY: offline}))
     judged = draw_table(40_000, seed=8)
     before = max(errors(judged, offline))
     for seed in range(10, 20):
         feed(online, draw_records(2000, seed=seed))
         assert online.drift < 1.35
-        assert max(errors(judged, online.temperatures(KEY, BLOCK))) < before + 0.01
+        assert max(errors(judged, online.scaling(KEY, BLOCK))) < before + 0.02
     assert online.error is not None
     assert online.error < 0.03
 
 
 def test_drift_is_bounded_whatever_happens() -> None:
-    """Confidence says yes, the verifier always no: no temperature makes that right."""
-    online = OnlineCalibration(Calibration({KEY: (1.0,) * BLOCK}))
+    """Confidence says yes, the verifier always no: no scaling within the bound makes that right."""
+    online = OnlineCalibration(Calibration({KEY: RAW}))
     record = VerificationRecord(KEY, "a", BLOCK, (0.9,) * BLOCK, 0)
     feed(online, [record] * 5000)
     assert online.drift == pytest.approx(MAX_DRIFT)
@@ -256,10 +328,11 @@ def test_drift_is_bounded_whatever_happens() -> None:
 
 def test_certain_confidences_stay_finite_under_a_small_temperature() -> None:
     """A chance of acceptance that rounds to 1 has an exact 0 for a denominator."""
-    online = OnlineCalibration(Calibration({KEY: (0.3,) * BLOCK}))
+    online = OnlineCalibration(Calibration({KEY: LogitScaling((0.3,) * BLOCK, RAW.biases)}))
     record = VerificationRecord(KEY, "a", BLOCK, (1.0,) * BLOCK, BLOCK)
     feed(online, [record, record._replace(num_accepted_tokens=0)] * 600)
-    assert np.isfinite(online.temperatures(KEY, BLOCK)).all()
+    moved = online.scaling(KEY, BLOCK)
+    assert np.isfinite(moved.temperatures + moved.biases).all()
     assert online.drift > 1.5  # and it learns that they are too sure
 
 
@@ -285,7 +358,7 @@ def test_positions_that_were_not_admitted_are_not_taken_for_rejected() -> None:
 def test_keys_are_kept_apart() -> None:
     online = OnlineCalibration(Calibration())
     feed(online, draw_records(2000, seed=22, scale=2.0))
-    assert online.temperatures(EXACT_KEY, BLOCK).tolist() == [1.0] * BLOCK
+    assert online.scaling(EXACT_KEY, BLOCK) == RAW
 
 
 def test_a_longer_block_starts_the_key_anew() -> None:
@@ -293,7 +366,9 @@ def test_a_longer_block_starts_the_key_anew() -> None:
     short = [r._replace(block_size=4, confidences=r.confidences[:4]) for r in draw_records(600)]
     feed(online, [r._replace(num_accepted_tokens=min(r.num_accepted_tokens, 4)) for r in short])
     feed(online, draw_records(2000, scale=2.0, seed=23))
-    assert online.temperatures(KEY, BLOCK) == pytest.approx([2.0] * BLOCK, rel=0.3)
+    moved = online.scaling(KEY, BLOCK)
+    assert len(moved) == BLOCK
+    assert moved.temperatures[:4] == pytest.approx([2.0] * 4, rel=0.3)
 
 
 def test_memory_is_bounded() -> None:

@@ -16,10 +16,14 @@ from cluster.models.calibration_file import (
     save_calibration,
 )
 from cluster.models.checkpoint import drafter_digest
+from cluster.speculation.calibration import LogitScaling
 from cluster.speculation.record import COUPLED, REJECTION, CalibrationKey
 
 GREEDY = CalibrationKey(COUPLED, "greedy")
 SAMPLED = CalibrationKey(REJECTION, "high")
+FIRST = LogitScaling((1.5, 0.5), (0.25, -0.5))
+SECOND = LogitScaling((2.0, 3.0), (0.0, -1.0))
+THIRD = LogitScaling((4.0, 5.0), (1.0, 2.0))
 
 
 @pytest.fixture
@@ -36,8 +40,8 @@ def save(folders: tuple[Path, Path]) -> Path:
     return save_calibration(
         *folders,
         [
-            CalibrationEntry(key=GREEDY, temperatures=(1.5, 0.5), num_rounds=9, metrics={"a": 1}),
-            CalibrationEntry(key=SAMPLED, temperatures=(2.0, 3.0), num_rounds=8),
+            CalibrationEntry(key=GREEDY, scaling=FIRST, num_rounds=9, metrics={"a": 1}),
+            CalibrationEntry(key=SAMPLED, scaling=SECOND, num_rounds=8),
         ],
     )
 
@@ -46,7 +50,7 @@ def test_saved_is_loaded(folders: tuple[Path, Path]) -> None:
     path = save(folders)
     assert path == folders[0] / FILE_NAME
     calibration = load_calibration(*folders, num_positions=2)
-    assert calibration.fitted == {GREEDY: (1.5, 0.5), SAMPLED: (2.0, 3.0)}
+    assert calibration.fitted == {GREEDY: FIRST, SAMPLED: SECOND}
     document = json.loads(path.read_text())
     assert document["entries"][0]["metrics"] == {"a": 1}
     assert list(folders[0].glob("*.partial")) == []
@@ -54,21 +58,21 @@ def test_saved_is_loaded(folders: tuple[Path, Path]) -> None:
 
 def test_other_fits_are_kept_and_the_same_one_is_replaced(folders: tuple[Path, Path]) -> None:
     path = save(folders)
-    again = CalibrationEntry(key=SAMPLED, temperatures=(4.0, 5.0), num_rounds=7)
+    again = CalibrationEntry(key=SAMPLED, scaling=THIRD, num_rounds=7)
     save_calibration(*folders, [again])
-    assert load_calibration(*folders).fitted == {GREEDY: (1.5, 0.5), SAMPLED: (4.0, 5.0)}
+    assert load_calibration(*folders).fitted == {GREEDY: FIRST, SAMPLED: THIRD}
     assert json.loads(path.read_text())["entries"][0]["metrics"] == {"a": 1}
 
 
 def test_fits_for_another_drafter_are_not_kept(folders: tuple[Path, Path]) -> None:
     save(folders)
     (folders[0] / "model.safetensors").write_bytes(b"trained again")
-    save_calibration(*folders, [CalibrationEntry(key=SAMPLED, temperatures=(4.0,), num_rounds=7)])
-    assert load_calibration(*folders).fitted == {SAMPLED: (4.0,)}
+    save_calibration(*folders, [CalibrationEntry(key=SAMPLED, scaling=THIRD, num_rounds=7)])
+    assert load_calibration(*folders).fitted == {SAMPLED: THIRD}
 
 
 def test_no_file_leaves_confidences_as_they_are(folders: tuple[Path, Path]) -> None:
-    assert load_calibration(*folders).temperatures(GREEDY, 3).tolist() == [1.0] * 3
+    assert load_calibration(*folders).scaling(GREEDY, 3) == LogitScaling.identity(3)
 
 
 def test_it_is_no_part_of_the_drafters_digest(folders: tuple[Path, Path]) -> None:
@@ -104,7 +108,7 @@ def put(document: Any, where: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("where", "value", "key"),
     [
-        ("schema_version", 2, "schema_version"),
+        ("schema_version", 1, "schema_version"),
         ("entries", {}, "entries"),
         ("entries.0", 7, "entries.0"),
         ("entries.1.verifier", "guess", "entries.1.verifier"),
@@ -118,6 +122,11 @@ def put(document: Any, where: str, value: Any) -> None:
         ("entries.1.temperatures.1", float("nan"), "entries.1.temperatures.1"),
         ("entries.1.temperatures.1", True, "entries.1.temperatures.1"),
         ("entries.1.temperatures.1", None, "entries.1.temperatures.1"),
+        ("entries.1.temperatures.1", 10**400, "entries.1.temperatures.1"),
+        ("entries.1.biases", None, "entries.1.biases"),
+        ("entries.1.biases", [0.0], "entries.1.biases"),
+        ("entries.1.biases.0", float("nan"), "entries.1.biases.0"),
+        ("entries.1.biases.0", "0", "entries.1.biases.0"),
     ],
 )
 def test_what_cannot_be_right_is_refused(
@@ -130,6 +139,27 @@ def test_what_cannot_be_right_is_refused(
     with pytest.raises(CheckpointError) as caught:
         load_calibration(*folders, num_positions=2)
     assert (caught.value.file, caught.value.key) == (str(path), key)
+
+
+def test_a_fit_of_the_former_schema_is_refused_with_advice(folders: tuple[Path, Path]) -> None:
+    path = save(folders)
+    document = json.loads(path.read_text())
+    document["schema_version"] = 1
+    for entry in document["entries"]:
+        del entry["biases"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="is 1, not 2; run `dspark calibrate` again"):
+        load_calibration(*folders)
+
+
+def test_as_many_biases_as_temperatures(folders: tuple[Path, Path]) -> None:
+    path = save(folders)
+    document = json.loads(path.read_text())
+    document["entries"][0]["biases"].append(0.0)
+    path.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="3 values beside 2 temperatures") as caught:
+        load_calibration(*folders)
+    assert caught.value.key == "entries.0.biases"
 
 
 def test_a_fit_given_twice_is_refused(folders: tuple[Path, Path]) -> None:

@@ -8,6 +8,7 @@ raise a false alarm with a probability of at most 0.001.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,16 @@ SLOW_CASES: dict[str, tuple[dict[str, Any], list[Case]]] = {
         ],
     ),
 }
-# The other ways of drafting; the last two run beside the slow cases.
+# The other ways of drafting, with whole blocks and with a budget; all but one with the slow cases.
 METHODS = ["draft_model", "ngram", "eagle3"]
+SCHEDULERS = ["full", "prefix"]
 METHOD_CASE = FAST_CASES[0]
 NUM_METHOD_SAMPLES = 4_000
+METHOD_TOKEN_COST = 0.25  # their confidences are low: at 1 nothing or little would be admitted
 ALPHA = 0.001 / (
-    len(FAST_CASES) + len(METHODS) + sum(len(cases) for _, cases in SLOW_CASES.values())
+    len(FAST_CASES)
+    + len(METHODS) * len(SCHEDULERS)
+    + sum(len(cases) for _, cases in SLOW_CASES.values())
 )
 
 
@@ -94,15 +99,23 @@ def test_output_has_the_target_law(pair: tuple[str, str]) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "method", [METHODS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])]
+    ("method", "scheduler"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if index > 0 else [])
+        for index, case in enumerate(itertools.product(METHODS, SCHEDULERS))
+    ],
 )
 def test_output_has_the_target_law_however_drafts_are_made(
-    pair: tuple[str, str], method: str, tmp_path: Path
+    pair: tuple[str, str], method: str, scheduler: str, tmp_path: Path
 ) -> None:
-    speculative = method_settings(method, pair[0], tmp_path)
-    samples = generate(*pair, [METHOD_CASE], num_samples=NUM_METHOD_SAMPLES, **speculative)[
-        METHOD_CASE.name
-    ]
+    speculative = method_settings(method, pair[0], tmp_path) | {"scheduler": scheduler}
+    samples = generate(
+        *pair,
+        [METHOD_CASE],
+        num_samples=NUM_METHOD_SAMPLES,
+        token_cost=METHOD_TOKEN_COST,
+        **speculative,
+    )[METHOD_CASE.name]
     check_speculation(samples)
     law = target_law(pair[0], METHOD_CASE.params)
     assert law_p_value(samples.tokens, law) > ALPHA

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.bench import calibration as calibration_bench
 from cluster.bench import prompt_sets
-from cluster.bench.calibration import Data, fit_drafter, is_calibrated, store, summarise
+from cluster.bench.calibration import FitPlan, fit_drafter, is_calibrated, store, summarise
 from cluster.bench.drafter_choice import DrafterChoice
 from cluster.bench.evaluation import (
     DrafterRunner,
@@ -25,6 +25,7 @@ from cluster.cli import main
 from cluster.engine.worker import load_tokenizer
 from cluster.errors import ConfigError, DataError
 from cluster.models.calibration_file import load_calibration
+from cluster.speculation.calibration import LogitScaling
 from cluster.speculation.record import COUPLED, REJECTION, CalibrationKey, VerificationRecord
 from cluster.speculation.reliability import RoundTable
 from cluster.training.corpus import load_documents
@@ -54,6 +55,9 @@ def tiny_prompts(count: int, length: int = 6) -> PromptSet:
     [
         ("dspark=a/b-c", ("b-c", "dspark", "a/b-c")),
         ("mine=eagle3:a/b", ("mine", "eagle3", "a/b")),
+        ("eagle3=eagle3:a/b", ("eagle3", "eagle3", "a/b")),
+        ("dflash=dspark:a/b", ("dflash", "dspark", "a/b")),
+        ("dspark=a:b/c", ("c", "dspark", "a:b/c")),
         ("ngram", ("ngram", "ngram", None)),
         ("lookup=ngram", ("lookup", "ngram", None)),
     ],
@@ -115,14 +119,14 @@ def test_acceptance_by_hand() -> None:
 
 
 def test_confidence_by_hand() -> None:
-    figures = confidence_figures(make_table(), np.ones(3))
+    figures = confidence_figures(make_table(), LogitScaling.identity(3))
     # Position 1: 0.9 twice, both accepted; 0.5 once, rejected.
     assert figures["ece"][0] == pytest.approx((0.2 + 0.5) / 3, abs=1e-4)
     # Position 2: survival 0.72 accepted; 0.63 and 0.35 not.
     assert figures["ece"][1] == pytest.approx((0.28 + 0.63 + 0.35) / 3, abs=1e-4)
     assert figures["auc"] == [1.0, 1.0, None]  # of rounds that get there
     assert figures["brier"][0] == pytest.approx((0.01 + 0.01 + 0.25) / 3, abs=1e-4)
-    scaled = confidence_figures(make_table(), np.full(3, 2.0))
+    scaled = confidence_figures(make_table(), LogitScaling((2.0,) * 3, (-0.5,) * 3))
     assert scaled["auc"] == figures["auc"]
     assert scaled["ece"] != figures["ece"]
 
@@ -189,7 +193,9 @@ def test_calibrating_writes_a_file_that_serves(
     monkeypatch.setattr(
         calibration_bench, "load_prompt_set", lambda *args, count, **options: tiny_prompts(count)
     )
-    data = Data(
+    plan = FitPlan(
+        target=target,
+        temperatures=[0.0, 1.0],
         training="a",
         heldout="b",
         training_rounds=20,
@@ -198,8 +204,7 @@ def test_calibrating_writes_a_file_that_serves(
         prompt_tokens=6,
     )
     settings = Settings(max_tokens=16, concurrency=4)
-    verifiers = [COUPLED, REJECTION]
-    fits = list(fit_drafter(target, choice, [0.0, 1.0], verifiers, data, settings, lambda _: None))
+    fits = list(fit_drafter(choice, plan, settings, lambda _: None))
     figures = summarise(fits)
     assert [(f["verifier"], f["temperature_bucket"]) for f in figures["fits"]] == [
         (COUPLED, "greedy"),
@@ -213,9 +218,9 @@ def test_calibrating_writes_a_file_that_serves(
     entry = json.loads(Path(path).read_text())["entries"][0]
     assert entry["metrics"]["heldout"]["rounds"] >= 10
     calibration = load_calibration(drafter, target, num_positions=BLOCK)
-    assert calibration.fitted == {fit.heldout.key: fit.temperatures for fit in fits}
+    assert calibration.fitted == {fit.heldout.key: fit.scaling for fit in fits}
     served = DrafterRunner(target, choice, settings).evaluate(tiny_prompts(2), 0.0)
-    assert served.temperatures.tolist() == list(fits[0].temperatures)
+    assert served.scaling == fits[0].scaling
     assert served.figures()["calibrated_confidence"] is not None
     plot_reliability(served, tmp_path)
     plot_positions([served.figures()], tmp_path)
@@ -224,6 +229,22 @@ def test_calibrating_writes_a_file_that_serves(
         "reliability-tiny-tiny-coupled-0.png",
     ]
     Path(path).unlink()
+
+
+def test_prompts_that_were_fitted_on_are_not_judged_on(pair: tuple[str, str]) -> None:
+    plan = FitPlan(
+        target=pair[0],
+        temperatures=[0.0],
+        training="a.jsonl",
+        heldout="a.jsonl",
+        training_rounds=1,
+        heldout_rounds=1,
+        num_prompts=1,
+        prompt_tokens=6,
+    )
+    fits = fit_drafter(DrafterChoice("tiny", "dspark", pair[1]), plan, Settings(), lambda _: None)
+    with pytest.raises(ConfigError, match="--heldout-data"):
+        next(fits)
 
 
 def test_fits_that_cannot_be_kept_apart_are_refused() -> None:
@@ -262,3 +283,10 @@ def test_code_prompts_are_windows_of_one_length_and_never_of_both_sets(
     assert {len(prompt) for prompt in heldout.prompts + training.prompts} == {32}
     assert len(set(heldout.prompts)) == 40
     assert not set(heldout.prompts) & set(training.prompts)
+    fitting, judging, everything = (
+        load_prompt_set(name, tokenizer, count=10**6, num_tokens=32, max_tokens=99)
+        for name in ("stdlib-heldout-fit", "stdlib-heldout-judge", "stdlib-heldout")
+    )
+    both = sorted(fitting.prompts + judging.prompts)
+    assert both == sorted(everything.prompts)  # each window in one of them
+    assert len(judging.prompts) // 3 <= len(fitting.prompts) <= len(judging.prompts) // 3 + 1

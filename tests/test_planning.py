@@ -14,7 +14,7 @@ from cluster.engine.sampler import SampleOutput
 from cluster.engine.scheduler import ScheduledSequence
 from cluster.engine.sequence import Sequence
 from cluster.request import Request, SamplingParams
-from cluster.speculation.calibration import Calibration
+from cluster.speculation.calibration import Calibration, LogitScaling
 from cluster.speculation.cost_model import CostModel
 from cluster.speculation.proposal import DraftProposal
 from cluster.speculation.record import (
@@ -37,6 +37,10 @@ def make_planner(calibration: Calibration | None = None, **overrides: object) ->
     # A token more costs a tenth of a step: a guess pays while its survival is above that.
     cost_model = CostModel({1: 1.0, 101: 11.0})
     return RoundPlanner(config, cost_model, calibration or Calibration())
+
+
+def scaling(temperature: float, bias: float = 0.0) -> LogitScaling:
+    return LogitScaling((temperature,) * BLOCK, (bias,) * BLOCK)
 
 
 def make_sequence(request_id: str, confidences: tuple[float, ...], **sampling: object) -> Sequence:
@@ -65,13 +69,16 @@ def test_budget_follows_the_calibrated_confidence() -> None:
     sequence = make_sequence("a", (0.9,) * BLOCK, temperature=0.0)
     (raw,) = chosen(make_planner(), sequence)
     # Overconfident: logits ten times too large, so 0.9 means 0.55.
-    (calibrated,) = chosen(make_planner(Calibration({GREEDY: (10.0,) * BLOCK})), sequence)
+    (calibrated,) = chosen(make_planner(Calibration({GREEDY: scaling(10.0)})), sequence)
     assert raw == BLOCK
     assert 0 < calibrated < raw
+    # A bias alone: odds of 9 become 1.2.
+    (shifted,) = chosen(make_planner(Calibration({GREEDY: scaling(1.0, -2.0)})), sequence)
+    assert shifted == calibrated
 
 
-def test_each_request_gets_the_temperatures_of_its_verifier() -> None:
-    calibration = Calibration({CalibrationKey(REJECTION, "high"): (50.0,) * BLOCK})
+def test_each_request_gets_the_scaling_of_its_verifier() -> None:
+    calibration = Calibration({CalibrationKey(REJECTION, "high"): scaling(50.0)})
     greedy = make_sequence("a", (0.9,) * BLOCK, temperature=0.0)
     seeded = make_sequence("b", (0.9,) * BLOCK, seed=7)
     drawn = make_sequence("c", (0.9,) * BLOCK)
@@ -82,7 +89,7 @@ def test_each_request_gets_the_temperatures_of_its_verifier() -> None:
 
 def test_the_fixed_budget_takes_the_whole_block_whatever_the_confidence() -> None:
     planner = RoundPlanner(
-        SpeculativeConfig(model="unused"), CostModel({1: 1.0}), Calibration({GREEDY: (0.1,)})
+        SpeculativeConfig(model="unused"), CostModel({1: 1.0}), Calibration({GREEDY: scaling(0.1)})
     )
     assert chosen(planner, make_sequence("a", (0.01,) * BLOCK, temperature=0.0)) == [BLOCK]
 

@@ -1,7 +1,7 @@
 """Suite ``calibration``, and ``dspark calibrate``: fitting a drafter's confidences and judging it.
 
-Temperatures are fitted on rounds over training prompts, one fit for each verifier and temperature
-bucket, and judged on rounds over other, held-out prompts.
+The scaling of a confidence's logit is fitted on rounds over training prompts, one fit for each
+verifier and temperature bucket, and judged on rounds over other, held-out prompts.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from cluster.bench.drafter_choice import DrafterChoice
 from cluster.bench.evaluation import (
@@ -25,25 +23,32 @@ from cluster.bench.report import Report
 from cluster.engine.worker import load_tokenizer
 from cluster.errors import ConfigError, DataError
 from cluster.models.calibration_file import CalibrationEntry, save_calibration
-from cluster.speculation.calibration import Floats, fit_temperatures
-from cluster.speculation.record import calibration_key, temperature_bucket
+from cluster.speculation.calibration import LogitScaling, fit_scaling
+from cluster.speculation.record import VERIFIERS, calibration_key, temperature_bucket
 
 ERROR_BAR = 0.02
-_LARGEST_AUC_CHANGE = 1e-3  # ties alone: dividing a logit keeps the order
+_LARGEST_AUC_CHANGE = 1e-3  # ties alone: the scaling of a logit keeps the order
 
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """Which prompts to fit and to judge on; sources as for ``load_prompt_set``.
+class FitPlan:
+    """What to fit a drafter for, and on what.
 
     Attributes:
+        target: its checkpoint.
+        temperatures: of sampling, 0 for greedy, no two in one bucket.
+        verifiers: which of them; greedy is coupled.
+        training, heldout: prompts to fit and to judge on; sources as for ``load_prompt_set``.
         training_rounds, heldout_rounds: rounds of each fit; no more prompts are started behind.
         num_prompts: most prompts of each set.
         prompt_tokens: length of a window of code.
     """
 
+    target: str
+    temperatures: Sequence[float]
+    verifiers: Sequence[str] = VERIFIERS
     training: str
     heldout: str
     training_rounds: int
@@ -56,7 +61,7 @@ class Data:
 class Fit:
     """One verifier's fit at one temperature: the rounds it was made and judged on."""
 
-    temperatures: tuple[float, ...]
+    scaling: LogitScaling
     training: Evaluation
     heldout: Evaluation
 
@@ -66,20 +71,20 @@ class Fit:
             "verifier": self.heldout.key.verifier,
             "temperature_bucket": self.heldout.key.bucket,
             "temperature": self.heldout.temperature,
-            "temperatures": [round(value, 4) for value in self.temperatures],
+            "temperatures": [round(value, 4) for value in self.scaling.temperatures],
+            "biases": [round(value, 4) for value in self.scaling.biases],
             "training": self._judged_on(self.training),
             "heldout": self._judged_on(self.heldout),
         }
 
     def _judged_on(self, evaluation: Evaluation) -> dict[str, Any]:
         table = evaluation.table
-        fitted: Floats = np.asarray(self.temperatures)
         acceptance = acceptance_figures(table)
         return {
             "dataset": evaluation.dataset,
             **{name: acceptance[name] for name in ("rounds", "requests", "acceptance_length")},
-            "before": confidence_figures(table, np.ones_like(fitted)),
-            "after": confidence_figures(table, fitted),
+            "before": confidence_figures(table, LogitScaling.identity(len(self.scaling))),
+            "after": confidence_figures(table, self.scaling),
         }
 
 
@@ -103,42 +108,37 @@ def _combinations(
 
 
 def fit_drafter(
-    target: str,
-    drafter: DrafterChoice,
-    temperatures: Sequence[float],
-    verifiers: Sequence[str],
-    data: Data,
-    settings: Settings,
-    note: Note,
+    drafter: DrafterChoice, plan: FitPlan, settings: Settings, note: Note
 ) -> Iterator[Fit]:
-    """Fits and judges one verifier after the other at each temperature; greedy is coupled.
+    """Fits and judges one verifier after the other at each temperature.
 
     Args:
-        verifiers: which of them.
         note: told what is going on.
 
     Raises:
         CheckpointError, ConfigError, DataError: before the first round.
         DataError: a set gave no rounds.
     """
-    combinations = _combinations(temperatures, verifiers)
-    runner = DrafterRunner(target, drafter, settings)
-    tokenizer = load_tokenizer(target)
+    if plan.training == plan.heldout:
+        raise ConfigError("--heldout-data", f"{plan.heldout} is what is fitted on")
+    combinations = _combinations(plan.temperatures, plan.verifiers)
+    runner = DrafterRunner(plan.target, drafter, settings)
+    tokenizer = load_tokenizer(plan.target)
     training, heldout = (
         load_prompt_set(
             source,
             tokenizer,
-            count=data.num_prompts,
-            num_tokens=data.prompt_tokens,
+            count=plan.num_prompts,
+            num_tokens=plan.prompt_tokens,
             max_tokens=runner.max_prompt_tokens,
         )
-        for source in (data.training, data.heldout)
+        for source in (plan.training, plan.heldout)
     )
     for temperature, is_seeded in combinations:
         rounds = []
         for prompts, wanted in (
-            (training, data.training_rounds),
-            (heldout, data.heldout_rounds),
+            (training, plan.training_rounds),
+            (heldout, plan.heldout_rounds),
         ):
             done = runner.evaluate(prompts, temperature, is_seeded=is_seeded, num_rounds=wanted)
             note(
@@ -148,7 +148,7 @@ def fit_drafter(
             if len(done.table) == 0:
                 raise DataError(prompts.name, None, "has no prompt whose answer holds a round")
             rounds.append(done)
-        yield Fit(fit_temperatures(rounds[0].table), *rounds)
+        yield Fit(fit_scaling(rounds[0].table), *rounds)
     runner.close()
 
 
@@ -164,7 +164,7 @@ def store(target: str, drafter: DrafterChoice, fits: Sequence[Fit], settings: Se
     entries = [
         CalibrationEntry(
             key=fit.heldout.key,
-            temperatures=fit.temperatures,
+            scaling=fit.scaling,
             num_rounds=len(fit.training.table),
             metrics={"draft_top_k": settings.draft_top_k, **fit.figures()},
         )
@@ -187,18 +187,9 @@ def summarise(fits: Sequence[Fit]) -> dict[str, Any]:
     return {"ece_before": before, "ece_after": after, "auc": auc, "fits": rows}
 
 
-def run(
-    *,
-    target: str,
-    drafter: DrafterChoice,
-    temperatures: Sequence[float],
-    verifiers: Sequence[str],
-    data: Data,
-    settings: Settings,
-    note: Note,
-) -> Report:
+def run(*, drafter: DrafterChoice, plan: FitPlan, settings: Settings, note: Note) -> Report:
     """The suite: fits anew, writes nothing. It passes where every held-out error is within 2%."""
-    fits = list(fit_drafter(target, drafter, temperatures, verifiers, data, settings, note))
+    fits = list(fit_drafter(drafter, plan, settings, note))
     figures = summarise(fits)
     return Report(suite="calibration", figures=figures, passed=is_calibrated(figures))
 

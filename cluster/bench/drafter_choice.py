@@ -29,13 +29,11 @@ class DrafterChoice:
             ConfigError: it is none of these, or the method is not known.
         """
         left, separator, right = text.partition("=")
-        if separator and left in METHODS:
-            name, method, model = "", left, right
-        elif separator:
-            name = left
-            method, _, model = right.partition(":")
+        first, colon, rest = right.partition(":")
+        if separator and (left not in METHODS or (colon and first in METHODS)):
+            name, method, model = left, first, rest
         else:
-            name, method, model = "", text, ""
+            name, method, model = "", left, right
         if method not in METHODS:
             raise ConfigError(
                 "--drafter",

@@ -20,7 +20,7 @@ from cluster.bench.prompt_sets import PromptSet
 from cluster.engine.drafter_calibration import block_size_of, load_drafter_calibration
 from cluster.errors import ConfigError
 from cluster.request import Request, RequestOutput, SamplingParams
-from cluster.speculation.calibration import Floats, apply_temperatures, survival
+from cluster.speculation.calibration import LogitScaling, survival
 from cluster.speculation.record import CalibrationKey, VerificationRecord, calibration_key
 from cluster.speculation.reliability import (
     RoundTable,
@@ -28,6 +28,7 @@ from cluster.speculation.reliability import (
     brier_score,
     calibration_error_interval,
     calibration_noise,
+    calibration_request_noise,
     mean_interval,
 )
 
@@ -45,7 +46,7 @@ class Settings:
         concurrency: requests at once.
         num_speculative_tokens: for methods whose checkpoint has no block.
         draft_top_k: entries of a draft distribution, as ``speculative.draft_top_k``.
-        device: of target and drafter.
+        device, dtype: of target and drafter.
     """
 
     max_tokens: int = 128
@@ -53,6 +54,7 @@ class Settings:
     num_speculative_tokens: int = 7
     draft_top_k: int = 1024
     device: str = "cpu"
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,7 +63,7 @@ class Evaluation:
 
     Attributes:
         key: how they were verified.
-        temperatures: of the drafter's calibration, ``[K]``.
+        scaling: the drafter's calibration, of K positions.
     """
 
     drafter: DrafterChoice
@@ -69,11 +71,11 @@ class Evaluation:
     temperature: float
     key: CalibrationKey
     table: RoundTable
-    temperatures: Floats
+    scaling: LogitScaling
 
     def figures(self) -> dict[str, Any]:
         """Everything about it, as JSON values."""
-        raw = np.ones_like(self.temperatures)
+        raw = LogitScaling.identity(len(self.scaling))
         return {
             "drafter": self.drafter.name,
             "method": self.drafter.method,
@@ -82,8 +84,8 @@ class Evaluation:
             "verifier": self.key.verifier,
             **acceptance_figures(self.table),
             "confidence": confidence_figures(self.table, raw),
-            "calibrated_confidence": confidence_figures(self.table, self.temperatures)
-            if (self.temperatures != 1).any()
+            "calibrated_confidence": confidence_figures(self.table, self.scaling)
+            if self.scaling != raw
             else None,
         }
 
@@ -107,7 +109,11 @@ class DrafterRunner:
     ) -> None:
         section = drafter.speculative(settings.num_speculative_tokens, settings.draft_top_k)
         config = local_config(
-            target, section, max_num_seqs=settings.concurrency, device=settings.device
+            target,
+            section,
+            max_num_seqs=settings.concurrency,
+            device=settings.device,
+            dtype=settings.dtype,
         )
         if config.speculative is None:
             raise RuntimeError("the configuration above has a drafter")
@@ -176,7 +182,7 @@ class DrafterRunner:
             temperature=temperature,
             key=key,
             table=RoundTable.from_records(records, self.num_positions),
-            temperatures=self.calibration.temperatures(key, self.num_positions),
+            scaling=self.calibration.scaling(key, self.num_positions),
         )
 
     @property
@@ -212,16 +218,18 @@ def acceptance_figures(table: RoundTable) -> dict[str, Any]:
     }
 
 
-def confidence_figures(table: RoundTable, temperatures: Floats) -> dict[str, Any]:
+def confidence_figures(table: RoundTable, scaling: LogitScaling) -> dict[str, Any]:
     """Calibration of the survival, and AUC and Brier score of the conditional confidence.
 
-    ``ece_noise`` is what the error would be if the survival were exactly right, for want of
-    rounds. A position that no round has a token at has ``None``.
+    ``ece_noise`` is what the error would be if the survival were exactly right and rounds were
+    independent, ``ece_request_noise`` what it would be with rounds of one request as alike as they
+    are; both for want of rounds. A position that no round has a token at has ``None``.
     """
-    confidences = apply_temperatures(table.confidences, temperatures)
+    confidences = scaling.apply(table.confidences)
     chances, outcomes = survival(confidences), table.is_accepted.astype(np.float64)
     figures: dict[str, list[Any]] = {
-        name: [] for name in ("ece", "ece_interval", "ece_noise", "auc", "brier")
+        name: []
+        for name in ("ece", "ece_interval", "ece_noise", "ece_request_noise", "auc", "brier")
     }
     for k in range(table.num_positions):
         rows, reached = table.is_drafted[:, k], table.is_reached[:, k]
@@ -235,6 +243,7 @@ def confidence_figures(table: RoundTable, temperatures: Floats) -> dict[str, Any
                 _round(error.value),
                 [_round(error.low), _round(error.high)],
                 _round(calibration_noise(chance)),
+                _round(calibration_request_noise(chance, outcomes[rows, k], index)),
                 _round(area_under_curve(conditional, accepted)),
                 _round(brier_score(conditional, accepted)),
             ]

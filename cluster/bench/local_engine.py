@@ -17,9 +17,14 @@ from cluster.request import Request, RequestOutput
 
 
 def local_config(
-    target: str, speculative: dict[str, Any] | None, *, max_num_seqs: int = 64, device: str = "cpu"
+    target: str,
+    speculative: dict[str, Any] | None,
+    *,
+    max_num_seqs: int = 64,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> ClusterConfig:
-    """One float32 shard, and the drafter that ``speculative`` names, as the configuration would.
+    """One shard, and the drafter that ``speculative`` names, as the configuration would.
 
     Whole blocks of all sequences fit in one pass.
 
@@ -29,13 +34,13 @@ def local_config(
     values: dict[str, Any] = {
         "target": {
             "model": target,
-            "dtype": "float32",
+            "dtype": dtype,
             "device": device,
             "num_threads": torch.get_num_threads(),
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max(512, 16 * max_num_seqs),
         },
-        "drafter": {"dtype": "float32", "device": device, "num_threads": torch.get_num_threads()},
+        "drafter": {"dtype": dtype, "device": device, "num_threads": torch.get_num_threads()},
     }
     if speculative is not None:
         values["speculative"] = speculative

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.bench.evaluation import Evaluation
-from cluster.speculation.calibration import apply_temperatures, survival
+from cluster.speculation.calibration import LogitScaling, survival
 from cluster.speculation.reliability import calibration_error, reliability_bins
 from cluster.training.report import require_extra
 
@@ -78,11 +78,11 @@ def plot_reliability(evaluation: Evaluation, folder: Path) -> Path:
         axes.plot((0, 1), (0, 1), color="0.8", linewidth=1)
         if not table.is_drafted[:, index].any():
             continue
-        for name, temperatures in (
-            ("raw", np.ones(num_positions)),
-            ("calibrated", evaluation.temperatures),
+        for name, scaling in (
+            ("raw", LogitScaling.identity(num_positions)),
+            ("calibrated", evaluation.scaling),
         ):
-            _draw_bins(axes, evaluation, index, name, temperatures)
+            _draw_bins(axes, evaluation, index, name, scaling)
         axes.set_title(f"position {index + 1}", fontsize="medium")
         axes.legend(fontsize="small", title="ECE")
     figure.supxlabel("survival, as predicted")
@@ -101,11 +101,11 @@ def plot_reliability(evaluation: Evaluation, folder: Path) -> Path:
 
 
 def _draw_bins(
-    axes: Axes, evaluation: Evaluation, index: int, name: str, temperatures: np.ndarray[Any, Any]
+    axes: Axes, evaluation: Evaluation, index: int, name: str, scaling: LogitScaling
 ) -> None:
     table = evaluation.table
     rows = table.is_drafted[:, index]
-    chances = survival(apply_temperatures(table.confidences, temperatures))[rows, index]
+    chances = survival(scaling.apply(table.confidences))[rows, index]
     outcomes = table.is_accepted[rows, index].astype(np.float64)
     bins = reliability_bins(chances, outcomes)
     is_drawn = bins.count >= _SMALLEST_BIN

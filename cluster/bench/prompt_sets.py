@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from cluster.errors import DataError
 from cluster.training.corpus import TokenStream, load_documents
 from cluster.training.prompts import read_prompts, render
 
-HELDOUT_CODE = "stdlib-heldout"
 TRAINING_CODE = "stdlib-training"
-CODE_SETS = (HELDOUT_CODE, TRAINING_CODE)
+HELDOUT_CODE = "stdlib-heldout"
+# Every fourth window of the held-out code, and the others.
+FITTING_CODE = "stdlib-heldout-fit"
+JUDGING_CODE = "stdlib-heldout-judge"
+CODE_SETS = (TRAINING_CODE, HELDOUT_CODE, FITTING_CODE, JUDGING_CODE)
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,9 @@ def load_prompt_set(
     """Reads a data set.
 
     Args:
-        source: ``stdlib-heldout`` or ``stdlib-training``, windows of the standard library's source
-            at even distances; else a JSONL file of prompts (``cluster.training.prompts``), of
-            which the first turns are taken, from the start.
+        source: one of ``CODE_SETS``, windows of the standard library's source at even distances;
+            else a JSONL file of prompts (``cluster.training.prompts``), of which the first turns
+            are taken, from the start.
         count: most prompts; they come in an order of their own.
         num_tokens: length of a window of code.
         max_tokens: a longer prompt of a file is left out.
@@ -42,11 +46,11 @@ def load_prompt_set(
         DataError: naming file and line: it cannot be read, or there is nothing in it to use.
     """
     if source in CODE_SETS:
-        documents = load_documents()[CODE_SETS.index(source) == 0]
+        documents = load_documents()[source != TRAINING_CODE]
         stream = TokenStream(documents, tokenizer, num_tokens, shuffle=False)
-        stride = max(1, stream.windows_per_epoch // count)
-        indices = range(min(count, stream.windows_per_epoch))
-        return _mixed(source, [stream.window(index * stride).tolist() for index in indices])
+        windows = _windows(source, stream.windows_per_epoch)
+        chosen = windows[:: max(1, len(windows) // count)][:count]
+        return _mixed(source, [stream.window(index).tolist() for index in chosen])
     prompts: list[list[int]] = []
     for prompt in read_prompts(source):
         token_ids = render(tokenizer, prompt.messages)
@@ -57,6 +61,15 @@ def load_prompt_set(
     if not prompts:
         raise DataError(source, None, f"has no prompt of 2 to {max_tokens} tokens")
     return _mixed(Path(source).stem, prompts)
+
+
+def _windows(source: str, num_windows: int) -> Sequence[int]:
+    """Which windows of its documents a set of code has."""
+    if source == FITTING_CODE:
+        return range(0, num_windows, 4)
+    if source == JUDGING_CODE:
+        return [index for index in range(num_windows) if index % 4]
+    return range(num_windows)
 
 
 def _mixed(name: str, prompts: list[list[int]]) -> PromptSet:

@@ -144,11 +144,11 @@ def carry_calibration(
     entries = [
         CalibrationEntry(
             key=key,
-            temperatures=temperatures,
+            scaling=scaling,
             num_rounds=entry["num_rounds"],
             metrics=entry["metrics"],
         )
-        for (key, temperatures), entry in zip(fitted.items(), written, strict=True)
+        for (key, scaling), entry in zip(fitted.items(), written, strict=True)
     ]
     save_calibration(wide_drafter, wide_target, entries)
     return True

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cluster.cli.calibrate import add_calibration, calibration_data
+from cluster.cli.calibrate import add_plan, plan_of
 from cluster.cli.drafters import (
     DEFAULT_DRAFTER,
     DEFAULT_TARGET,
@@ -102,23 +102,12 @@ def _run_drafters(args: argparse.Namespace) -> Report:
     )
 
 
-def _add_calibration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--drafter", default=DEFAULT_DRAFTER, metavar="METHOD=DIR")
-    add_calibration(parser)
-
-
 def _run_calibration(args: argparse.Namespace) -> Report:
     from cluster.bench import calibration
 
     (drafter,) = drafters_of([args.drafter])
     return calibration.run(
-        target=args.target,
-        drafter=drafter,
-        temperatures=args.temperature or [0.0, 1.0],
-        verifiers=args.verifier or ["coupled", "rejection"],
-        data=calibration_data(args),
-        settings=settings_of(args),
-        note=note,
+        drafter=drafter, plan=plan_of(args), settings=settings_of(args), note=note
     )
 
 
@@ -148,7 +137,7 @@ _SUITES = {
     "calibration": _Suite(
         "a drafter's confidences fitted on training prompts, their error before and after on "
         "held-out ones, as `dspark calibrate` without writing a file",
-        _add_calibration,
+        add_plan,
         _run_calibration,
     ),
     "verify_curve": _Suite(

@@ -11,18 +11,18 @@ from rich.table import Table
 
 from cluster.cli.drafters import (
     DEFAULT_DRAFTER,
-    DEFAULT_TARGET,
     add_rounds,
     drafters_of,
     note,
     positive,
-    sampling_temperature,
     settings_of,
+    temperatures_of,
     wide_console,
 )
+from cluster.speculation.record import VERIFIERS
 
 if TYPE_CHECKING:
-    from cluster.bench.calibration import Data
+    from cluster.bench.calibration import FitPlan
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -30,69 +30,59 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "calibrate",
         help="fit a drafter's confidences to what is accepted",
-        description="Runs rounds on training prompts, fits one temperature per position for each "
-        "verifier, writes calibration.json beside the drafter's checkpoint, and reports the error "
-        "before and after on held-out prompts.",
+        description="Runs rounds on training prompts, fits a temperature and a bias per position "
+        "for each verifier and bucket of temperatures (0, to 0.5, to 0.85, above), writes "
+        "calibration.json beside the drafter's checkpoint, and reports the error before and after "
+        "on held-out prompts.",
     )
+    add_plan(parser)
+    return parser
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``dspark bench calibration`` needs as well."""
     parser.add_argument(
         "--drafter",
         default=DEFAULT_DRAFTER,
         metavar="METHOD=DIR",
         help=f"what to calibrate (default {DEFAULT_DRAFTER})",
     )
-    add_calibration(parser)
-    return parser
-
-
-def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """Adds what ``dspark bench calibration`` needs as well."""
-    parser.add_argument("--target", default=DEFAULT_TARGET, metavar="DIR")
-    parser.add_argument(
-        "--temperature",
-        action="append",
-        type=sampling_temperature,
-        metavar="T",
-        help="repeatable, one for each bucket: 0, to 0.5, to 0.85, above (default 0 and 1)",
-    )
     parser.add_argument(
         "--verifier",
         action="append",
-        choices=["coupled", "rejection"],
+        choices=VERIFIERS,
         help="repeatable (default both; coupled is what greedy and seeded requests get)",
     )
     parser.add_argument(
         "--training-data",
-        default="stdlib-training",
+        default="stdlib-heldout-fit",
         metavar="DATA",
-        help="prompts to fit on: stdlib-training, or a JSONL file (default stdlib-training)",
+        help="prompts to fit on, that neither model was trained on: a set of code "
+        "(docs/evaluation.md), or a JSONL file (default stdlib-heldout-fit)",
     )
     parser.add_argument(
         "--heldout-data",
-        default="stdlib-heldout",
+        default="stdlib-heldout-judge",
         metavar="DATA",
-        help="prompts to judge on: stdlib-heldout, or a JSONL file (default stdlib-heldout)",
+        help="other prompts to judge on (default stdlib-heldout-judge)",
     )
     parser.add_argument(
-        "--rounds", type=positive, default=20_000, metavar="N", help="to fit on (default 20000)"
+        "--rounds", type=positive, default=12_000, metavar="N", help="to fit on (default 12000)"
     )
     parser.add_argument(
-        "--heldout-rounds", type=positive, default=20_000, metavar="N", help="to judge on (20000)"
+        "--heldout-rounds", type=positive, default=24_000, metavar="N", help="to judge on (24000)"
     )
-    parser.add_argument(
-        "--prompts",
-        type=positive,
-        default=4096,
-        metavar="N",
-        help="most prompts of a set (4096)",
-    )
-    add_rounds(parser, max_tokens=64)
+    add_rounds(parser, prompts=4096, prompt_tokens=32, max_tokens=32)
 
 
-def calibration_data(args: argparse.Namespace) -> Data:
-    """The data that ``add_calibration`` has read."""
-    from cluster.bench.calibration import Data
+def plan_of(args: argparse.Namespace) -> FitPlan:
+    """The plan that ``add_plan`` has read."""
+    from cluster.bench.calibration import FitPlan
 
-    return Data(
+    return FitPlan(
+        target=args.target,
+        temperatures=temperatures_of(args),
+        verifiers=args.verifier or VERIFIERS,
         training=args.training_data,
         heldout=args.heldout_data,
         training_rounds=args.rounds,
@@ -108,17 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
     (drafter,) = drafters_of([args.drafter])
     settings = settings_of(args)
-    fits = list(
-        fit_drafter(
-            args.target,
-            drafter,
-            args.temperature or [0.0, 1.0],
-            args.verifier or ["coupled", "rejection"],
-            calibration_data(args),
-            settings,
-            note,
-        )
-    )
+    fits = list(fit_drafter(drafter, plan_of(args), settings, note))
     path = store(args.target, drafter, fits, settings)
     figures = summarise(fits)
     if args.json:
@@ -141,9 +121,21 @@ def fit_table(fit: dict[str, Any]) -> Table:
         title_justify="left",
         box=SIMPLE,
     )
-    for heading in ("position", "temperature", "ECE before", "after", "95%", "noise", "AUC"):
+    for heading in (
+        "position",
+        "temperature",
+        "bias",
+        "ECE before",
+        "after",
+        "95%",
+        "noise",
+        "of requests",
+        "AUC",
+    ):
         table.add_column(heading, justify="right")
-    for position, temperature in enumerate(fit["temperatures"]):
+    for position, (temperature, bias) in enumerate(
+        zip(fit["temperatures"], fit["biases"], strict=True)
+    ):
         before = heldout["before"]["ece"][position]
         after = {name: values[position] for name, values in heldout["after"].items()}
         if after["ece"] is None:
@@ -153,10 +145,12 @@ def fit_table(fit: dict[str, Any]) -> Table:
         table.add_row(
             str(position + 1),
             f"{temperature:.3f}",
+            f"{bias:+.3f}",
             f"{before:.2%}",
             f"{after['ece']:.2%}",
             f"{low:.2%} - {high:.2%}",
             f"{after['ece_noise']:.2%}",
+            f"{after['ece_request_noise']:.2%}",
             auc,
         )
     return table

@@ -19,17 +19,38 @@ DEFAULT_DRAFTER = "dspark=deployments/models/stdlib-7m-dspark"
 _TABLE_WIDTH = 160
 
 
-def add_rounds(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
-    """Adds how rounds are run."""
+def add_rounds(
+    parser: argparse.ArgumentParser, *, prompts: int, prompt_tokens: int, max_tokens: int
+) -> None:
+    """Adds the target, the temperatures and how rounds are run; the numbers are defaults."""
+    parser.add_argument("--target", default=DEFAULT_TARGET, metavar="DIR")
+    parser.add_argument(
+        "--temperature",
+        action="append",
+        type=sampling_temperature,
+        metavar="T",
+        help="of sampling, 0 for greedy; repeatable (default 0 and 1)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=positive,
+        default=prompts,
+        metavar="N",
+        help=f"most prompts of a data set (default {prompts})",
+    )
     parser.add_argument(
         "--max-tokens",
         type=positive,
         default=max_tokens,
         metavar="N",
-        help="longest output",
+        help=f"longest output (default {max_tokens})",
     )
     parser.add_argument(
-        "--prompt-tokens", type=positive, default=128, metavar="N", help="length of prompts of code"
+        "--prompt-tokens",
+        type=positive,
+        default=prompt_tokens,
+        metavar="N",
+        help=f"length of prompts of code (default {prompt_tokens})",
     )
     parser.add_argument(
         "--concurrency", type=positive, default=64, metavar="N", help="requests at once"
@@ -49,6 +70,12 @@ def add_rounds(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
         help="entries of a draft distribution, as `speculative.draft_top_k` (default 1024)",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="that target and drafter are computed in (default float32)",
+    )
 
 
 def sampling_temperature(text: str) -> float:
@@ -67,6 +94,11 @@ def positive(text: str) -> int:
     return number
 
 
+def temperatures_of(args: argparse.Namespace) -> list[float]:
+    """The sampling temperatures that ``add_rounds`` has read."""
+    return args.temperature or [0.0, 1.0]
+
+
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that ``add_rounds`` has read."""
     from cluster.bench.evaluation import Settings
@@ -77,6 +109,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         num_speculative_tokens=args.num_speculative_tokens,
         draft_top_k=args.draft_top_k,
         device=args.device,
+        dtype=args.dtype,
     )
 
 

@@ -12,13 +12,11 @@ from rich.table import Table
 
 from cluster.cli.drafters import (
     DEFAULT_DRAFTER,
-    DEFAULT_TARGET,
     add_rounds,
     drafters_of,
     note,
-    positive,
-    sampling_temperature,
     settings_of,
+    temperatures_of,
     wide_console,
 )
 
@@ -44,7 +42,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def add_comparison(parser: argparse.ArgumentParser) -> None:
     """Adds what ``dspark bench drafters`` needs as well."""
-    parser.add_argument("--target", default=DEFAULT_TARGET, metavar="DIR")
     parser.add_argument(
         "--drafter",
         action="append",
@@ -59,16 +56,6 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
         help="stdlib-heldout, or a JSONL file of prompts; repeatable (default stdlib-heldout)",
     )
     parser.add_argument(
-        "--temperature",
-        action="append",
-        type=sampling_temperature,
-        metavar="T",
-        help="repeatable (default 0 and 1)",
-    )
-    parser.add_argument(
-        "--prompts", type=positive, default=32, metavar="N", help="most prompts of a data set (32)"
-    )
-    parser.add_argument(
         "--seed",
         action="append",
         type=int,
@@ -80,7 +67,7 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="give sampled requests seeds: coupled verification instead of rejection",
     )
-    add_rounds(parser, max_tokens=128)
+    add_rounds(parser, prompts=32, prompt_tokens=128, max_tokens=128)
 
 
 def comparison_of(args: argparse.Namespace) -> Comparison:
@@ -92,7 +79,7 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
         datasets=args.data or ["stdlib-heldout"],
         num_prompts=args.prompts,
         prompt_tokens=args.prompt_tokens,
-        temperatures=args.temperature or [0.0, 1.0],
+        temperatures=temperatures_of(args),
         seeds=sorted(set(args.seed or [0])),
         is_seeded=args.seeded,
     )

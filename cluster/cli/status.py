@@ -71,8 +71,8 @@ def _print(address: str, status: ClusterStatus) -> None:
             console.print(f"  method: {replica.speculation_method} {replica.speculation_model}")
         if replica.calibration_error is not None:
             console.print(
-                f"  confidence: {replica.calibration_error:.1%} off, temperatures within a factor "
-                f"of {replica.calibration_drift:.2f} of their offline fit"
+                f"  confidence: {replica.calibration_error:.1%} off, temperatures and odds within "
+                f"a factor of {replica.calibration_drift:.2f} of their offline fit"
             )
         console.print(_parts_table(replica))
 

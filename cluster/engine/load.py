@@ -37,7 +37,7 @@ class EngineLoad:
         kv_cache_usage: share of pages that running requests hold; what is only cached is free.
         calibration_error: of the confidences as served (``OnlineCalibration.error``); ``None``
             before enough was verified.
-        calibration_drift: largest factor between a temperature in force and its offline fit.
+        calibration_drift: largest factor of a temperature in force, or of odds, over its fit.
     """
 
     num_running: int = 0

@@ -17,7 +17,7 @@ from cluster.engine.scheduler import ScheduledSequence
 from cluster.engine.sequence import Sequence
 from cluster.request import SamplingParams
 from cluster.speculation.budget import BudgetPlanner, FixedBudget, GreedyBudget
-from cluster.speculation.calibration import Calibration, apply_temperatures
+from cluster.speculation.calibration import Calibration
 from cluster.speculation.cost_model import CostModel
 from cluster.speculation.online_calibration import OnlineCalibration
 from cluster.speculation.record import CalibrationKey, VerificationRecord, calibration_key
@@ -55,7 +55,7 @@ class RoundPlanner:
 
     @property
     def calibration_drift(self) -> float:
-        """Largest factor between an online temperature and its offline fit; 1 is none."""
+        """How far the online scaling is from its offline fit, as a factor; 1 is none."""
         return self._online.drift
 
     def set_observer(self, observer: RecordObserver | None) -> None:
@@ -121,16 +121,16 @@ class RoundPlanner:
     ) -> npt.NDArray[np.float64]:
         """Calibrated confidences ``[R, K]``; zero behind each row's width."""
         shape = (len(widths), int(widths.max()))
-        raw, temperatures = np.zeros(shape), np.ones(shape)
+        confidences = np.zeros(shape)
         rows_by_key: dict[CalibrationKey, list[int]] = {}
         for row, (sequence, width) in enumerate(limits.items()):
             if sequence.proposal is not None:
-                raw[row, :width] = sequence.proposal.confidences[:width]
+                confidences[row, :width] = sequence.proposal.confidences[:width]
                 rows_by_key.setdefault(_key(sequence.request.sampling), []).append(row)
         for key, rows in rows_by_key.items():
-            temperatures[rows] = self._online.temperatures(key, shape[1])
-        is_candidate = np.arange(shape[1]) < widths[:, None]
-        return np.where(is_candidate, apply_temperatures(raw, temperatures), 0.0)
+            scaling = self._online.scaling(key, shape[1])
+            confidences[rows] = scaling.apply(confidences[rows])
+        return np.where(np.arange(shape[1]) < widths[:, None], confidences, 0.0)
 
 
 def _key(params: SamplingParams) -> CalibrationKey:

@@ -1,4 +1,4 @@
-"""``calibration.json`` beside a drafter's weights: the temperatures of its confidences.
+"""``calibration.json`` beside a drafter's weights: the scaling of its confidences' logits.
 
 The file belongs to one drafter and one target and says which, by digest; it is no part of the
 drafter's own digest, so calibrating again does not make another drafter of it.
@@ -7,7 +7,6 @@ drafter's own digest, so calibrating again does not make another drafter of it.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,13 @@ from cluster.errors import CheckpointError
 from cluster.models.checkpoint import drafter_digest, target_digest
 from cluster.models.hub import local_folder
 from cluster.models.json_files import read_json
-from cluster.speculation.calibration import Calibration
+from cluster.speculation.calibration import Calibration, LogitScaling
 from cluster.speculation.record import BUCKETS, VERIFIERS, CalibrationKey
 
 FILE_NAME = "calibration.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had temperatures alone
 
+_LARGEST = 1e6
 _ADVICE = "run `dspark calibrate` again, or remove the file"
 
 
@@ -32,13 +32,12 @@ class CalibrationEntry:
     """The fit of one verifier and temperature bucket.
 
     Attributes:
-        temperatures: by position, all positive.
         num_rounds: verified blocks that it was fitted on.
         metrics: what was measured before and after, for readers; JSON values.
     """
 
     key: CalibrationKey
-    temperatures: tuple[float, ...]
+    scaling: LogitScaling
     num_rounds: int
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,7 +61,8 @@ def save_calibration(
         entry.key: {
             "verifier": entry.key.verifier,
             "temperature_bucket": entry.key.bucket,
-            "temperatures": list(entry.temperatures),
+            "temperatures": list(entry.scaling.temperatures),
+            "biases": list(entry.scaling.biases),
             "num_rounds": entry.num_rounds,
             "metrics": dict(entry.metrics),
         }
@@ -94,7 +94,7 @@ def load_calibration(
     """The calibration of a drafter for a target; an empty one where there is no file.
 
     Args:
-        num_positions: temperatures that every entry must have; unset: any number.
+        num_positions: temperatures and biases that every entry must have; unset: any number.
         digests: of ``drafter`` and ``target`` where they are known already; else they are taken
             from the files, if there is a calibration to compare them with.
 
@@ -108,7 +108,8 @@ def load_calibration(
     document = read_json(path)
     version = document.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise CheckpointError(str(path), "schema_version", f"is {version}, not {SCHEMA_VERSION}")
+        message = f"is {version}, not {SCHEMA_VERSION}; {_ADVICE}"
+        raise CheckpointError(str(path), "schema_version", message)
     known = digests or {}
     for key, compute, folder in (
         ("drafter", drafter_digest, drafter),
@@ -120,13 +121,13 @@ def load_calibration(
     entries = document.get("entries")
     if not isinstance(entries, list):
         raise CheckpointError(str(path), "entries", "must be a list")
-    fitted: dict[CalibrationKey, tuple[float, ...]] = {}
+    fitted: dict[CalibrationKey, LogitScaling] = {}
     for index, entry in enumerate(entries):
         name = f"entries.{index}"
-        fit_key, temperatures = _read_entry(path, name, entry, num_positions)
+        fit_key, scaling = _read_entry(path, name, entry, num_positions)
         if fit_key in fitted:
             raise CheckpointError(str(path), name, f"repeats {fit_key.verifier} {fit_key.bucket}")
-        fitted[fit_key] = temperatures
+        fitted[fit_key] = scaling
     return Calibration(fitted)
 
 
@@ -143,15 +144,31 @@ def _usable_entries(
 
 def _read_entry(
     path: Path, name: str, entry: Any, num_positions: int | None
-) -> tuple[CalibrationKey, tuple[float, ...]]:
+) -> tuple[CalibrationKey, LogitScaling]:
     if not isinstance(entry, dict):
         raise CheckpointError(str(path), name, "must be an object")
     for key, known in (("verifier", VERIFIERS), ("temperature_bucket", BUCKETS)):
         if entry.get(key) not in known:
             message = f"is {entry.get(key)!r}, not one of {', '.join(known)}"
             raise CheckpointError(str(path), f"{name}.{key}", message)
-    values = entry.get("temperatures")
-    where = f"{name}.temperatures"
+    temperatures, biases = (
+        _read_numbers(path, f"{name}.{key}", entry.get(key), num_positions)
+        for key in ("temperatures", "biases")
+    )
+    for position, value in enumerate(temperatures):
+        if value <= 0:
+            where = f"{name}.temperatures.{position}"
+            raise CheckpointError(str(path), where, f"is {value!r}, not above 0")
+    if len(biases) != len(temperatures):
+        message = f"has {len(biases)} values beside {len(temperatures)} temperatures"
+        raise CheckpointError(str(path), f"{name}.biases", message)
+    fit_key = CalibrationKey(entry["verifier"], entry["temperature_bucket"])
+    return fit_key, LogitScaling(temperatures, biases)
+
+
+def _read_numbers(
+    path: Path, where: str, values: Any, num_positions: int | None
+) -> tuple[float, ...]:
     if not isinstance(values, list) or not values:
         raise CheckpointError(str(path), where, "must be a list of numbers")
     if num_positions is not None and len(values) != num_positions:
@@ -159,7 +176,7 @@ def _read_entry(
         raise CheckpointError(str(path), where, message)
     for position, value in enumerate(values):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value < math.inf:
-            message = f"is {value!r}, not a positive number"
+        if not is_number or not abs(value) <= _LARGEST:
+            message = f"is {value!r}, not a number within {_LARGEST:g}"
             raise CheckpointError(str(path), f"{where}.{position}", message)
-    return CalibrationKey(entry["verifier"], entry["temperature_bucket"]), tuple(map(float, values))
+    return tuple(map(float, values))

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from cluster.errors import CheckpointError
 from cluster.models.config_reader import DEFAULT_ROPE_THETA, ConfigReader
+from cluster.models.config_writer import gemma4_keys, network_keys, qwen3_keys
 
 QWEN3 = "Qwen3DSparkModel"
 GEMMA4 = "Gemma4DSparkModel"
@@ -166,21 +167,8 @@ class DSparkConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The ``config.json`` of this drafter, as ``from_dict`` reads it."""
-        data: dict[str, Any] = {
-            "architectures": [self.architecture],
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
-            "attention_bias": self.attention_bias,
+        data = network_keys(self) | {
             "layer_types": ["full_attention"] * self.num_hidden_layers,
-            "tie_word_embeddings": False,
-            "dtype": "bfloat16",
             "block_size": self.block_size,
             "target_layer_ids": list(self.target_layer_ids),
             "num_target_layers": self.num_target_layers,
@@ -192,23 +180,13 @@ class DSparkConfig:
             "confidence_head_with_markov": self.confidence_head_with_markov,
         }
         if self.architecture == QWEN3:
-            return data | {
-                "model_type": "qwen3",
-                "hidden_act": self.hidden_act,
-                "rope_parameters": dict(self.rope_parameters),
-            }
-        return data | {
-            "model_type": "gemma4_text",
-            "hidden_activation": self.hidden_act,
-            "global_head_dim": self.head_dim,
-            "num_global_key_value_heads": self.num_key_value_heads,
-            "attention_k_eq_v": self.attention_k_eq_v,
-            "final_logit_softcapping": self.final_logit_softcapping,
+            return data | qwen3_keys(self)
+        no_variants = {
             "enable_moe_block": False,
             "hidden_size_per_layer_input": 0,
             "num_kv_shared_layers": 0,
-            "rope_parameters": {"full_attention": dict(self.rope_parameters)},
         }
+        return data | gemma4_keys(self) | no_variants
 
 
 class _Reader(ConfigReader):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.models.config_reader import DEFAULT_ROPE_THETA, ConfigReader
+from cluster.models.config_writer import gemma4_keys, network_keys, qwen3_keys
 
 QWEN3 = "Qwen3Eagle3Model"
 GEMMA4 = "Gemma4Eagle3Model"
@@ -172,20 +173,7 @@ class Eagle3Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The ``config.json`` of this drafter in its own format, as ``from_dict`` reads it."""
-        data: dict[str, Any] = {
-            "architectures": [self.architecture],
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
-            "attention_bias": self.attention_bias,
-            "tie_word_embeddings": False,
-            "dtype": "bfloat16",
+        data = network_keys(self) | {
             "ttt_length": self.ttt_length,
             "step_loss_decay": self.step_loss_decay,
         }
@@ -204,21 +192,7 @@ class Eagle3Config:
             "draft_num_hidden_layers": self.num_hidden_layers,
             "layer_types": ["full_attention"],
         }
-        if self.architecture == QWEN3:
-            return data | {
-                "model_type": "qwen3",
-                "hidden_act": self.hidden_act,
-                "rope_parameters": dict(self.rope_parameters),
-            }
-        return data | {
-            "model_type": "gemma4_text",
-            "hidden_activation": self.hidden_act,
-            "global_head_dim": self.head_dim,
-            "num_global_key_value_heads": self.num_key_value_heads,
-            "attention_k_eq_v": self.attention_k_eq_v,
-            "final_logit_softcapping": self.final_logit_softcapping,
-            "rope_parameters": {"full_attention": dict(self.rope_parameters)},
-        }
+        return data | (qwen3_keys(self) if self.architecture == QWEN3 else gemma4_keys(self))
 
 
 class _Reader(ConfigReader):

@@ -69,7 +69,7 @@ class ReplicaStatus:
         speculation: sums since the replica started.
         speculation_method, speculation_model: as in ``ReplicaParts``.
         calibration_error: 0..1, by how much confidences as served are off; ``None``: not known yet.
-        calibration_drift: largest factor between a temperature in force and its offline fit.
+        calibration_drift: largest factor of a temperature in force, or of odds, over its fit.
     """
 
     replica_id: str

@@ -1,4 +1,4 @@
-"""Temperatures kept current from what is accepted while serving.
+"""A calibration kept current from what is accepted while serving.
 
 **What is learnt.** A position is only known about where it was admitted, so of a round only its
 admitted positions count; for those the outcome "this token and all before it were accepted" is
@@ -7,17 +7,16 @@ coin of the last token reached. Admission looks at confidences, never at outcome
 was admitted the outcome given the confidences keeps its law: selecting by what a model conditions
 on does not bias it.
 
-**How.** The last rounds of each key are kept, and every so often each position's temperature
-takes scoring steps (Newton's method with the expected curvature) on the log-loss of the survival,
-left to right as in the offline fit, with a normal prior on the logarithm of the temperature around
-that fit. The log-loss is smooth where the binned error is not, and its optimum is the same where
-one temperature can be right.
+**How.** The last rounds of each key are kept, and every so often each position's temperature and
+bias take scoring steps (Newton's method with the expected curvature) on the log-loss of the
+survival, left to right as in the offline fit, with a normal prior on both around that fit: on the
+logarithm of the temperature and on the bias, which is one of odds.
 
 **Legality** (DESIGN.md, rule 3). With rejection sampling, admission of x_k may depend only on what
-was fixed before x_k was drawn, or is independent of it given that. Temperatures change from
+was fixed before x_k was drawn, or is independent of it given that. The scaling changes from
 outcomes of finished passes only. A pass's outcomes involve its own sequences' drafts of rounds
 that are over, and random numbers that are nobody else's; the plan of that pass read no draft of
-a round that was not in it. So when a proposal that contains x_k is planned, the temperatures are a
+a round that was not in it. So when a proposal that contains x_k is planned, the scaling is a
 function of earlier rounds of its own sequence, which were over before x_k was drawn, and of other
 sequences' outcomes, which x_k had no part in, even where they were drawn while x_k was on its way.
 """
@@ -27,7 +26,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from cluster.speculation.calibration import Calibration, apply_temperatures, logit, survival
+from cluster.speculation.calibration import (
+    Calibration,
+    LogitScaling,
+    logit,
+    scoring_terms,
+    sigmoid,
+    survival,
+)
 from cluster.speculation.record import CalibrationKey, VerificationRecord
 
 Floats = npt.NDArray[np.float64]
@@ -37,20 +43,22 @@ MAX_DRIFT = 4.0
 _WINDOW_ROUNDS = 2048
 _UPDATE_ROUNDS = 256
 _NUM_SCORING_STEPS = 2
-_LARGEST_STEP = 0.5  # of the logarithm of a temperature
-_PRIOR_STD = 0.2  # of the logarithm of a temperature, around its offline fit
+# Of the logarithm of a temperature, and of a bias; the prior is around their offline fit.
+_LARGEST_STEP = 0.5
+_PRIOR_STD = 0.2
 _NUM_ERROR_BINS = 10
 
 
 class OnlineCalibration:
-    """The temperatures in force, and how wrong they have lately been.
+    """The scaling in force, and how wrong it has lately been.
 
-    Guarantees: a temperature stays within a factor of ``MAX_DRIFT`` of its offline fit; memory is
-    bounded by the number of keys; the result does not depend on records that were not passed in.
+    Guarantees: a temperature stays within a factor of ``MAX_DRIFT`` of its offline fit, and so do
+    the odds that its bias makes; memory is bounded by the number of keys; the result does not
+    depend on records that were not passed in.
 
     Args:
         offline: where every key starts, and is drawn back to where there are few outcomes.
-        is_fixed: leave the temperatures as they are and only measure their error.
+        is_fixed: leave the scaling as it is and only measure its error.
     """
 
     def __init__(self, offline: Calibration, *, is_fixed: bool = False) -> None:
@@ -63,33 +71,38 @@ class OnlineCalibration:
         """Windowed calibration error of the survival as it was served, in [0, 1].
 
         The largest over positions and keys of the root mean square gap between survival and
-        outcome in bins, less what chance alone makes of it; each outcome was predicted by
-        temperatures that had not seen it. ``None`` before any key has had enough rounds.
+        outcome in bins, less what chance alone makes of it; each outcome was predicted by a
+        scaling that had not seen it. ``None`` before any key has had enough rounds.
         """
         errors = [w.error for w in self._windows.values() if w.error is not None]
         return max(errors, default=None)
 
     @property
     def drift(self) -> float:
-        """Largest factor, up or down, between a temperature and its offline fit; at least 1."""
+        """Largest factor, up or down, between a temperature and its offline fit, or between the
+        odds that a bias makes and those of its fit; at least 1."""
         drifts = [float(np.exp(np.abs(w.drift).max())) for w in self._windows.values()]
         return max(drifts, default=1.0)
 
-    def temperatures(self, key: CalibrationKey, num_positions: int) -> Floats:
-        """``[num_positions]`` temperatures in force."""
-        values = self._offline.temperatures(key, num_positions)
+    def scaling(self, key: CalibrationKey, num_positions: int) -> LogitScaling:
+        """The scaling in force of the first ``num_positions`` positions."""
         window = self._windows.get(key)
-        if window is not None:
-            known = min(num_positions, window.num_positions)
-            values[:known] *= np.exp(window.drift[:known])
-        return values
+        offline = self._offline.scaling(key, num_positions)
+        if window is None:
+            return offline
+        moved = window.scaling()
+        known = min(num_positions, len(moved))
+        return LogitScaling(
+            moved.temperatures[:known] + offline.temperatures[known:],
+            moved.biases[:known] + offline.biases[known:],
+        )
 
     def observe(self, record: VerificationRecord) -> None:
-        """Takes in one verified proposal; the temperatures move once every so many."""
+        """Takes in one verified proposal; the scaling moves once every so many."""
         window = self._windows.get(record.key)
         if window is None or window.num_positions < record.block_size:
             # A longer block than any before starts the key anew; that happens once or twice.
-            offline = self._offline.temperatures(record.key, record.block_size)
+            offline = self._offline.scaling(record.key, record.block_size)
             window = self._windows[record.key] = _Window(offline)
         window.pending.append(record)
         if len(window.pending) >= _UPDATE_ROUNDS:
@@ -99,17 +112,18 @@ class OnlineCalibration:
 
 
 class _Window:
-    """The last rounds of one key, and the drift of its temperatures.
+    """The last rounds of one key, and the drift of its scaling.
 
     Attributes:
-        drift: ``[K]`` logarithms of temperature over offline temperature.
+        drift: ``[K, 2]`` logarithms of temperature over offline temperature, and what is added to
+            the offline bias.
         pending: records not yet in the window.
         error: see ``OnlineCalibration.error``.
     """
 
-    def __init__(self, offline: Floats) -> None:
+    def __init__(self, offline: LogitScaling) -> None:
         self.num_positions = len(offline)
-        self.drift = np.zeros(self.num_positions)
+        self.drift = np.zeros((self.num_positions, 2))
         self.pending: list[VerificationRecord] = []
         self.error: float | None = None
         self._offline = offline
@@ -118,6 +132,12 @@ class _Window:
         self._outcomes = np.full(shape, np.nan)  # not a number where a position is not known
         self._served = np.zeros(shape)
         self._num_rounds = 0
+
+    def scaling(self) -> LogitScaling:
+        """The offline scaling, moved by the drift."""
+        temperatures = np.asarray(self._offline.temperatures) * np.exp(self.drift[:, 0])
+        biases = np.asarray(self._offline.biases) + self.drift[:, 1]
+        return LogitScaling(tuple(temperatures.tolist()), tuple(biases.tolist()))
 
     def take_in(self) -> None:
         """Moves the pending records into the window, over the oldest ones."""
@@ -132,10 +152,9 @@ class _Window:
                 last = min(num_accepted + 1, width)
                 outcomes[row, :last] = record.acceptance[:last]
         rows = np.arange(self._num_rounds, self._num_rounds + len(self.pending)) % _WINDOW_ROUNDS
-        temperatures = self._offline * np.exp(self.drift)
         self._logits[rows] = logit(confidences)
         self._outcomes[rows] = np.minimum(outcomes, 1.0)
-        self._served[rows] = survival(apply_temperatures(confidences, temperatures))
+        self._served[rows] = survival(self.scaling().apply(confidences))
         self._num_rounds += len(self.pending)
         self.pending.clear()
         if self._num_rounds >= _WINDOW_ROUNDS // 2:
@@ -144,32 +163,33 @@ class _Window:
     def update(self) -> None:
         """Scoring steps for every position, left to right."""
         num_rows = min(self._num_rounds, _WINDOW_ROUNDS)
-        logits = self._logits[:num_rows] / self._offline
         before = np.ones(num_rows)
         for position in range(self.num_positions):
+            logits = self._logits[:num_rows, position]
             outcome = self._outcomes[:num_rows, position]
             known = ~np.isnan(outcome)
             for _ in range(_NUM_SCORING_STEPS):
-                self._step(position, logits[known, position], before[known], outcome[known])
-            before = before / (1 + np.exp(-logits[:, position] / np.exp(self.drift[position])))
+                self._step(position, logits[known], before[known], outcome[known])
+            slope, bias = self._line(position)
+            before = before * sigmoid(logits * slope + bias)
+
+    def _line(self, position: int) -> tuple[float, float]:
+        """Slope and bias of the calibrated logit over the raw one."""
+        temperature_drift, bias_drift = self.drift[position]
+        slope = np.exp(-temperature_drift) / self._offline.temperatures[position]
+        return float(slope), float(self._offline.biases[position] + bias_drift)
 
     def _step(self, position: int, logits: Floats, before: Floats, outcome: Floats) -> None:
-        """One scoring step on ``-sum(y log P + (1 - y) log(1 - P)) + prior``.
-
-        P = before * sigmoid(z) with z = logit / exp(drift), so dP/d(drift) = -P (1 - sigmoid(z)) z.
-        """
-        scaled = logits / np.exp(self.drift[position])
-        confidence, doubt = 1 / (1 + np.exp(-scaled)), 1 / (1 + np.exp(scaled))
-        chance = before * confidence
-        # 1 - chance, which never becomes 0 like this, however sure a scaled confidence is.
-        failure = (1 - before) + before * doubt
-        weight = doubt * scaled / failure
+        """One scoring step on the log-likelihood of the survival and the prior of the drift."""
+        slope, bias = self._line(position)
+        gradient, curvature = scoring_terms(logits, before, outcome, slope, bias)
+        by_drift = np.array([-slope, 1.0])  # of slope and bias, by the two drifts
         precision = _PRIOR_STD**-2
-        gradient = (outcome - chance) @ weight + precision * self.drift[position]
-        curvature = (chance * failure) @ weight**2 + precision
-        step = np.clip(gradient / curvature, -_LARGEST_STEP, _LARGEST_STEP)
+        gradient = by_drift * gradient - precision * self.drift[position]
+        curvature = np.outer(by_drift, by_drift) * curvature + precision * np.eye(2)
+        step = np.clip(np.linalg.solve(curvature, gradient), -_LARGEST_STEP, _LARGEST_STEP)
         largest = np.log(MAX_DRIFT)
-        self.drift[position] = np.clip(self.drift[position] - step, -largest, largest)
+        self.drift[position] = np.clip(self.drift[position] + step, -largest, largest)
 
     def _served_error(self) -> float:
         num_rows = min(self._num_rounds, _WINDOW_ROUNDS)

@@ -145,13 +145,9 @@ def calibration_error_interval(
 
     Noise only ever adds to this error, and resampling adds it twice: the interval errs upwards.
     """
-    num_requests = int(request_index.max()) + 1
-    cells = request_index * NUM_BINS + _bins(predictions)
-    size = num_requests * NUM_BINS
-    gaps = np.bincount(cells, predictions - outcomes, minlength=size).reshape(-1, NUM_BINS)
-    counts = np.bincount(request_index, minlength=num_requests)
-    weights = _resamples(num_requests, seed)
-    errors = np.abs(weights @ gaps).sum(axis=1) / (weights @ counts)
+    gaps, counts = _gaps_by_request(predictions, outcomes, request_index)
+    weights = _resamples(len(gaps), seed)
+    errors = np.abs(weights @ gaps).sum(axis=1) / (weights @ counts.sum(axis=1))
     low, high = np.quantile(errors, (0.025, 0.975))
     return Estimate(calibration_error(predictions, outcomes), float(low), float(high))
 
@@ -163,6 +159,22 @@ def calibration_noise(predictions: Floats, seed: int = 0) -> float:
     outcomes = (random.random(shape) < predictions).astype(np.float64)
     errors = [calibration_error(predictions, simulated) for simulated in outcomes]
     return float(np.mean(errors))
+
+
+def calibration_request_noise(
+    predictions: Floats, outcomes: Floats, request_index: Integers, seed: int = 0
+) -> float:
+    """``calibration_noise`` where rounds of one request are alike: errors of whole requests.
+
+    What every request adds to a bin, beyond the bin's own mean error, has its sign drawn anew (a
+    wild bootstrap): so requests stay as uneven as they are, and nothing but chance is left.
+    """
+    gaps, counts = _gaps_by_request(predictions, outcomes, request_index)
+    mean_gap = gaps.sum(axis=0) / np.maximum(counts.sum(axis=0), 1)
+    random = np.random.default_rng(seed)
+    signs = random.choice((-1.0, 1.0), size=(_NUM_RESAMPLES, len(gaps)))
+    errors = np.abs(signs @ (gaps - counts * mean_gap)).sum(axis=1) / len(predictions)
+    return float(errors.mean())
 
 
 def area_under_curve(scores: Floats, is_positive: Booleans) -> float | None:
@@ -195,6 +207,17 @@ def mean_interval(values: Floats, request_index: Integers, seed: int = 0) -> Est
     weights = _resamples(num_requests, seed)
     low, high = np.quantile((weights @ sums) / (weights @ counts), (0.025, 0.975))
     return Estimate(float(values.mean()), float(low), float(high))
+
+
+def _gaps_by_request(
+    predictions: Floats, outcomes: Floats, request_index: Integers
+) -> tuple[Floats, Floats]:
+    """Sums of prediction - outcome, and their counts, ``[requests, NUM_BINS]`` each."""
+    num_requests = int(request_index.max()) + 1
+    cells, size = request_index * NUM_BINS + _bins(predictions), num_requests * NUM_BINS
+    gaps = np.bincount(cells, predictions - outcomes, minlength=size).astype(np.float64)
+    counts = np.bincount(cells, minlength=size).astype(np.float64)
+    return gaps.reshape(-1, NUM_BINS), counts.reshape(-1, NUM_BINS)
 
 
 def _bins(predictions: Floats) -> Integers:
