@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -176,9 +177,15 @@ def test_shards_agree_with_one(
     requests = make_requests(GREEDY, count=5) + [
         Request(request_id=f"s{i}", prompt_token_ids=(i, 3), sampling=SEEDED) for i in range(5)
     ]
+    # These wait until others have gone, and find what those have computed.
+    requests += [
+        dataclasses.replace(request, request_id=f"{request.request_id} again")
+        for request in requests[2:5]
+    ]
     config = make_config(
         target,
         drafter if speculate else None,
+        max_num_seqs=10,
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,
     )
@@ -188,6 +195,8 @@ def test_shards_agree_with_one(
     assert verdict.num_mismatches == 0
     drafted = any(c.usage.speculation.num_draft_tokens for c in done.values() if c.usage)
     assert drafted == speculate
+    cached = {k: c.usage.cached_prompt_tokens for k, c in done.items() if c.usage}
+    assert {k: n for k, n in cached.items() if n} == {"r3 again": 16, "r4 again": 16}
 
 
 def test_requests_join_and_leave_between_steps(pair: tuple[str, str]) -> None:
