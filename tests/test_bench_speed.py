@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from aiohttp import web
 
+from cluster import cli
+from cluster.bench import overhead
 from cluster.bench.drafter_choice import DrafterChoice
 from cluster.bench.load_generator import closed_loop
 from cluster.bench.load_record import LoadResult, RequestRecord
+from cluster.bench.load_shape import LoadShape
 from cluster.bench.openai_client import OpenAIClient, TokenCounter
 from cluster.bench.overhead import overhead_figures
 from cluster.bench.own_serving import OwnSettings
@@ -32,6 +36,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import ConfigError, DsparkError
 from cluster.request import Request, SamplingParams, SpeculationStats
 from tests.models import save_tiny_target
+from tests.training_tools import save_target
 
 
 def test_the_ratio_is_the_median_of_paired_runs() -> None:
@@ -243,6 +248,32 @@ def test_our_engine_steps_in_a_process(tiny: OwnSettings, tmp_path: Path) -> Non
             server.fill([[]], 3)
 
 
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_overhead_of_a_tiny_cluster(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"turns": ["def add(a, b):"]}\n{"turns": ["class Stack:"]}\n')
+    settings = OwnSettings(
+        target=str(save_target(tmp_path / "target")),
+        drafter=None,
+        dtype="float32",
+        num_threads=1,
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        kv_cache_memory_mb=1,
+    )
+    shape = LoadShape(concurrencies=(2,), waves=2, prompt_tokens=32, max_tokens=12)
+    figures = overhead.run(
+        settings, shape=shape, data=str(prompts), runs=2, folder=tmp_path, note=print
+    ).figures
+    assert figures["throughput_ratio"] > 0
+    assert [(row["requests"], row["failed"]) for row in figures["sides"]] == [(4, 0)] * 4
+    assert ClusterConfig.parse(
+        yaml.safe_load((tmp_path / "cluster.yaml").read_text())["applications"][0]["args"]
+    ).target.verify_curve == str(tmp_path / "verify-curve.json")
+
+
 FAKE_PEER = """#!{python}
 import http.server, multiprocessing, os, sys, time
 if "--broken" in sys.argv or "--speculative-config" in sys.argv:
@@ -339,6 +370,31 @@ def test_a_virtual_environment_without_the_peer_is_refused(tmp_path: Path) -> No
         PeerServer(PeerSettings(venv=tmp_path, target="model"), None, tmp_path / "peer.log")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed", "--peer-venv", "{tmp}"], "--peer-venv"),
+        (["speed", "--peer-venv", "{venv}", "--cores", "one"], "--cores"),
+        (["speed", "--peer-venv", "{venv}", "--cores", "4095"], "4095"),
+        (["speed", "--peer-venv", "{venv}", "--concurrency", "2"], "--concurrency"),
+        (["load", "--trace", "{tmp}/none.csv"], "none.csv"),
+        (["load", "--trace", "{tmp}/none.csv", "--rate", "0"], "--rate"),
+        (["load", "--trace", "{tmp}/none.csv", "--context", "2"], "--context"),
+        (["load", "--server", "ftp://there"], "--server"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(
+    arguments: list[str],
+    message: str,
+    peer: PeerSettings,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    given = [text.format(tmp=tmp_path, venv=peer.venv) for text in arguments]
+    assert cli.main(["bench", *given, "--json"]) in (1, 2)
+    assert message in capfd.readouterr().err
+
+
 # --------------------------------------------------------------- an OpenAI-compatible server
 
 
@@ -406,6 +462,13 @@ async def test_a_server_s_stream_is_counted_by_its_usage() -> None:
     assert bodies[0]["prompt"] == [3, 4, 5]
     assert bodies[0]["ignore_eos"] is True
     assert (bodies[0]["temperature"], bodies[0]["max_tokens"]) == (0.0, 6)
+
+
+async def test_tokens_that_only_the_last_usage_counts_are_added() -> None:
+    usage = json.dumps({"choices": [], "usage": {"completion_tokens": 5}})
+    events = [text_event("a"), text_event("b"), usage, "[DONE]"]
+    result, _ = await run_against(lambda _: events, [request_of("a", 5)])
+    assert result.records[0].num_tokens == (1, 1, 3)
 
 
 async def test_a_server_that_refuses_a_request_fails_it_alone() -> None:

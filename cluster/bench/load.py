@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from cluster.bench.arrival_trace import Arrival
@@ -42,11 +43,11 @@ def client_maker(server: str, own: OwnSettings) -> Callable[[], LoadClient]:
     if server == ENGINE:
         config = ClusterConfig.parse(own.values())
         engine = build_local_engine(config, target_digest=target_digest(config.target.model))
-        return lambda: EngineClient(engine)
+        return partial(EngineClient, engine)
     if server.startswith(_GRPC):
-        return lambda: ClusterClient(server.removeprefix(_GRPC))
+        return partial(ClusterClient, server.removeprefix(_GRPC))
     if server.startswith(_HTTP):
-        return lambda: OpenAIClient(server)
+        return partial(OpenAIClient, server)
     raise ConfigError("--server", f"must be engine, grpc://HOST:PORT or http://..., got {server!r}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ from cluster.bench.load_prompts import PromptSource
 from cluster.bench.load_record import LoadResult
 from cluster.bench.load_shape import LoadShape, Work, make_work
 from cluster.bench.local_engine import build_local_engine
-from cluster.bench.own_serving import OwnCluster, OwnSettings
+from cluster.bench.own_serving import OwnCluster, OwnSettings, profile_curve
 from cluster.bench.paired import paired_ratio
 from cluster.bench.report import Report
 from cluster.bench.served_load import measure
 from cluster.config import ClusterConfig
 from cluster.engine.worker import load_tokenizer
-from cluster.models.checkpoint import target_digest
 from cluster.request import Request
 
 _THROUGHPUT_BAR = 0.95
 _FIRST_TOKEN_BAR_MS = 5.0
+_CURVE_REPEATS = 5
 _DIGITS = 4
 
 
@@ -58,6 +59,8 @@ def run(
         count=shape.num_prompts(runs),
         num_tokens=shape.prompt_tokens,
     )
+    note("measuring the verify curve")
+    own = profile_curve(own, folder, _CURVE_REPEATS)
     served: list[LoadResult] = []
     in_process: list[LoadResult] = []
     for index in range(runs):
@@ -110,10 +113,9 @@ def _through_cluster(
     own: OwnSettings, folder: Path, warm_up: list[Request], work: Work
 ) -> dict[int, LoadResult]:
     with OwnCluster(own, folder) as cluster:
-        return measure(lambda: ClusterClient(cluster.address), warm_up, work)
+        return measure(partial(ClusterClient, cluster.address), warm_up, work)
 
 
 def _through_engine(own: OwnSettings, warm_up: list[Request], work: Work) -> dict[int, LoadResult]:
-    config = ClusterConfig.parse(own.values())
-    engine = build_local_engine(config, target_digest=target_digest(config.target.model))
-    return measure(lambda: EngineClient(engine), warm_up, work)
+    engine = build_local_engine(ClusterConfig.parse(own.values()))
+    return measure(partial(EngineClient, engine), warm_up, work)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +30,7 @@ class OwnSettings:
         num_threads, drafter_threads: of target and drafter.
         scheduler: ``speculative.scheduler``.
         num_speculative_tokens: for methods whose checkpoint has no block.
+        verify_curve: file of ``profile_curve``; unset: measured at each start.
     """
 
     target: str
@@ -44,6 +45,7 @@ class OwnSettings:
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     kv_cache_memory_mb: int = 2048
+    verify_curve: str | None = None
 
     def values(self) -> dict[str, Any]:
         """The ``args`` of a configuration."""
@@ -56,6 +58,7 @@ class OwnSettings:
                 "max_num_seqs": self.max_num_seqs,
                 "max_num_batched_tokens": self.max_num_batched_tokens,
                 "kv_cache_memory_mb": self.kv_cache_memory_mb,
+                "verify_curve": self.verify_curve,
             },
             "drafter": {"dtype": self.dtype, "num_threads": self.drafter_threads},
             "router": {"port": 0},
@@ -74,6 +77,38 @@ class OwnSettings:
             "proxy_location": "Disabled",
             "applications": [{**_APPLICATION, "args": self.values()}],
         }
+
+
+def profile_curve(settings: OwnSettings, folder: Path, repeats: int) -> OwnSettings:
+    """The settings with a verify curve of their target, measured once in a process of its own.
+
+    So every start serves with the same thorough curve, and measures none while it is idle.
+
+    Args:
+        folder: for the curve and the log.
+        repeats: of each point.
+
+    Raises:
+        DsparkError: it cannot be measured; names the log.
+    """
+    curve, log = folder / "verify-curve.json", folder / "profile.log"
+    options = {
+        "--dtype": settings.dtype,
+        "--num-threads": settings.num_threads,
+        "--max-model-len": settings.max_model_len,
+        "--max-num-seqs": settings.max_num_seqs,
+        "--max-num-batched-tokens": settings.max_num_batched_tokens,
+        "--kv-cache-memory-mb": settings.kv_cache_memory_mb,
+        "--repeats": repeats,
+        "--out": curve,
+    }
+    command = [sys.executable, "-m", "cluster.cli", "profile", settings.target]
+    command += [str(part) for option in options.items() for part in option]
+    with log.open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=file, check=False)
+    if done.returncode != 0:
+        raise DsparkError(f"the verify curve cannot be measured (log: {log})")
+    return replace(settings, verify_curve=str(curve))
 
 
 class OwnCluster:

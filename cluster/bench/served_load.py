@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,7 @@ def measure_in_turn(
             note(f"run {run + 1} of {runs}: {name}")
             if name == OURS:
                 with OwnCluster(own, folder) as cluster:
-                    address = cluster.address
-                    results = measure(lambda: ClusterClient(address), warm_up, work)  # noqa: B023
+                    results = measure(partial(ClusterClient, cluster.address), warm_up, work)
             else:
                 results = _measure_peer(servers[name], warm_up, work)
             for concurrency, result in results.items():
@@ -129,6 +129,6 @@ def measure_in_turn(
 def _measure_peer(server: PeerServer, warm_up: list[Request], work: Work) -> dict[int, LoadResult]:
     server.resume()
     try:
-        return measure(lambda: OpenAIClient(server.url), warm_up, work)
+        return measure(partial(OpenAIClient, server.url), warm_up, work)
     finally:
         server.pause()

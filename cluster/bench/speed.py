@@ -20,7 +20,7 @@ from typing import Any
 
 from cluster.bench.load_prompts import PromptSource
 from cluster.bench.load_shape import LoadShape
-from cluster.bench.own_serving import OwnSettings
+from cluster.bench.own_serving import OwnSettings, profile_curve
 from cluster.bench.paired import paired_ratio
 from cluster.bench.peer import PeerSettings
 from cluster.bench.plain_steps import compare_steps, start_own_steps
@@ -58,6 +58,7 @@ class SpeedSettings:
         data: prompts, as ``load_prompt_set``.
         runs: paired runs.
         batches, contexts, steps: of the plain steps; ``steps`` counted ones in each run.
+        curve_repeats: of each point of our verify curve.
         shape: of the load.
         folder: exists; takes logs.
     """
@@ -72,6 +73,7 @@ class SpeedSettings:
     batches: tuple[int, ...] = (1, 4, 8, 16, 32)
     contexts: tuple[int, ...] = (150, 900)
     steps: int = 8
+    curve_repeats: int = 5
     shape: LoadShape = field(default_factory=LoadShape)
 
 
@@ -79,10 +81,9 @@ def run(settings: SpeedSettings, note: Note) -> Report:
     """Runs the parts; passes where every figure that was measured holds its bar.
 
     Raises:
-        ConfigError: there is no peer in the virtual environment.
+        ConfigError: there is no peer in the virtual environment, or ours cannot be served so.
         DsparkError: a side cannot be started, or a request failed.
     """
-    settings.peer.check()
     figures: dict[str, Any] = {"plain_step": [], "throughput": []}
     bars = []
     if "steps" in settings.parts:
@@ -92,6 +93,9 @@ def run(settings: SpeedSettings, note: Note) -> Report:
             for row in figures["plain_step"]
         ]
     if "throughput" in settings.parts or "formula" in settings.parts:
+        note("measuring our verify curve")
+        own = profile_curve(settings.own, settings.folder, settings.curve_repeats)
+        settings = replace(settings, own=own)
         sides, figures["peer_failures"] = _served(settings, note)
         figures["throughput"] = throughput_rows(sides)
         figures["sides"] = side_rows(sides)

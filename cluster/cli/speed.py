@@ -88,10 +88,12 @@ def run(args: argparse.Namespace) -> Report:
 
     check_plots(args.out)
     cores = _cores(args.cores)
-    # Whatever is started from here on runs there, on both sides, the load generator included.
-    os.sched_setaffinity(0, cores)
     with log_folder(args.out) as folder:
-        report = speed.run(_settings(args, cores, folder), note)
+        settings = _settings(args, cores, folder)
+        settings.peer.check()
+        # Whatever is started from here on runs there, on both sides, the load generator included.
+        os.sched_setaffinity(0, cores)
+        report = speed.run(settings, note)
     plot_rows(report.figures.get("sides", []), args.out, "speed")
     return report
 
@@ -104,19 +106,23 @@ def _settings(args: argparse.Namespace, cores: tuple[int, ...], folder: Path) ->
         args.runs, args.waves, args.min_requests = _QUICK_RUNS, 1, 2
         args.max_tokens = min(args.max_tokens, _QUICK_TOKENS)
         args.batch = args.concurrency = _QUICK_CONCURRENCIES
+    parts, concurrencies = args.part or _PARTS, args.concurrency or _CONCURRENCIES
+    if "formula" in parts and 1 not in concurrencies:
+        raise ConfigError("--concurrency", "must have 1 among them, for the part formula")
     own = own_of(args, num_threads=len(cores))
     return SpeedSettings(
         own=own,
         peer=PeerSettings(venv=args.peer_venv, target=own.target, dtype=own.dtype, cores=cores),
         peer_modes=_peer_modes(args),
         folder=folder,
-        parts=tuple(args.part or _PARTS),
+        parts=tuple(parts),
         data=args.data,
         runs=args.runs,
         batches=tuple(args.batch or _BATCHES),
         contexts=tuple(args.context_tokens or _CONTEXTS),
         steps=args.steps,
-        shape=shape_of(args, args.concurrency or _CONCURRENCIES),
+        curve_repeats=1 if args.quick else 5,
+        shape=shape_of(args, concurrencies),
     )
 
 
