@@ -93,12 +93,29 @@ def test_beginnings_of_prompts_are_found_and_change_no_output(
     assert verdict.num_mismatches == 0
 
 
+@pytest.mark.parametrize("chunk", [512, 40], ids=["in-one-pass", "in-chunks"])
+def test_equal_prompts_that_come_together_are_computed_once(
+    pair: tuple[str, str], chunk: int
+) -> None:
+    target, drafter = pair
+    config = make_config(target, drafter, max_num_batched_tokens=chunk, max_num_seqs=8)
+    engine = make_engine(config)
+    requests = [
+        ask(f"{params.seed}/{k}", params=params) for params in (GREEDY, SEEDED) for k in "ab"
+    ]
+    requests += [ask("longer", (*PROMPT, *PROMPT))]
+    done = run(engine, requests)
+    assert [num_cached(done[r.request_id]) for r in requests] == [0, 48, 48, 48, 48]
+    verdict = judge_all(target, requests, done)
+    assert verdict.num_positions == 24 * len(requests)
+    assert verdict.num_mismatches == 0
+
+
 def test_requests_that_run_together_hold_an_equal_beginning_once(pair: tuple[str, str]) -> None:
     target, _ = pair
     peaks = {}
     for is_shared in (True, False):
         engine = make_engine(make_config(target, enable_prefix_caching=is_shared))
-        run(engine, [ask("first")])
         for number in range(6):
             engine.add_request(ask(str(number)))
         engine.step()

@@ -34,7 +34,7 @@ def compute(sequence: Sequence, num_tokens: int, pages: PagePool, prefixes: Pref
     end = sequence.num_computed_tokens + num_tokens
     assert pages.grow(sequence.pages, end)
     sequence.num_computed_tokens = end
-    prefixes.keep(sequence)
+    prefixes.keep(sequence, end)
 
 
 def computed(token_ids: range, pages: PagePool, prefixes: PrefixCache) -> Sequence:

@@ -333,7 +333,7 @@ class Engine:
                 outputs.append(output)
             else:
                 sequence.num_computed_tokens += entry.num_tokens
-            self._prefixes.keep(sequence)
+            self._prefixes.keep(sequence, sequence.num_computed_tokens)
             if reason is not None:
                 self._remove(sequence)
             elif sequence.end_error is None:

@@ -43,6 +43,10 @@ class PrefixCache:
     that it is looked up for, at their positions, all of them committed; a sequence has at least one
     token left to compute; each page is digested once for a sequence, whatever it goes through.
 
+    A page can be found from when the pass that fills it is scheduled: passes are computed in order,
+    and within one each layer stores all tokens before any of them attends. So equal prompts that
+    come together, as the choices of one request do, are computed once.
+
     Pages of a sequence that has outdated features are not kept; when all features become outdated
     at once, ``clear`` must be called.
 
@@ -91,11 +95,16 @@ class PrefixCache:
             self._num_queried_tokens += len(sequence.token_ids)
             self._num_hit_tokens += sequence.num_computed_tokens
 
-    def keep(self, sequence: Sequence) -> None:
-        """Lets others find the pages that the sequence has filled since the last call."""
+    def keep(self, sequence: Sequence, num_tokens: int) -> None:
+        """Lets others find the sequence's full pages among its first tokens.
+
+        Args:
+            num_tokens: committed tokens that have been computed, or will be by the pass that is
+                being scheduled.
+        """
         if not self._is_enabled or sequence.has_outdated_features:
             return
-        num_full = sequence.num_computed_tokens // self._pages.page_size
+        num_full = num_tokens // self._pages.page_size
         for index in range(sequence.num_kept_pages, num_full):
             self._pages.set_key(sequence.pages[index], self._digest(sequence, index))
         sequence.num_kept_pages = num_full

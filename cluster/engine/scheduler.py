@@ -172,7 +172,7 @@ class Scheduler:
             sequence.group = group
             sizes[group] += 1
             self.running[sequence] = None
-            scheduled.append(ScheduledSequence(sequence, num_tokens, ()))
+            scheduled.append(self._entry(sequence, num_tokens, ()))
             budget -= num_tokens
         return scheduled
 
@@ -209,6 +209,12 @@ class Scheduler:
             self.preempt(victim)
             if victim is sequence:
                 return None
+        return self._entry(sequence, num_tokens, drafts)
+
+    def _entry(
+        self, sequence: Sequence, num_tokens: int, drafts: tuple[int, ...]
+    ) -> ScheduledSequence:
+        self._prefixes.keep(sequence, sequence.num_computed_tokens + num_tokens)
         return ScheduledSequence(sequence, num_tokens, drafts)
 
     def _missing_pages(self, sequence: Sequence, num_drafts: int) -> int:
