@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from cluster.training.prompts import read_prompts, render
 
 TRAINING_CODE = "stdlib-training"
 HELDOUT_CODE = "stdlib-heldout"
-# Every fourth window of the held-out code, and the others.
+# Every second window of the held-out code, and the others.
 FITTING_CODE = "stdlib-heldout-fit"
 JUDGING_CODE = "stdlib-heldout-judge"
 CODE_SETS = (TRAINING_CODE, HELDOUT_CODE, FITTING_CODE, JUDGING_CODE)
@@ -63,12 +62,12 @@ def load_prompt_set(
     return _mixed(Path(source).stem, prompts)
 
 
-def _windows(source: str, num_windows: int) -> Sequence[int]:
+def _windows(source: str, num_windows: int) -> range:
     """Which windows of its documents a set of code has."""
     if source == FITTING_CODE:
-        return range(0, num_windows, 4)
+        return range(0, num_windows, 2)
     if source == JUDGING_CODE:
-        return [index for index in range(num_windows) if index % 4]
+        return range(1, num_windows, 2)
     return range(num_windows)
 
 

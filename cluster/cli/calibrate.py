@@ -67,10 +67,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         help="other prompts to judge on (default stdlib-heldout-judge)",
     )
     parser.add_argument(
-        "--rounds", type=positive, default=12_000, metavar="N", help="to fit on (default 12000)"
+        "--rounds", type=positive, default=20_000, metavar="N", help="to fit on (default 20000)"
     )
     parser.add_argument(
-        "--heldout-rounds", type=positive, default=24_000, metavar="N", help="to judge on (24000)"
+        "--heldout-rounds", type=positive, default=20_000, metavar="N", help="to judge on (20000)"
     )
     add_rounds(parser, prompts=4096, prompt_tokens=32, max_tokens=32)
 
