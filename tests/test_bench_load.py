@@ -12,7 +12,7 @@ from cluster.bench import load
 from cluster.bench.arrival_trace import Arrival, read_trace, scale_lengths, scale_rate
 from cluster.bench.frontier_plot import plot_frontier
 from cluster.bench.load_clients import Piece
-from cluster.bench.load_generator import closed_loop, open_loop
+from cluster.bench.load_generator import closed_loop, open_loop, record_request
 from cluster.bench.load_record import LoadResult, RequestRecord
 from cluster.bench.load_shape import LoadShape
 from cluster.bench.own_serving import OwnSettings
@@ -124,6 +124,26 @@ async def test_a_closed_loop_keeps_its_concurrency() -> None:
     # The long request outlives the others: from then on one place is empty.
     ends = sorted(r.times_s[-1] for r in result.records)
     assert ends[-2] <= result.full_until_s < ends[-1]
+
+
+class RoundClient:
+    """Sends the tokens of two rounds one by one."""
+
+    async def generate(self, request: Request) -> AsyncGenerator[Piece, None]:
+        for count in (3, 2):
+            for _ in range(count):
+                yield Piece(1)
+            await asyncio.sleep(0.01)
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_tokens_that_come_together_are_one_piece() -> None:
+    one = await record_request(RoundClient(), requests(1)[0])
+    assert one.num_tokens == (3, 2)
+    first, second = one.token_gaps_s()
+    assert first == second >= 0.005
 
 
 async def test_an_open_loop_sends_in_time_whatever_is_under_way() -> None:

@@ -12,6 +12,9 @@ from cluster.bench.load_record import LoadResult, RequestRecord
 from cluster.errors import DsparkError
 from cluster.request import Request, SpeculationStats
 
+# Some servers send the tokens of a round one by one; what comes so close together is one piece.
+_SAME_PIECE_S = 5e-4
+
 
 async def closed_loop(
     client: LoadClient, requests: Iterable[Request], concurrency: int
@@ -71,8 +74,13 @@ async def record_request(client: LoadClient, request: Request) -> RequestRecord:
         async with aclosing(client.generate(request)) as pieces:
             async for piece in pieces:
                 stats = piece.stats or stats
-                if piece.num_tokens:
-                    times_s.append(time.perf_counter())
+                if not piece.num_tokens:
+                    continue
+                now_s = time.perf_counter()
+                if times_s and now_s - times_s[-1] < _SAME_PIECE_S:
+                    num_tokens[-1] += piece.num_tokens
+                else:
+                    times_s.append(now_s)
                     num_tokens.append(piece.num_tokens)
     except DsparkError as error:
         failure = str(error)

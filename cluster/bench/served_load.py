@@ -21,6 +21,7 @@ from cluster.errors import DsparkError
 from cluster.request import Request
 
 OURS = "ours"
+_DIGITS = 4
 
 
 @dataclass
@@ -39,7 +40,7 @@ class SideResults:
         figures: dict[str, Any] = {}
         for name in runs[0]:
             values = [run[name] for run in runs if run[name] is not None]
-            figures[name] = statistics.median(values) if values else None
+            figures[name] = round(statistics.median(values), _DIGITS) if values else None
         return figures
 
 
