@@ -5,61 +5,50 @@ Its argument is a JSON object, the ``args`` of a configuration.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from cluster.bench.local_engine import build_local_engine
-from cluster.bench.peer_steps import serve
+from cluster.bench.peer_steps import StepProgram, serve
 from cluster.config import ClusterConfig
 from cluster.errors import RequestCancelledError
-from cluster.request import Request, SamplingParams
+from cluster.request import Request, RequestOutput, SamplingParams
 
 
-class OwnSteps:
-    """A ``StepProgram`` on our engine in this process.
+class OwnSteps(StepProgram):
+    """Our engine in this process.
+
+    Args:
+        values: the ``args`` of a configuration.
 
     Raises:
         ConfigError, CheckpointError: the target cannot be served so.
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
         self._engine = build_local_engine(ClusterConfig.parse(values), seed=0)
-        self._requests: list[str] = []
-        self._num_started = 0
 
-    def fill(self, prompts: list[list[int]], max_tokens: int) -> None:
+    def add_request(self, request_id: str, prompt: list[int], max_tokens: int) -> None:
         """As ``StepProgram``."""
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        for prompt in prompts:
-            self._num_started += 1
-            self._requests.append(str(self._num_started))
-            self._engine.add_request(
-                Request(
-                    request_id=self._requests[-1], prompt_token_ids=tuple(prompt), sampling=sampling
-                )
-            )
-        waiting = set(self._requests)
-        while waiting:
-            waiting -= {output.request_id for output in self._engine.step()}
+        self._engine.add_request(
+            Request(request_id=request_id, prompt_token_ids=tuple(prompt), sampling=sampling)
+        )
 
-    def steps(self, count: int) -> list[float]:
+    def step(self) -> list[RequestOutput]:
         """As ``StepProgram``."""
-        seconds = []
-        for _ in range(count):
-            started = time.perf_counter()
-            outputs = self._engine.step()
-            seconds.append(time.perf_counter() - started)
-            if len(outputs) != len(self._requests) or any(output.is_last for output in outputs):
-                raise RuntimeError("a step was not one token of every request")
-        return seconds
+        return self._engine.step()
 
-    def clear(self) -> None:
+    def is_last(self, output: RequestOutput) -> bool:
         """As ``StepProgram``."""
-        for request_id in self._requests:
+        return output.is_last
+
+    def drop_requests(self, request_ids: list[str]) -> None:
+        """As ``StepProgram``."""
+        for request_id in request_ids:
             self._engine.cancel(request_id, RequestCancelledError("measured"))
         while self._engine.has_work:
             self._engine.step()
-        self._requests = []
 
 
 if __name__ == "__main__":

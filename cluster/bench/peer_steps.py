@@ -4,18 +4,33 @@ Run with the peer's Python, which has no package of this project; so it imports 
 is a JSON object, the arguments of ``vllm.LLM``.
 """
 
+import abc
 import json
 import os
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any
 
 
-class StepProgram(Protocol):
-    """What a step server does when told; results must be JSON values."""
+class StepProgram(abc.ABC):
+    """Decodes a batch of requests step by step; subclasses say on which engine.
+
+    Greedy requests that do not end by themselves.
+    """
+
+    def __init__(self) -> None:
+        self._requests: list[str] = []
+        self._num_started = 0
 
     def fill(self, prompts: list[list[int]], max_tokens: int) -> None:
-        """Starts a greedy request for each prompt, and computes until all of them decode."""
+        """Starts a request for each prompt, and computes until all of them decode."""
+        for prompt in prompts:
+            self._num_started += 1
+            self._requests.append(str(self._num_started))
+            self.add_request(self._requests[-1], prompt, max_tokens)
+        waiting = set(self._requests)
+        while waiting:
+            waiting -= {output.request_id for output in self.step()}
 
     def steps(self, count: int) -> list[float]:
         """Seconds of each of ``count`` further steps.
@@ -23,52 +38,67 @@ class StepProgram(Protocol):
         Raises:
             RuntimeError: a step was not one token of every request.
         """
+        seconds = []
+        for _ in range(count):
+            started = time.perf_counter()
+            outputs = self.step()
+            seconds.append(time.perf_counter() - started)
+            if len(outputs) != len(self._requests) or any(self.is_last(o) for o in outputs):
+                raise RuntimeError("a step was not one token of every request")
+        return seconds
 
     def clear(self) -> None:
         """Drops all requests."""
+        self.drop_requests(self._requests)
+        self._requests = []
+
+    @abc.abstractmethod
+    def add_request(self, request_id: str, prompt: list[int], max_tokens: int) -> None:
+        """Queues a request."""
+
+    @abc.abstractmethod
+    def step(self) -> list[Any]:
+        """One step of the engine; an output, with its ``request_id``, for each token."""
+
+    @abc.abstractmethod
+    def is_last(self, output: Any) -> bool:
+        """Whether the request has ended with it."""
+
+    @abc.abstractmethod
+    def drop_requests(self, request_ids: list[str]) -> None:
+        """Ends requests early."""
 
 
-class PeerSteps:
-    """A ``StepProgram`` on vLLM's engine in this process. ``settings`` are those of ``LLM``."""
+class PeerSteps(StepProgram):
+    """vLLM's engine in this process. ``settings`` are those of ``LLM``."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from vllm import LLM
 
+        super().__init__()
         self._engine = LLM(disable_log_stats=True, **settings).llm_engine
-        self._requests: list[str] = []
-        self._num_started = 0
 
-    def fill(self, prompts: list[list[int]], max_tokens: int) -> None:
+    def add_request(self, request_id: str, prompt: list[int], max_tokens: int) -> None:
         """As ``StepProgram``."""
         from vllm import SamplingParams
 
         params = SamplingParams(
             temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
         )
-        for prompt in prompts:
-            self._num_started += 1
-            self._requests.append(str(self._num_started))
-            self._engine.add_request(self._requests[-1], {"prompt_token_ids": prompt}, params)
-        waiting = set(self._requests)
-        while waiting:
-            waiting -= {output.request_id for output in self._engine.step()}
+        self._engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
 
-    def steps(self, count: int) -> list[float]:
+    def step(self) -> list[Any]:
         """As ``StepProgram``."""
-        seconds = []
-        for _ in range(count):
-            started = time.perf_counter()
-            outputs = self._engine.step()
-            seconds.append(time.perf_counter() - started)
-            if len(outputs) != len(self._requests) or any(output.finished for output in outputs):
-                raise RuntimeError("a step was not one token of every request")
-        return seconds
+        return list(self._engine.step())
 
-    def clear(self) -> None:
+    def is_last(self, output: Any) -> bool:
         """As ``StepProgram``."""
-        self._engine.abort_request(self._requests)
+        return bool(output.finished)
+
+    def drop_requests(self, request_ids: list[str]) -> None:
+        """As ``StepProgram``."""
+        self._engine.abort_request(request_ids)
         self._engine.step()
-        self._requests = []
 
 
 def serve(make_program: Any) -> None:
