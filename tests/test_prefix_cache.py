@@ -139,7 +139,7 @@ def test_each_page_is_digested_once(
         sequence.token_ids.append(token_id)
         compute(sequence, 1, pages, prefixes)
     pages.shrink(sequence.pages, 0)
-    sequence.num_computed_tokens = sequence.num_kept_pages = 0
+    sequence.num_computed_tokens = 0
     prefixes.start(sequence, prefixes.match(sequence))
     compute(sequence, sequence.num_missing_tokens, pages, prefixes)
     assert digested == [tuple(range(i, i + 4)) for i in range(0, 20, 4)]

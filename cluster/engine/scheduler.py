@@ -229,7 +229,7 @@ class Scheduler:
         """
         del self.running[sequence]
         self._pages.shrink(sequence.pages, 0)
-        sequence.num_computed_tokens = sequence.num_kept_pages = 0
+        sequence.num_computed_tokens = 0
         sequence.has_outdated_features = False
         sequence.proposal = None
         self.waiting.appendleft(sequence)
