@@ -158,8 +158,8 @@ def test_noise_of_requests_whose_rounds_are_alike_is_larger() -> None:
     )
     assert np.mean(shown) > 1.2 * independent
     # An error that all requests share is no noise.
-    wrong = np.clip(predictions + 0.2, 0, 1)
-    assert calibration_request_noise(wrong, alone, request_index) < 0.2 / 4
+    same = calibration_request_noise(np.full(8000, 0.3), np.ones(8000), request_index)
+    assert same == pytest.approx(0.0, abs=1e-9)
 
 
 def test_outcomes_use_the_exact_chance_where_it_is_known() -> None:
