@@ -6,16 +6,19 @@ import json
 import os
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cluster.bench import round_terms
+from cluster.bench.drafter_choice import DrafterChoice
 from cluster.bench.own_serving import OwnSettings
 from cluster.bench.own_steps import OwnSteps
 from cluster.bench.plain_steps import compare_steps, start_own_steps
 from cluster.bench.step_server import StepServer
 from cluster.errors import DsparkError
-from tests.models import save_tiny_target
+from tests.models import save_tiny_drafter, save_tiny_target
 
 
 def save_program(folder: Path, code: str) -> list[str]:
@@ -109,6 +112,22 @@ def test_our_engine_steps(tiny: OwnSettings) -> None:
     program.fill([[7] * 9], 3)
     with pytest.raises(RuntimeError, match="one token of every request"):
         program.steps(4)
+
+
+def test_the_terms_of_a_round(tiny: OwnSettings, tmp_path: Path) -> None:
+    drafter = save_tiny_drafter(tmp_path / "drafter", tiny.target)
+    settings = replace(tiny, drafter=DrafterChoice.parse(f"dspark={drafter}"), scheduler="full")
+    argument = {
+        "values": settings.values(),
+        "prompts": [[7] * 9] * 2,
+        "max_tokens": 24,
+        "verify_tokens": 3,
+    }
+    terms = round_terms.main(argument)
+    assert 0 < terms["draft_s"] < 1
+    assert 0 < terms["verify_s"] < 1
+    with pytest.raises(RuntimeError, match="rounds were drafted"):
+        round_terms.main({**argument, "max_tokens": 1})
 
 
 @pytest.mark.slow

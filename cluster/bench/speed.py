@@ -60,7 +60,7 @@ class SpeedSettings:
         batches, contexts, steps: of the plain steps; ``steps`` counted ones in each run.
         curve_repeats: of each point of our verify curve.
         shape: of the load.
-        folder: exists; takes logs.
+        folder: exists; takes logs, and the figures of each part as soon as they are there.
     """
 
     own: OwnSettings
@@ -92,6 +92,7 @@ def run(settings: SpeedSettings, note: Note) -> Report:
             row["ratio"] <= _STEP_BAR and row["ratio_high"] <= _STEP_BAR_HIGH
             for row in figures["plain_step"]
         ]
+        _keep(settings, figures)
     if "throughput" in settings.parts or "formula" in settings.parts:
         note("measuring our verify curve")
         own = profile_curve(settings.own, settings.folder, settings.curve_repeats)
@@ -100,6 +101,7 @@ def run(settings: SpeedSettings, note: Note) -> Report:
         figures["throughput"] = throughput_rows(sides)
         figures["sides"] = side_rows(sides)
         bars += [row["ratio"] >= row["bar"] for row in figures["throughput"]]
+        _keep(settings, figures)
         if "formula" in settings.parts:
             figures["formula"] = _formula(settings, sides[OURS], note)
             bars.append(figures["formula"]["ratio"] <= _FORMULA_BAR)
@@ -158,6 +160,12 @@ def formula_figures(
         "measured_ms": round(1e3 * time_per_token_s, _DIGITS),
         "ratio": round(time_per_token_s / expected_s, _DIGITS),
     }
+
+
+def _keep(settings: SpeedSettings, figures: Mapping[str, Any]) -> None:
+    """So that what took long is there, whatever becomes of the parts behind it."""
+    path = settings.folder / "figures-so-far.json"
+    path.write_text(json.dumps(figures) + "\n", encoding="utf-8")
 
 
 def _plain_steps(settings: SpeedSettings, note: Note) -> list[dict[str, Any]]:
