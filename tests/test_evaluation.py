@@ -13,8 +13,10 @@ from cluster.bench import calibration as calibration_bench
 from cluster.bench import prompt_sets
 from cluster.bench.calibration import FitPlan, fit_drafter, is_calibrated, store, summarise
 from cluster.bench.drafter_choice import DrafterChoice
+from cluster.bench.drafters import differences
 from cluster.bench.evaluation import (
     DrafterRunner,
+    Evaluation,
     Settings,
     acceptance_figures,
     confidence_figures,
@@ -27,7 +29,7 @@ from cluster.errors import ConfigError, DataError
 from cluster.models.calibration_file import load_calibration
 from cluster.speculation.calibration import LogitScaling
 from cluster.speculation.record import COUPLED, REJECTION, CalibrationKey, VerificationRecord
-from cluster.speculation.reliability import RoundTable
+from cluster.speculation.reliability import RoundTable, length_difference
 from cluster.training.corpus import load_documents
 from tests.models import TARGET, save_tiny_drafter, save_tiny_target
 
@@ -129,6 +131,72 @@ def test_confidence_by_hand() -> None:
     scaled = confidence_figures(make_table(), LogitScaling((2.0,) * 3, (-0.5,) * 3))
     assert scaled["auc"] == figures["auc"]
     assert scaled["ece"] != figures["ece"]
+
+
+def length_table(lengths: dict[str, list[int]]) -> RoundTable:
+    """Rounds of three guesses, by request and with these acceptance lengths."""
+    chances = (0.5,) * 3
+    records = [
+        VerificationRecord(KEY, name, 3, chances, length - 1)
+        for name, rounds in lengths.items()
+        for length in rounds
+    ]
+    return RoundTable.from_records(records, 3)
+
+
+def test_difference_of_two_drafters_by_hand() -> None:
+    ours = length_table({"a": [4, 4], "b": [2], "only ours": [1, 1, 1]})
+    theirs = length_table({"only theirs": [4], "b": [1, 1], "a": [3]})
+    found = length_difference(ours, theirs)
+    assert found is not None
+    # Rounds weigh alike: 10 / 3 of ours, 5 / 3 of theirs.
+    assert found.value == pytest.approx(10 / 3 - 5 / 3)
+    # Of two requests one may be drawn twice: "a" alone differs by 1, and so does "b".
+    assert (found.low, found.high) == pytest.approx((1.0, 5 / 3))
+    assert length_difference(ours, length_table({"c": [2]})) is None
+
+
+def test_pairing_takes_out_how_hard_a_prompt_is() -> None:
+    """Prompts differ by 2, drafters by 1 on each of them: the interval is about the drafters."""
+    hard_or_easy = [1 if index % 2 else 3 for index in range(40)]
+    worse = length_table({str(i): [n] * 4 for i, n in enumerate(hard_or_easy)})
+    better = length_table({str(i): [n + 1] * 4 for i, n in reversed([*enumerate(hard_or_easy)])})
+    found = length_difference(better, worse)
+    assert found is not None
+    assert (found.low, found.value, found.high) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_drafters_are_compared_on_the_same_prompts_only() -> None:
+    def evaluation(name: str, prompts: PromptSet, temperature: float, length: int) -> Evaluation:
+        return Evaluation(
+            drafter=DrafterChoice(name, "dspark", name),
+            prompts=prompts,
+            temperature=temperature,
+            key=KEY,
+            table=length_table({"0-0": [length], "0-1": [length]}),
+            scaling=LogitScaling.identity(3),
+        )
+
+    short, long = tiny_prompts(2), tiny_prompts(2, length=9)
+    evaluations = [
+        evaluation("x", short, 0.0, 3),
+        evaluation("x", short, 1.0, 2),
+        evaluation("y", short, 0.0, 2),
+        evaluation("y", long, 1.0, 2),  # another set, though of the same name
+        evaluation("z", short, 1.0, 1),
+    ]
+    rows = differences(evaluations, ["x"])
+    assert [(r["drafter"], r["temperature"], r["difference"]) for r in rows] == [
+        ("y", 0.0, -1.0),
+        ("z", 1.0, -1.0),
+    ]
+    assert {r["baseline"] for r in rows} == {"x"}
+    assert differences(evaluations, []) == []
+
+
+def test_a_baseline_that_is_no_drafter_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "drafters", "--drafter", "ngram", "--baseline", "eagle3"]) == 2
+    assert "--baseline" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------- rounds

@@ -11,6 +11,8 @@ from cluster.bench.evaluation import DrafterRunner, Evaluation, Settings
 from cluster.bench.prompt_sets import load_prompt_set
 from cluster.bench.report import Report
 from cluster.engine.worker import load_tokenizer
+from cluster.errors import ConfigError
+from cluster.speculation.reliability import length_difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,19 +82,68 @@ def evaluate(
         runner.close()
 
 
+def differences(
+    evaluations: Sequence[Evaluation], baselines: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What each drafter's acceptance length is above each baseline's, as JSON rows.
+
+    Intervals are over prompts that both ran, so they judge two drafters better than the intervals
+    of their lengths do. There is no row where two had other prompts, as one with a shorter context
+    has.
+    """
+    rows = []
+    for base in evaluations:
+        if base.drafter.name not in baselines:
+            continue
+        for other in evaluations:
+            is_comparable = (other.key, other.temperature) == (base.key, base.temperature)
+            if other is base or not is_comparable or other.prompts != base.prompts:
+                continue
+            estimate = length_difference(other.table, base.table)
+            if estimate is not None:
+                low, high = round(estimate.low, 4), round(estimate.high, 4)
+                rows.append(
+                    {
+                        "drafter": other.drafter.name,
+                        "baseline": base.drafter.name,
+                        "dataset": base.dataset,
+                        "temperature": base.temperature,
+                        "difference": round(estimate.value, 4),
+                        "low": low,
+                        "high": high,
+                    }
+                )
+    return rows
+
+
 def run(
     *,
     drafters: Sequence[DrafterChoice],
+    baselines: Sequence[str],
     comparison: Comparison,
     settings: Settings,
     note: Callable[[str], None],
 ) -> Report:
-    """The suite. It passes where every drafter had rounds everywhere."""
-    rows: list[dict[str, Any]] = [
-        evaluation.figures() for evaluation in evaluate(drafters, comparison, settings, note)
-    ]
+    """The suite. It passes where every drafter had rounds everywhere.
+
+    Args:
+        baselines: names of drafters that every other one is compared with, prompt by prompt.
+
+    Raises:
+        ConfigError: a baseline is none of the drafters; and as ``evaluate``.
+    """
+    names = [drafter.name for drafter in drafters]
+    for baseline in baselines:
+        if baseline not in names:
+            raise ConfigError("--baseline", f"{baseline!r} is none of {', '.join(names)}")
+    evaluations = list(evaluate(drafters, comparison, settings, note))
+    rows = [evaluation.figures() for evaluation in evaluations]
     return Report(
         suite="drafters",
-        figures={"target": comparison.target, "rows": rows},
+        figures={
+            "target": comparison.target,
+            "rows": rows,
+            "differences": differences(evaluations, baselines),
+        },
         passed=all(row["rounds"] > 0 for row in rows),
     )

@@ -62,16 +62,22 @@ class Evaluation:
     """Rounds of one drafter on one data set at one temperature.
 
     Attributes:
+        prompts: the data set.
         key: how they were verified.
         scaling: the drafter's calibration, of K positions.
     """
 
     drafter: DrafterChoice
-    dataset: str
+    prompts: PromptSet
     temperature: float
     key: CalibrationKey
     table: RoundTable
     scaling: LogitScaling
+
+    @property
+    def dataset(self) -> str:
+        """The data set's name."""
+        return self.prompts.name
 
     def figures(self) -> dict[str, Any]:
         """Everything about it, as JSON values."""
@@ -178,7 +184,7 @@ class DrafterRunner:
         run_requests(self._engine, requests(), count, max_active=self._settings.concurrency)
         return Evaluation(
             drafter=self.drafter,
-            dataset=prompts.name,
+            prompts=prompts,
             temperature=temperature,
             key=key,
             table=RoundTable.from_records(records, self.num_positions),

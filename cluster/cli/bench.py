@@ -91,11 +91,22 @@ def _run_parity(args: argparse.Namespace) -> Report:
     )
 
 
+def _add_drafters(parser: argparse.ArgumentParser) -> None:
+    add_comparison(parser)
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        metavar="NAME",
+        help="one of the drafters, that the others are compared with prompt by prompt; repeatable",
+    )
+
+
 def _run_drafters(args: argparse.Namespace) -> Report:
     from cluster.bench import drafters
 
     return drafters.run(
         drafters=drafters_of(args.drafter),
+        baselines=args.baseline or [],
         comparison=comparison_of(args),
         settings=settings_of(args),
         note=note,
@@ -131,7 +142,7 @@ _SUITES = {
     ),
     "drafters": _Suite(
         "acceptance of several drafters by position, on the same prompts, as `dspark eval`",
-        add_comparison,
+        _add_drafters,
         _run_drafters,
     ),
     "calibration": _Suite(

@@ -33,6 +33,7 @@ class RoundTable:
         num_accepted: ``[N]``, 0 to ``num_drafted``.
         acceptance: ``[N, K]`` exact chance of each token's acceptance (rejection), or ``None``.
         request_index: ``[N]``, equal for rounds of one request.
+        request_ids: the requests, in the order of ``request_index``.
     """
 
     confidences: Floats
@@ -40,6 +41,7 @@ class RoundTable:
     num_accepted: Integers
     acceptance: Floats | None
     request_index: Integers
+    request_ids: tuple[str, ...]
 
     @classmethod
     def from_records(cls, records: Sequence[VerificationRecord], num_positions: int) -> RoundTable:
@@ -60,6 +62,7 @@ class RoundTable:
             num_accepted=np.array([r.num_accepted_tokens for r in whole], dtype=np.int64),
             acceptance=acceptance if is_exact else None,
             request_index=request_index,
+            request_ids=tuple(numbers),
         )
 
     def __len__(self) -> int:
@@ -207,6 +210,26 @@ def mean_interval(values: Floats, request_index: Integers, seed: int = 0) -> Est
     weights = _resamples(num_requests, seed)
     low, high = np.quantile((weights @ sums) / (weights @ counts), (0.025, 0.975))
     return Estimate(float(values.mean()), float(low), float(high))
+
+
+def length_difference(ours: RoundTable, theirs: RoundTable) -> Estimate | None:
+    """By how much our acceptance length is above theirs, on requests of the same ids.
+
+    A request is drawn with its rounds on both sides, so that how hard it is cancels: this interval
+    is narrower than those of the two lengths say. ``None`` where no request has rounds on both.
+    """
+    common = [name for name in ours.request_ids if name in set(theirs.request_ids)]
+    if not common:
+        return None
+    weights = np.vstack((np.ones(len(common)), _resamples(len(common), seed=0)))
+    means = []
+    for table in (ours, theirs):
+        rows = [table.request_ids.index(name) for name in common]
+        sums = np.bincount(table.request_index, table.num_accepted + 1.0)[rows]
+        means.append((weights @ sums) / (weights @ np.bincount(table.request_index)[rows]))
+    differences = means[0] - means[1]
+    low, high = np.quantile(differences[1:], (0.025, 0.975))
+    return Estimate(float(differences[0]), float(low), float(high))
 
 
 def _gaps_by_request(
