@@ -10,6 +10,7 @@ A group is never mended: any failure raises, and the replica is rebuilt.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from datetime import timedelta
 
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 _CONTROL_INTS = 1024
+
+_logger = logging.getLogger(__name__)
 
 
 def open_store(host: str, world_size: int, timeout_s: float) -> dist.TCPStore:
@@ -33,7 +36,15 @@ def open_store(host: str, world_size: int, timeout_s: float) -> dist.TCPStore:
 
 
 class Mesh:
-    """One shard's place in its replica, and its collectives. All calls are from one thread."""
+    """One shard's place in its replica, and its collectives. All calls are from one thread.
+
+    Guarantees: what was sent arrives, also when the sender closes right behind it, unless the
+    receiver is gone or takes longer than the timeout.
+
+    Args:
+        store: of the rendezvous; the same for all ranks.
+        timeout_s: a shard that waits longer for another is lost.
+    """
 
     def __init__(
         self,
@@ -135,10 +146,27 @@ class Mesh:
         return int(tensor)
 
     def close(self) -> None:
-        """Leaves the group, without waiting for the others."""
-        self._pending.clear()
+        """Leaves the group when the others have what was sent to them, or cannot have it."""
+        self._flush()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _flush(self) -> None:
+        """Waits until what was sent is received; what never will be is logged and forgotten.
+
+        A message leaves this process only once its receiver asks for it, which is after whatever it
+        does now: until then it would be lost with the connection.
+        """
+        errors = []
+        while self._pending:
+            try:
+                self._pending.popleft()[0].wait()
+            except RuntimeError as error:  # gone, or the timeout, which ends all connections
+                errors.append(error)
+        if errors:
+            _logger.warning(
+                "shard %d left with %d messages not taken: %s", self.rank, len(errors), errors[0]
+            )
 
     def _send(self, tensor: torch.Tensor, rank: int) -> None:
         """Starts a send. Raises: RuntimeError: an earlier one failed."""
