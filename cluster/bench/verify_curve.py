@@ -68,7 +68,10 @@ def run(*, target: str, num_batches: int = 60, seed: int = 0) -> Report:
         suite="verify_curve",
         figures={
             "batches": num_batches,
-            "step_ms": {"least": 1e3 * measured.min(), "most": 1e3 * measured.max()},
+            "step_ms": {
+                "least": round(1e3 * float(measured.min()), 3),
+                "most": round(1e3 * float(measured.max()), 3),
+            },
             "error_by_tokens": _summary(without),
             "error_by_tokens_and_context": _summary(with_context),
         },
