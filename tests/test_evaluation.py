@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cluster.bench import calibration as calibration_bench
+from cluster.bench import drafters as drafters_bench
 from cluster.bench import prompt_sets
 from cluster.bench.calibration import FitPlan, fit_drafter, is_calibrated, store, summarise
 from cluster.bench.drafter_choice import DrafterChoice
@@ -192,6 +193,30 @@ def test_drafters_are_compared_on_the_same_prompts_only() -> None:
     ]
     assert {r["baseline"] for r in rows} == {"x"}
     assert differences(evaluations, []) == []
+
+
+def test_the_suite_leaves_rows_differences_and_pictures(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, drafter = pair
+    monkeypatch.setattr(
+        drafters_bench, "load_prompt_set", lambda *args, count, **options: tiny_prompts(count)
+    )
+    drafters = f"--drafter dspark={drafter} --drafter ngram --baseline ngram"
+    command = f"bench drafters --target {target} {drafters} --prompts 2 --max-tokens 16"
+    assert main([*command.split(), "--out", str(tmp_path)]) == 0
+    figures = json.loads((tmp_path / "drafters.json").read_text())["figures"]
+    rows = {(row["method"], row["temperature"]): row for row in figures["rows"]}
+    assert len(rows) == 4
+    for found in figures["differences"]:
+        ours, base = (rows[name, found["temperature"]] for name in ("dspark", "ngram"))
+        difference = ours["acceptance_length"] - base["acceptance_length"]
+        assert found["difference"] == pytest.approx(difference, abs=2e-4)
+    assert len(figures["differences"]) == 2
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "positions-tiny-0.png",
+        "positions-tiny-1.png",
+    ]
 
 
 def test_a_baseline_that_is_no_drafter_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,15 +102,21 @@ def _add_drafters(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_drafters(args: argparse.Namespace) -> Report:
-    from cluster.bench import drafters
+    from cluster.bench import drafters, plots
 
-    return drafters.run(
+    if args.out is not None:
+        plots.check_plots()
+    report = drafters.run(
         drafters=drafters_of(args.drafter),
         baselines=args.baseline or [],
         comparison=comparison_of(args),
         settings=settings_of(args),
         note=note,
     )
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        plots.plot_positions(report.figures["rows"], args.out)
+    return report
 
 
 def _run_calibration(args: argparse.Namespace) -> Report:
