@@ -1,0 +1,578 @@
+// Attention over the pages of the KV cache, without copying them.
+//
+// A pass's keys and values are stored first, then every query attends to its own sequence's pages,
+// 64 tokens at a time, with a running softmax. Blocks of 64 start at multiples of 64 and a query's
+// sums are made in their order, so that its result does not depend on what else is in the pass.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t kTokens = 64;  // of the cache at a time
+constexpr int64_t kRows = 32;    // queries of one key-value head that go through it together
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+// ------------------------------------------------------------------ products of one block
+//
+// `keys` and `values` are a block's rows; `Packed` is what they are multiplied in.
+//   pack_keys: [depth / kPack][64][kPack]; pack_values: [depth / 64][tokens / kPack][64][kPack].
+//   multiply: c[R, 64] += a[R, depth] * b[depth / kPack][64][kPack].
+
+template <typename T>
+struct AnyMachine {
+  using Element = T;
+  using Packed = float;
+  static constexpr int64_t kPack = 1;
+
+  static void narrow(const float* from, float* to) { std::memcpy(to, from, kTokens * sizeof(float)); }
+
+  template <int R>
+  static void multiply(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
+                       int64_t c_stride) {
+    float sums[R][64];
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < 64; ++j) sums[r][j] = c[r * c_stride + j];
+    for (int64_t k = 0; k < depth; ++k)
+      for (int r = 0; r < R; ++r)
+        for (int j = 0; j < 64; ++j) sums[r][j] += a[r * a_stride + k] * b[k * 64 + j];
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < 64; ++j) c[r * c_stride + j] = sums[r][j];
+  }
+
+  static void pack_keys(const T* const* rows, int64_t count, int64_t first, int64_t depth,
+                        float* to) {
+    for (int64_t d = 0; d < depth; ++d)
+      for (int64_t t = 0; t < count; ++t) to[d * 64 + t] = float(rows[t][first + d]);
+  }
+
+  static void pack_values(const T* const* rows, int64_t count, int64_t first, int64_t depth,
+                          float* to) {
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t d = 0; d < depth; ++d)
+        to[(d / 64 * kTokens + t) * 64 + d % 64] = float(rows[t][first + d]);
+  }
+};
+
+#ifdef __AVX512BF16__
+// 16 rows of 16 pairs of bf16 become 16 columns of them.
+inline void transpose(const __m512i* in, __m512i* out) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(in[i], in[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(in[i], in[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
+    a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    out[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+    out[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
+    out[i + 4] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
+    out[i + 12] = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
+  }
+}
+
+// For depths that are multiples of 32.
+struct Bf16Machine {
+  using Element = at::BFloat16;
+  using Packed = at::BFloat16;
+  static constexpr int64_t kPack = 2;
+
+  static void narrow(const float* from, Packed* to) {
+    for (int64_t t = 0; t < kTokens; t += 32)
+      _mm512_storeu_si512(to + t, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + t + 16),
+                                                               _mm512_loadu_ps(from + t)));
+  }
+
+  template <int R>
+  static void multiply(const Packed* a, int64_t a_stride, const Packed* b, int64_t depth, float* c,
+                       int64_t c_stride) {
+    __m512 sums[R][4];
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < 4; ++j) sums[r][j] = _mm512_loadu_ps(c + r * c_stride + j * 16);
+    for (int64_t k = 0; k < depth; k += 2) {
+      __m512bh columns[4];
+      for (int j = 0; j < 4; ++j) columns[j] = (__m512bh)_mm512_loadu_si512(b + k * 64 + j * 32);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const auto pair = (__m512bh)_mm512_set1_epi32(*(const int32_t*)(a + r * a_stride + k));
+        for (int j = 0; j < 4; ++j) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], pair, columns[j]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + r * c_stride + j * 16, sums[r][j]);
+  }
+
+  // Pairs of 16 tokens from t on, of depths [d, d + 32).
+  static void key_pairs(const Element* const* rows, int64_t t, int64_t count, int64_t d,
+                        __m512i* pairs) {
+    __m512i in[16];
+    for (int i = 0; i < 16; ++i) in[i] = _mm512_loadu_si512(rows[std::min(t + i, count - 1)] + d);
+    transpose(in, pairs);
+  }
+
+  // Pairs of tokens t and t + 1, of depths [d, d + 32).
+  static void value_pairs(const Element* const* rows, int64_t t, int64_t count, int64_t d,
+                          __m512i* pairs) {
+    alignas(64) static const uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                  11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kLow);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i even = _mm512_loadu_si512(rows[t] + d);
+    const __m512i odd =
+        t + 1 < count ? _mm512_loadu_si512(rows[t + 1] + d) : _mm512_setzero_si512();
+    pairs[0] = _mm512_permutex2var_epi16(even, low, odd);
+    pairs[1] = _mm512_permutex2var_epi16(even, high, odd);
+  }
+
+  static __m512bh broadcast(const Packed* pair) {
+    return (__m512bh)_mm512_set1_epi32(*(const int32_t*)pair);
+  }
+
+  static void pack_keys(const Element* const* rows, int64_t count, int64_t first, int64_t depth,
+                        Packed* to) {
+    __m512i pairs[16];
+    for (int64_t t = 0; t < count; t += 16)
+      for (int64_t d = 0; d < depth; d += 32) {
+        key_pairs(rows, t, count, first + d, pairs);
+        for (int i = 0; i < 16; ++i)
+          _mm512_storeu_si512(to + (d / 2 + i) * 128 + t * 2, pairs[i]);
+      }
+  }
+
+  static void pack_values(const Element* const* rows, int64_t count, int64_t first, int64_t depth,
+                          Packed* to) {
+    __m512i pairs[2];
+    for (int64_t t = 0; t < count; t += 2)
+      for (int64_t d = 0; d < depth; d += 32) {
+        value_pairs(rows, t, count, first + d, pairs);
+        Packed* place = to + (d / 64) * kTokens * 64 + t * 64 + (d % 64) * 2;
+        _mm512_storeu_si512(place, pairs[0]);
+        _mm512_storeu_si512(place + 32, pairs[1]);
+      }
+  }
+
+  // For few rows packing would cost more than it saves. These take 16 tokens from t on, so that
+  // heads, which lie side by side, can be gone through page by page; sums are made in the same order.
+  template <int R>
+  static void score(const Element* const* rows, int64_t t, int64_t count, int64_t first,
+                    int64_t depth, const Packed* query, float* scores) {
+    __m512i pairs[16];
+    __m512 sums[R];
+    for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_ps();
+    for (int64_t d = 0; d < depth; d += 32) {
+      key_pairs(rows, t, count, first + d, pairs);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        for (int r = 0; r < R; ++r)
+          sums[r] = _mm512_dpbf16_ps(sums[r], broadcast(query + r * depth + d + 2 * i),
+                                     (__m512bh)pairs[i]);
+    }
+    for (int r = 0; r < R; ++r) _mm512_storeu_ps(scores + r * kTokens + t, sums[r]);
+  }
+
+  template <int R>
+  static void weigh(const Element* const* rows, int64_t t, int64_t count, int64_t first,
+                    int64_t depth, const Packed* weights, float* output, int64_t width) {
+    __m512i pairs[2];
+    for (int64_t d = 0; d < depth; d += 32) {
+      __m512 sums[R][2];
+      for (int r = 0; r < R; ++r)
+        for (int j = 0; j < 2; ++j) sums[r][j] = _mm512_loadu_ps(output + r * width + d + j * 16);
+      for (int64_t end = std::min(t + 16, count), i = t; i < end; i += 2) {
+        value_pairs(rows, i, count, first + d, pairs);
+        for (int r = 0; r < R; ++r)
+          for (int j = 0; j < 2; ++j)
+            sums[r][j] = _mm512_dpbf16_ps(sums[r][j], broadcast(weights + r * kTokens + i),
+                                          (__m512bh)pairs[j]);
+      }
+      for (int r = 0; r < R; ++r)
+        for (int j = 0; j < 2; ++j) _mm512_storeu_ps(output + r * width + d + j * 16, sums[r][j]);
+    }
+  }
+};
+#endif
+
+template <typename M>
+void multiply(const typename M::Packed* a, int64_t a_stride, const typename M::Packed* b,
+              int64_t depth, float* c, int64_t c_stride, int64_t rows) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4)
+    M::template multiply<4>(a + r * a_stride, a_stride, b, depth, c + r * c_stride, c_stride);
+  for (; r + 2 <= rows; r += 2)
+    M::template multiply<2>(a + r * a_stride, a_stride, b, depth, c + r * c_stride, c_stride);
+  if (r < rows)
+    M::template multiply<1>(a + r * a_stride, a_stride, b, depth, c + r * c_stride, c_stride);
+}
+
+// e^x for x <= 0, relative error 2e-7; 0 for what is never seen.
+inline float exp_negative(float x) {
+  const float scaled = (x > -87.0f ? x : -87.0f) * 1.44269504f;
+  const float whole = std::nearbyint(scaled), part = scaled - whole;
+  float p = 1.5403530e-4f;
+  p = p * part + 1.3333558e-3f;
+  p = p * part + 9.6181291e-3f;
+  p = p * part + 5.5504109e-2f;
+  p = p * part + 2.4022651e-1f;
+  p = p * part + 6.9314718e-1f;
+  p = p * part + 1.0f;
+  const float power = std::bit_cast<float>((int32_t(whole) + 127) << 23);
+  return x > -87.0f ? p * power : 0.0f;
+}
+
+// ------------------------------------------------------------------------ one layer's attention
+
+struct Shape {
+  int64_t page_size, kv_heads, group, depth, value_depth, table_width, window;
+  float scale;
+
+  int64_t output_width() const { return (value_depth + 63) / 64 * 64; }
+};
+
+// One sequence's queries [begin, end) of every key-value head in [head, head + heads); a row is one
+// query head of one token, and a key-value head has `group` rows a token.
+struct Task {
+  int32_t sequence, head, heads, begin, end;
+};
+
+template <typename M>
+struct Scratch {
+  std::vector<typename M::Packed> query, keys, values, weights;
+  std::vector<float> scores, output, best, total;
+
+  explicit Scratch(const Shape& s)
+      : query(s.kv_heads * kRows * s.depth),
+        keys(s.depth * kTokens),
+        values(s.output_width() * kTokens),
+        weights(s.kv_heads * kRows * kTokens),
+        scores(s.kv_heads * kRows * kTokens),
+        output(s.kv_heads * kRows * s.output_width()),
+        best(s.kv_heads * kRows),
+        total(s.kv_heads * kRows) {}
+};
+
+template <typename M>
+struct Pass {
+  using T = typename M::Element;
+  Shape s;
+  const T *query, *keys, *values;  // query [N, heads, depth], the others by slot
+  int64_t query_token, query_head;
+  const int32_t *tables, *starts, *contexts;
+  T* output;  // [N, heads, value_depth]
+
+  // One block's rows of a key-value head; those of the heads behind it follow.
+  struct Rows {
+    const T *keys[kTokens], *values[kTokens];
+    int64_t count = 0;
+  };
+
+  // The block that starts with token `begin`, as far as `end`.
+  void find_rows(const int32_t* pages, int64_t head, int64_t begin, int64_t end, Rows& rows) const {
+    rows.count = std::clamp<int64_t>(end - begin, 0, kTokens);
+    for (int64_t t = 0; t < rows.count;) {
+      const int64_t page = (begin + t) / s.page_size, offset = (begin + t) % s.page_size;
+      int64_t slot = int64_t(pages[page]) * s.page_size + offset;
+      const int64_t stop = std::min(rows.count, t + s.page_size - offset);
+      for (; t < stop; ++t, ++slot) {
+        rows.keys[t] = keys + (slot * s.kv_heads + head) * s.depth;
+        rows.values[t] = values + (slot * s.kv_heads + head) * s.value_depth;
+      }
+    }
+  }
+
+  // Asks for the h-th part of 16 tokens from t on, all heads of them: while one is computed with,
+  // another one comes.
+  static void prefetch(const T* const* rows, int64_t count, int64_t t, int64_t h, int64_t heads,
+                       int64_t depth) {
+    const int64_t end = std::min(count, t + (h + 1) * 16 / heads);
+    for (int64_t i = t + h * 16 / heads; i < end; ++i)
+      for (int64_t d = 0; d < heads * depth; d += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(rows[i] + d);
+  }
+
+  // Scores of one head's rows become weights; running sums and outputs shrink to the new highest.
+  void soften(Scratch<M>& scratch, const Task& task, int64_t head, int64_t first_position,
+              int64_t begin, int64_t count) const {
+    const int64_t width = s.output_width();
+    for (int64_t r = 0; r < task.end - task.begin; ++r) {
+      float* score = scratch.scores.data() + (head * kRows + r) * kTokens;
+      auto* weight = scratch.weights.data() + (head * kRows + r) * kTokens;
+      float& best = scratch.best[head * kRows + r];
+      float& total = scratch.total[head * kRows + r];
+      const int64_t position = first_position + (task.begin + r) / s.group;
+      const auto end = int32_t(std::min(count, position + 1 - begin));
+      const auto from =
+          int32_t(s.window > 0 ? std::max<int64_t>(0, position - s.window + 1 - begin) : 0);
+      float lanes[16];  // one highest score each: compilers do not split that reduction themselves
+      std::fill(lanes, lanes + 16, best);
+      for (int32_t t = 0; t < kTokens; t += 16)
+        for (int32_t j = 0; j < 16; ++j) {
+          const float x = t + j >= from && t + j < end ? score[t + j] * s.scale : kNever;
+          score[t + j] = x;
+          lanes[j] = lanes[j] > x ? lanes[j] : x;
+        }
+      const float highest = *std::max_element(lanes, lanes + 16);
+      if (highest == kNever) {
+        std::fill(weight, weight + kTokens, typename M::Packed(0));
+        continue;
+      }
+      const float shrink = best == highest ? 1.0f : std::exp(best - highest);
+      float sum = 0;
+      for (int64_t t = 0; t < kTokens; ++t) {
+        score[t] = exp_negative(score[t] - highest);
+        sum += score[t];
+      }
+      M::narrow(score, weight);
+      total = total * shrink + sum;
+      best = highest;
+      if (shrink != 1.0f) {
+        float* output = scratch.output.data() + (head * kRows + r) * width;
+        for (int64_t d = 0; d < width; ++d) output[d] *= shrink;
+      }
+    }
+  }
+
+  // Scores of a block for all rows of all heads.
+  void score(Scratch<M>& scratch, int64_t heads, int64_t rows, const Rows& block,
+             const Rows& next) const {
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<M, Bf16Machine>)
+      if (rows <= 4) {
+        constexpr decltype(&M::template score<1>) kScore[] = {
+            M::template score<1>, M::template score<2>, M::template score<3>, M::template score<4>};
+        for (int64_t t = 0; t < block.count; t += 16)
+          for (int64_t h = 0; h < heads; ++h) {
+            prefetch(next.keys, next.count, t, h, heads, s.depth);
+            kScore[rows - 1](block.keys, t, block.count, h * s.depth, s.depth,
+                             scratch.query.data() + h * kRows * s.depth,
+                             scratch.scores.data() + h * kRows * kTokens);
+          }
+        return;
+      }
+#endif
+    for (int64_t h = 0; h < heads; ++h) {
+      float* scores = scratch.scores.data() + h * kRows * kTokens;
+      M::pack_keys(block.keys, block.count, h * s.depth, s.depth, scratch.keys.data());
+      std::fill(scores, scores + rows * kTokens, 0.0f);
+      multiply<M>(scratch.query.data() + h * kRows * s.depth, s.depth, scratch.keys.data(), s.depth,
+                  scores, kTokens, rows);
+    }
+  }
+
+  // Adds a block's values, weighed, to the outputs.
+  void weigh(Scratch<M>& scratch, int64_t heads, int64_t rows, const Rows& block,
+             const Rows& next) const {
+    const int64_t width = s.output_width();
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<M, Bf16Machine>)
+      if (rows <= 4) {
+        constexpr decltype(&M::template weigh<1>) kWeigh[] = {
+            M::template weigh<1>, M::template weigh<2>, M::template weigh<3>, M::template weigh<4>};
+        for (int64_t t = 0; t < block.count; t += 16)
+          for (int64_t h = 0; h < heads; ++h) {
+            prefetch(next.values, next.count, t, h, heads, s.value_depth);
+            kWeigh[rows - 1](block.values, t, block.count, h * s.value_depth, s.value_depth,
+                             scratch.weights.data() + h * kRows * kTokens,
+                             scratch.output.data() + h * kRows * width, width);
+          }
+        return;
+      }
+#endif
+    const int64_t tokens = (block.count + M::kPack - 1) / M::kPack * M::kPack;
+    for (int64_t h = 0; h < heads; ++h) {
+      M::pack_values(block.values, block.count, h * s.value_depth, s.value_depth, scratch.values.data());
+      for (int64_t d = 0; d < width; d += 64)
+        multiply<M>(scratch.weights.data() + h * kRows * kTokens, kTokens,
+                    scratch.values.data() + d * kTokens, tokens,
+                    scratch.output.data() + h * kRows * width + d, width, rows);
+    }
+  }
+
+  void run(const Task& task, Scratch<M>& scratch) const {
+    const int64_t rows = task.end - task.begin, width = s.output_width();
+    const int64_t all_heads = s.kv_heads * s.group, start = starts[task.sequence];
+    const int64_t first_position = contexts[task.sequence] - (starts[task.sequence + 1] - start);
+    const int32_t* pages = tables + task.sequence * s.table_width;
+    for (int64_t h = 0; h < task.heads; ++h)
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t row = task.begin + r;
+        const T* from = query + (start + row / s.group) * query_token +
+                        ((task.head + h) * s.group + row % s.group) * query_head;
+        std::copy(from, from + s.depth, scratch.query.data() + (h * kRows + r) * s.depth);
+        scratch.best[h * kRows + r] = kNever;
+        scratch.total[h * kRows + r] = 0;
+        float* output = scratch.output.data() + (h * kRows + r) * width;
+        std::fill(output, output + width, 0.0f);
+      }
+    const int64_t first = first_position + task.begin / s.group;
+    const int64_t last = first_position + (task.end - 1) / s.group;
+    const int64_t seen = s.window > 0 ? std::max<int64_t>(0, first - s.window + 1) : 0;
+    Rows blocks[2], *block = &blocks[0], *next = &blocks[1];
+    int64_t begin = seen / kTokens * kTokens;
+    find_rows(pages, task.head, begin, last + 1, *block);
+    for (; begin <= last; begin += kTokens, std::swap(block, next)) {
+      find_rows(pages, task.head, begin + kTokens, last + 1, *next);
+      score(scratch, task.heads, rows, *block, *next);
+      for (int64_t h = 0; h < task.heads; ++h)
+        soften(scratch, task, h, first_position, begin, block->count);
+      weigh(scratch, task.heads, rows, *block, *next);
+    }
+    for (int64_t h = 0; h < task.heads; ++h)
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t row = task.begin + r;
+        T* to = output + ((start + row / s.group) * all_heads + (task.head + h) * s.group +
+                          row % s.group) * s.value_depth;
+        const float* from = scratch.output.data() + (h * kRows + r) * width;
+        const float inverse = 1.0f / scratch.total[h * kRows + r];
+        for (int64_t d = 0; d < s.value_depth; ++d) to[d] = T(from[d] * inverse);
+      }
+  }
+};
+
+// Heads of a sequence lie side by side in the cache and are read together where there are sequences
+// enough for all threads; long queries, whose work is arithmetic, are taken head by head.
+std::vector<Task> share_out(const Shape& s, const int32_t* starts, int64_t batch, int threads) {
+  int64_t heads = s.kv_heads;
+  while (heads > 1 && (s.kv_heads % heads || batch * (s.kv_heads / heads) < 2 * threads)) --heads;
+  std::vector<Task> tasks;
+  for (int32_t b = 0; b < batch; ++b) {
+    const int64_t rows = (starts[b + 1] - starts[b]) * s.group;
+    const int64_t together = rows <= kRows ? heads : 1;
+    for (int64_t h = 0; h < s.kv_heads; h += together)
+      for (int64_t r = 0; r < rows; r += kRows)
+        tasks.push_back({b, int32_t(h), int32_t(together), int32_t(r),
+                         int32_t(std::min(rows, r + kRows))});
+  }
+  return tasks;
+}
+
+template <typename M>
+void attend_pages(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
+                  const at::Tensor& tables, const at::Tensor& starts, const at::Tensor& contexts,
+                  const Shape& s, at::Tensor& output) {
+  using T = typename M::Element;
+  const Pass<M> pass{s,
+                     query.const_data_ptr<T>(),
+                     keys.const_data_ptr<T>(),
+                     values.const_data_ptr<T>(),
+                     query.stride(0),
+                     query.stride(1),
+                     tables.const_data_ptr<int32_t>(),
+                     starts.const_data_ptr<int32_t>(),
+                     contexts.const_data_ptr<int32_t>(),
+                     output.data_ptr<T>()};
+  const auto tasks = share_out(s, pass.starts, contexts.numel(), at::get_num_threads());
+  const int64_t workers = std::min<int64_t>(at::get_num_threads(), tasks.size());
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) {
+      Scratch<M> scratch(s);
+      for (size_t i; (i = next.fetch_add(1)) < tasks.size();) pass.run(tasks[i], scratch);
+    }
+  });
+}
+
+// from [N, heads, depth], any strides but the last; to: by slot.
+void store(const at::Tensor& from, const at::Tensor& to, const at::Tensor& slots) {
+  const int64_t heads = from.size(1), size = from.element_size(), row = from.size(2) * size;
+  const auto* source = (const char*)from.const_data_ptr();
+  auto* target = (char*)to.data_ptr();
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < slots.numel(); ++n)
+    for (int64_t h = 0; h < heads; ++h)
+      std::memcpy(target + (slot[n] * heads + h) * row,
+                  source + (n * from.stride(0) + h * from.stride(1)) * size, row);
+}
+
+// -------------------------------------------------------------------------- a pass and its layers
+
+// What all layers of a pass share; of the thread that runs it.
+struct Layout {
+  std::vector<at::Tensor> keys, values;
+  at::Tensor slots, tables, starts, contexts;
+};
+thread_local Layout layout;
+
+void begin_pass(at::TensorList keys, at::TensorList values, const at::Tensor& slots,
+                const at::Tensor& tables, const at::Tensor& starts, const at::Tensor& contexts) {
+  layout = {keys.vec(), values.vec(), slots, tables, starts, contexts};
+}
+
+void end_pass() { layout = {}; }
+
+at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                  int64_t layer, bool stores, double scale, int64_t window) {
+  TORCH_CHECK(layer >= 0 && layer < int64_t(layout.keys.size()), "no pass has layer ", layer);
+  const at::Tensor &keys = layout.keys[layer], &values = layout.values[layer];
+  const Shape s{keys.size(1),  keys.size(2),           query.size(1) / keys.size(2),
+                query.size(2), values.size(3),         layout.tables.size(1),
+                window,        static_cast<float>(scale)};
+  TORCH_CHECK(query.stride(2) == 1 && key.stride(2) == 1 && value.stride(2) == 1,
+              "heads must be contiguous");
+  TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "the cache holds ", keys.scalar_type());
+  if (stores) {
+    store(key, keys, layout.slots);
+    store(value, values, layout.slots);
+  }
+  at::Tensor output = at::empty({query.size(0), query.size(1), s.value_depth}, query.options());
+  // Rows that only fill up the shape belong to no sequence.
+  output.narrow(0, layout.slots.numel(), query.size(0) - layout.slots.numel()).zero_();
+  const auto run = [&]<typename M>() {
+    attend_pages<M>(query, keys, values, layout.tables, layout.starts, layout.contexts, s, output);
+  };
+  if (query.scalar_type() == at::kFloat) {
+    run.template operator()<AnyMachine<float>>();
+  } else {
+    TORCH_CHECK(query.scalar_type() == at::kBFloat16, "queries must be float32 or bfloat16");
+#ifdef __AVX512BF16__
+    if (s.depth % 32 == 0 && s.value_depth % 32 == 0) {
+      run.template operator()<Bf16Machine>();
+      return output;
+    }
+#endif
+    run.template operator()<AnyMachine<at::BFloat16>>();
+  }
+  return output;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dspark_cpu, m) {
+  m.def(
+      "begin_pass(Tensor[] keys, Tensor[] values, Tensor slots, Tensor tables, Tensor starts, "
+      "Tensor contexts) -> ()");
+  m.def("end_pass() -> ()", end_pass);
+  m.def(
+      "attend(Tensor query, Tensor key, Tensor value, int layer, bool stores, float scale, "
+      "int window) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(dspark_cpu, CPU, m) {
+  m.impl("begin_pass", begin_pass);
+  m.impl("attend", attend);
+}
