@@ -1,21 +1,16 @@
-"""Calibration of confidences: metrics, the offline fit, and its correction while serving."""
+"""Calibration of confidences: metrics and the offline fit."""
 
 from __future__ import annotations
-
-import time
 
 import numpy as np
 import pytest
 
-from cluster.speculation import online_calibration
 from cluster.speculation.calibration import (
     Calibration,
     LogitScaling,
     fit_scaling,
     logit,
-    survival,
 )
-from cluster.speculation.online_calibration import MAX_DRIFT, OnlineCalibration
 from cluster.speculation.record import (
     COUPLED,
     REJECTION,
@@ -34,57 +29,7 @@ from cluster.speculation.reliability import (
     mean_interval,
     reliability_bins,
 )
-
-BLOCK = 7
-KEY = CalibrationKey(COUPLED, "high")
-EXACT_KEY = CalibrationKey(REJECTION, "high")
-
-
-def draw_records(
-    num_rounds: int,
-    *,
-    scale: float = 1.0,
-    shift: float = 0.0,
-    seed: int = 0,
-    key: CalibrationKey = KEY,
-    num_admitted: int = BLOCK,
-    level: float = 0.9,
-) -> list[VerificationRecord]:
-    """Rounds whose confidences have logits ``scale`` times (true ones + ``shift``)."""
-    random = np.random.default_rng(seed)
-    logits = random.normal(level, 1.0, size=(num_rounds, BLOCK))
-    chances = 1 / (1 + np.exp(-logits))
-    confidences = 1 / (1 + np.exp(-(logits + shift) * scale))
-    accepted = np.cumprod(random.random(chances.shape) < chances, axis=1)[:, :num_admitted].sum(1)
-    return [
-        VerificationRecord(
-            key=key,
-            request_id=str(row // 8),
-            block_size=BLOCK,
-            confidences=tuple(confidences[row, :num_admitted].tolist()),
-            num_accepted_tokens=int(accepted[row]),
-            acceptance=tuple(chances[row, :num_admitted].tolist())
-            if key.verifier == REJECTION
-            else (),
-        )
-        for row in range(num_rounds)
-    ]
-
-
-def draw_table(num_rounds: int, **options: object) -> RoundTable:
-    return RoundTable.from_records(draw_records(num_rounds, **options), BLOCK)  # type: ignore[arg-type]
-
-
-RAW = LogitScaling.identity(BLOCK)
-
-
-def errors(table: RoundTable, scaling: LogitScaling) -> list[float]:
-    chances = survival(scaling.apply(table.confidences))
-    return [
-        calibration_error(chances[:, k], table.is_accepted[:, k] * 1.0)
-        for k in range(table.num_positions)
-    ]
-
+from tests.calibration_rounds import BLOCK, EXACT_KEY, KEY, RAW, draw_table, errors
 
 # ------------------------------------------------------------------------------------- metrics
 
@@ -264,125 +209,3 @@ def test_fit_is_sequential() -> None:
     assert scaling.temperatures[1] < 0.8
     alone = LogitScaling((scaling.temperatures[0], 1.0), (scaling.biases[0], 0.0))
     assert errors(table, scaling)[1] < errors(table, alone)[1] / 1.5
-
-
-# --------------------------------------------------------------------------------------- online
-
-
-def feed(online: OnlineCalibration, records: list[VerificationRecord]) -> None:
-    for record in records:
-        online.observe(record)
-
-
-@pytest.mark.parametrize("key", [KEY, EXACT_KEY], ids=["coupled", "rejection"])
-@pytest.mark.parametrize("num_admitted", [BLOCK, 4])
-def test_doubled_logits_are_brought_back_within_2000_rounds(
-    key: CalibrationKey, num_admitted: int
-) -> None:
-    offline = fit_scaling(draw_table(20_000, seed=4, key=key))  # on the right scale
-    online = OnlineCalibration(Calibration({key: offline}))
-    judged = draw_table(40_000, scale=2.0, seed=5, key=key)
-    assert max(errors(judged, offline)) > 0.06
-    feed(online, draw_records(2000, scale=2.0, seed=6, key=key, num_admitted=num_admitted))
-    after = errors(judged, online.scaling(key, BLOCK))[:num_admitted]
-    assert max(after) < 0.04
-    assert 1.5 < online.drift < 2.5
-    # Positions that were never admitted are not known about, and stay.
-    moved = online.scaling(key, BLOCK)
-    assert moved.temperatures[num_admitted:] == pytest.approx(offline.temperatures[num_admitted:])
-    assert moved.biases[num_admitted:] == pytest.approx(offline.biases[num_admitted:])
-
-
-def test_a_shift_of_the_odds_is_brought_back_too() -> None:
-    offline = fit_scaling(draw_table(20_000, seed=4))
-    online = OnlineCalibration(Calibration({KEY: offline}))
-    judged = draw_table(40_000, shift=0.8, seed=5)
-    assert max(errors(judged, offline)) > 0.1
-    feed(online, draw_records(2000, shift=0.8, seed=6))
-    assert max(errors(judged, online.scaling(KEY, BLOCK))) < 0.04
-    assert online.scaling(KEY, BLOCK).biases[0] == pytest.approx(-0.8, abs=0.3)
-
-
-def test_stationary_outcomes_do_not_make_it_wander() -> None:
-    offline = fit_scaling(draw_table(20_000, seed=7))
-    online = OnlineCalibration(Calibration({KEY: offline}))
-    judged = draw_table(40_000, seed=8)
-    before = max(errors(judged, offline))
-    for seed in range(10, 20):
-        feed(online, draw_records(2000, seed=seed))
-        assert online.drift < 1.35
-        assert max(errors(judged, online.scaling(KEY, BLOCK))) < before + 0.02
-    assert online.error is not None
-    assert online.error < 0.03
-
-
-def test_drift_is_bounded_whatever_happens() -> None:
-    """Confidence says yes, the verifier always no: no scaling within the bound makes that right."""
-    online = OnlineCalibration(Calibration({KEY: RAW}))
-    record = VerificationRecord(KEY, "a", BLOCK, (0.9,) * BLOCK, 0)
-    feed(online, [record] * 5000)
-    assert online.drift == pytest.approx(MAX_DRIFT)
-    assert online.error is not None
-    assert online.error > 0.3  # and the metric says that it is not
-
-
-def test_certain_confidences_stay_finite_under_a_small_temperature() -> None:
-    """A chance of acceptance that rounds to 1 has an exact 0 for a denominator."""
-    online = OnlineCalibration(Calibration({KEY: LogitScaling((0.3,) * BLOCK, RAW.biases)}))
-    record = VerificationRecord(KEY, "a", BLOCK, (1.0,) * BLOCK, BLOCK)
-    feed(online, [record, record._replace(num_accepted_tokens=0)] * 600)
-    moved = online.scaling(KEY, BLOCK)
-    assert np.isfinite(moved.temperatures + moved.biases).all()
-    assert online.drift > 1.5  # and it learns that they are too sure
-
-
-def test_error_tells_wrong_from_right_while_fixed() -> None:
-    right, wrong = (OnlineCalibration(Calibration(), is_fixed=True) for _ in range(2))
-    assert right.error is None
-    feed(right, draw_records(2000, seed=21))
-    feed(wrong, draw_records(2000, seed=21, scale=2.0))
-    assert right.error is not None
-    assert wrong.error is not None
-    assert right.error < 0.03
-    assert wrong.error > 0.06
-    assert wrong.drift == 1.0
-
-
-def test_positions_that_were_not_admitted_are_not_taken_for_rejected() -> None:
-    online = OnlineCalibration(Calibration())
-    feed(online, draw_records(2304, seed=26, num_admitted=4))
-    assert online.error is not None
-    assert online.error < 0.03
-
-
-def test_keys_are_kept_apart() -> None:
-    online = OnlineCalibration(Calibration())
-    feed(online, draw_records(2000, seed=22, scale=2.0))
-    assert online.scaling(EXACT_KEY, BLOCK) == RAW
-
-
-def test_a_longer_block_starts_the_key_anew() -> None:
-    online = OnlineCalibration(Calibration())
-    short = [r._replace(block_size=4, confidences=r.confidences[:4]) for r in draw_records(600)]
-    feed(online, [r._replace(num_accepted_tokens=min(r.num_accepted_tokens, 4)) for r in short])
-    feed(online, draw_records(2000, scale=2.0, seed=23))
-    moved = online.scaling(KEY, BLOCK)
-    assert len(moved) == BLOCK
-    assert moved.temperatures[:4] == pytest.approx([2.0] * 4, rel=0.3)
-
-
-def test_memory_is_bounded() -> None:
-    online = OnlineCalibration(Calibration())
-    feed(online, draw_records(3000, seed=24))
-    (window,) = online._windows.values()
-    assert len(window.pending) < online_calibration._UPDATE_ROUNDS
-    assert len(window._logits) == online_calibration._WINDOW_ROUNDS
-
-
-def test_cost_of_a_round_is_negligible() -> None:
-    """Twenty microseconds a round on an idle core; ten times that here, where others compute."""
-    records = draw_records(4096, seed=25)
-    online = OnlineCalibration(Calibration())
-    start = time.thread_time()
-    feed(online, records)
-    assert (time.thread_time() - start) / len(records) < 200e-6

@@ -106,6 +106,17 @@ def test_outcomes_move_later_budgets_and_only_online(is_online: bool) -> None:
     assert (planner.calibration_drift > 1.5) == is_online
 
 
+def test_rounds_that_admit_nothing_let_outcomes_age() -> None:
+    planner = make_planner()
+    sequence = make_sequence("a", (0.9,) * BLOCK, temperature=0.0)
+    for num_admitted in [BLOCK] * 600 + [0] * 2600:
+        planner.observe(*verified(sequence, num_admitted, 0))  # type: ignore[arg-type]
+        if num_admitted > 0:
+            worst = planner.calibration_drift
+    assert worst > 1.5
+    assert planner.calibration_drift == pytest.approx(1.0, abs=0.01)
+
+
 def test_records_say_what_was_admitted_and_accepted() -> None:
     planner = make_planner()
     records: list[VerificationRecord] = []

@@ -111,8 +111,7 @@ class RoundPlanner:
             num_accepted_tokens=sample.num_accepted_tokens,
             acceptance=sample.acceptance,
         )
-        if num_admitted > 0:
-            self._online.observe(record)
+        self._online.observe(record)
         if self._observer is not None:
             self._observer(record)
 

@@ -7,6 +7,12 @@ coin of the last token reached. Admission looks at confidences, never at outcome
 was admitted the outcome given the confidences keeps its law: selecting by what a model conditions
 on does not bias it.
 
+**What is forgotten.** Outcomes count for a number of rounds, not until others take their place. A
+drafter that was bad for a while would else be out for good: with confidences that low nothing of it
+is admitted, so nothing would ever speak for it again. As the outcomes age, the scaling goes back
+towards the offline fit, until so much is admitted that what it shows holds the scaling where it
+belongs; that is some rounds in a hundred where nothing else is worth its time.
+
 **How.** The last rounds of each key are kept, and every so often each position's temperature and
 bias take scoring steps (Newton's method with the expected curvature) on the log-loss of the
 survival, left to right as in the offline fit, with a normal prior on both around that fit: on the
@@ -47,6 +53,7 @@ _NUM_SCORING_STEPS = 2
 _LARGEST_STEP = 0.5
 _PRIOR_STD = 0.2
 _NUM_ERROR_BINS = 10
+_MIN_ERROR_OUTCOMES = 512  # with fewer, chance makes several percent of it
 
 
 class OnlineCalibration:
@@ -72,7 +79,7 @@ class OnlineCalibration:
 
         The largest over positions and keys of the root mean square gap between survival and
         outcome in bins, less what chance alone makes of it; each outcome was predicted by a
-        scaling that had not seen it. ``None`` before any key has had enough rounds.
+        scaling that had not seen it. ``None`` while no position has enough outcomes.
         """
         errors = [w.error for w in self._windows.values() if w.error is not None]
         return max(errors, default=None)
@@ -98,7 +105,10 @@ class OnlineCalibration:
         )
 
     def observe(self, record: VerificationRecord) -> None:
-        """Takes in one verified proposal; the scaling moves once every so many."""
+        """Takes in one proposal that was planned, whether or not anything of it was admitted; the
+        scaling moves once every so many."""
+        if record.block_size == 0:
+            return
         window = self._windows.get(record.key)
         if window is None or window.num_positions < record.block_size:
             # A longer block than any before starts the key anew; that happens once or twice.
@@ -157,8 +167,7 @@ class _Window:
         self._served[rows] = survival(self.scaling().apply(confidences))
         self._num_rounds += len(self.pending)
         self.pending.clear()
-        if self._num_rounds >= _WINDOW_ROUNDS // 2:
-            self.error = self._served_error()
+        self.error = self._served_error()
 
     def update(self) -> None:
         """Scoring steps for every position, left to right."""
@@ -191,22 +200,19 @@ class _Window:
         largest = np.log(MAX_DRIFT)
         self.drift[position] = np.clip(self.drift[position] + step, -largest, largest)
 
-    def _served_error(self) -> float:
+    def _served_error(self) -> float | None:
         num_rows = min(self._num_rounds, _WINDOW_ROUNDS)
-        worst = 0.0
+        gaps = []
         for position in range(self.num_positions):
             outcome = self._outcomes[:num_rows, position]
             known = ~np.isnan(outcome)
-            worst = max(
-                worst, _debiased_gap(self._served[:num_rows, position][known], outcome[known])
-            )
-        return worst
+            if known.sum() >= _MIN_ERROR_OUTCOMES:
+                gaps.append(_debiased_gap(self._served[:num_rows, position][known], outcome[known]))
+        return max(gaps, default=None)
 
 
 def _debiased_gap(chance: Floats, outcome: Floats) -> float:
     """Root mean square gap over bins, each bin's less the variance of its mean outcome."""
-    if len(chance) == 0:
-        return 0.0
     bins = np.minimum((chance * _NUM_ERROR_BINS).astype(np.int64), _NUM_ERROR_BINS - 1)
     counts = np.maximum(np.bincount(bins, minlength=_NUM_ERROR_BINS), 1)
     gap = np.bincount(bins, chance - outcome, minlength=_NUM_ERROR_BINS) / counts
