@@ -37,6 +37,7 @@ from cluster.rpc.drafter_client import GrpcDraftClient
 from cluster.rpc.drafter_server import DrafterServer
 from cluster.speculation.cost_model import CostModel
 from cluster.speculation.proposal import DraftProposal, dequantize_draft_probs
+from cluster.speculation.record import VerificationRecord
 from cluster.speculation.sampling import sample_from_probs
 from cluster.speculation.verification import Verification, verify_rejection
 from tests.drafter_rpc_tools import PatientDraftClient, wait_for
@@ -159,6 +160,7 @@ class Samples:
 
     tokens: npt.NDArray[np.int64]
     sources: Counter[TokenSource] = field(default_factory=Counter)
+    num_proposed_tokens: int = 0
     num_draft_tokens: int = 0
     num_late_proposals: int = 0
 
@@ -170,13 +172,14 @@ def generate(
     *,
     num_samples: int,
     fault: Fault | None = None,
-    token_cost: float = 1.0,
+    token_cost: float = 0.25,
     **speculative: Any,
 ) -> dict[str, Samples]:
     """``num_samples`` outputs of each case, all cases side by side in every batch.
 
     Args:
         token_cost: of a token in a pass, in what a pass costs without any, by ``MAX_NUM_SEQS``.
+            Admission chooses where what it comes to is near the chances of acceptance.
         speculative: keys of the configuration's ``speculative`` part.
     """
     config = make_config(
@@ -223,6 +226,12 @@ def _run(engine: Engine, cases: Sequence[Case], num_samples: int) -> dict[str, S
     results = {case.name: Samples(np.full((num_samples, length), -1)) for case in cases}
     waiting = itertools.product(range(num_samples), cases)
     places: dict[str, tuple[Samples, int]] = {}
+
+    def count_proposed(record: VerificationRecord) -> None:
+        samples, _ = places[record.request_id]
+        samples.num_proposed_tokens += record.block_size
+
+    engine.observe_rounds(count_proposed)
     while True:
         for number, case in itertools.islice(waiting, 2 * MAX_NUM_SEQS - len(places)):
             request = _request(case, number, length)

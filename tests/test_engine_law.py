@@ -66,7 +66,6 @@ METHODS = ["draft_model", "ngram", "eagle3"]
 SCHEDULERS = ["full", "prefix"]
 METHOD_CASE = FAST_CASES[0]
 NUM_METHOD_SAMPLES = 4_000
-# Their confidences are low, or become so online: at 1 nothing or little would be admitted.
 METHOD_TOKEN_COSTS = {"draft_model": 0.25, "ngram": 0.1, "eagle3": 0.25}
 ALPHA = 0.001 / (
     len(FAST_CASES)
@@ -80,11 +79,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return save_pair(tmp_path_factory.mktemp("law"))
 
 
-def check_speculation(samples: Samples) -> None:
-    """Without it the test would only be one of plain decoding."""
+def check_speculation(samples: Samples, scheduler: str) -> None:
+    """Without it the test would only be one of plain decoding, or of no choice."""
     num_samples = len(samples.tokens)
     assert samples.num_late_proposals == 0
     assert samples.num_draft_tokens > num_samples
+    share = samples.num_draft_tokens / samples.num_proposed_tokens
+    assert share == 1 if scheduler == "full" else 0.2 < share < 0.8
     for source in (TokenSource.ACCEPTED, TokenSource.RECOVERED, TokenSource.BONUS):
         assert samples.sources[source] > num_samples / 50, source
 
@@ -93,7 +94,7 @@ def check_speculation(samples: Samples) -> None:
 def test_output_has_the_target_law(pair: tuple[str, str]) -> None:
     samples = generate(*pair, FAST_CASES, num_samples=NUM_FAST_SAMPLES, scheduler="prefix")
     for case in FAST_CASES:
-        check_speculation(samples[case.name])
+        check_speculation(samples[case.name], "prefix")
         law = target_law(pair[0], case.params)
         assert law_p_value(samples[case.name].tokens, law) > ALPHA, case.name
 
@@ -117,7 +118,7 @@ def test_output_has_the_target_law_however_drafts_are_made(
         token_cost=METHOD_TOKEN_COSTS[method],
         **speculative,
     )[METHOD_CASE.name]
-    check_speculation(samples)
+    check_speculation(samples, scheduler)
     law = target_law(pair[0], METHOD_CASE.params)
     assert law_p_value(samples.tokens, law) > ALPHA
     shifted = shift_law(samples.tokens, law, position=0, total_variation=0.1)
@@ -131,7 +132,7 @@ def test_output_has_the_target_law_everywhere(pair: tuple[str, str], name: str) 
     speculative, cases = SLOW_CASES[name]
     samples = generate(*pair, cases, num_samples=NUM_SAMPLES, **speculative)
     for case in cases:
-        check_speculation(samples[case.name])
+        check_speculation(samples[case.name], name)
         tokens, law = samples[case.name].tokens, target_law(pair[0], case.params)
         assert law_p_value(tokens, law) > ALPHA, case.name
         for position in range(NUM_TOKENS):
@@ -147,7 +148,8 @@ def test_output_has_the_target_law_everywhere(pair: tuple[str, str], name: str) 
         (Fault.SHARED_NOISE, {"scheduler": "full"}),
         (Fault.NOT_RENORMALISED, {"scheduler": "full", "draft_top_k": 2}),
         (Fault.DRAFT_PROB_AS_CONFIDENCE, {"scheduler": "prefix"}),
-        (Fault.RETROSPECTIVE, {"scheduler": "prefix"}),
+        # Online calibration would soon let nothing reach what this planner asks for.
+        (Fault.RETROSPECTIVE, {"scheduler": "prefix", "online_calibration": False}),
     ],
     ids=lambda value: value.name if isinstance(value, Fault) else "",
 )
@@ -155,5 +157,5 @@ def test_planted_fault_is_caught(
     pair: tuple[str, str], fault: Fault, speculative: dict[str, Any]
 ) -> None:
     samples = generate(*pair, [PLAIN], num_samples=NUM_FAULTY_SAMPLES, fault=fault, **speculative)
-    check_speculation(samples[PLAIN.name])
+    check_speculation(samples[PLAIN.name], speculative["scheduler"])
     assert law_p_value(samples[PLAIN.name].tokens, target_law(pair[0], PLAIN.params)) < ALPHA
