@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.config import ClusterConfig
-from cluster.engine.draft_engine import DraftEngine
+from cluster.engine.draft_engine import Addition, DraftEngine
 from cluster.engine.draft_factory import build_draft_method
 from cluster.engine.engine import Engine
 from cluster.engine.loop import EngineLoop
@@ -44,12 +44,14 @@ class _HeldDraftEngine(DraftEngine):
         self.gate = threading.Event()
         self.gate.set()
         self.is_holding = threading.Event()
+        self.num_held = 0  # sessions in the call that is held
 
-    def append_all(self, *args: Any) -> list[int | None]:
+    def append_all(self, additions: Sequence[Addition]) -> list[int | None]:
         if not self.gate.is_set():
+            self.num_held = len(additions)
             self.is_holding.set()
             self.gate.wait(20)
-        return super().append_all(*args)
+        return super().append_all(additions)
 
 
 @dataclass
@@ -158,7 +160,8 @@ async def test_the_end_of_a_request_frees_pages_and_draft_sessions(
         num_drafts = cluster.num_drafts
         await end(cluster, draft_engine.is_holding.is_set)
         await until(lambda: not cluster.is_serving)
-        assert draft_engine.num_sessions == 1  # the one whose features are held
+        # Those whose features are held; how many share a call is the drafter's to choose.
+        assert draft_engine.num_sessions == draft_engine.num_held > 0
         assert cluster.num_drafts == num_drafts
         draft_engine.gate.set()
         await until(lambda: draft_engine.num_sessions == 0)
