@@ -71,6 +71,10 @@ class TargetConfig(Section):
     deterministic: bool = Field(
         default=False, description="bit-identical outputs whatever the batch (slow)"
     )
+    enforce_eager: bool = Field(
+        default=False,
+        description="run layer by layer: starts sooner, and each pass takes longer",
+    )
     verify_curve: str | None = Field(
         default=None,
         description="file of `dspark profile`; unset: measured at start, or cached from earlier",

@@ -36,7 +36,13 @@ def make_config(target: str, drafter: str | None = None, **overrides: Any) -> Cl
     """
     speculative = overrides.pop("speculative", {})
     values: dict[str, Any] = {
-        "target": {"model": target, "dtype": "float32", "num_threads": 1, **overrides},
+        "target": {
+            "model": target,
+            "dtype": "float32",
+            "num_threads": 1,
+            "enforce_eager": True,  # compilation takes longer than most tests
+            **overrides,
+        },
         "drafter": {"dtype": "float32"},
     }
     if drafter is not None:

@@ -15,7 +15,8 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.engine import curve_files, loop, profile
-from cluster.engine.curve_files import CurveCache, default_cache_dir, read_curve, write_curve
+from cluster.engine.cache_folder import cache_folder
+from cluster.engine.curve_files import CurveCache, read_curve, write_curve
 from cluster.engine.engine import Engine
 from cluster.engine.loop import EngineLoop
 from cluster.engine.machine import curve_origin
@@ -209,12 +210,12 @@ def test_a_given_grid_is_measured_as_given() -> None:
 
 
 def make_curve(target: str) -> VerifyCurve:
-    origin = curve_origin(make_config(target, **SMALL).target, DIGEST)
+    origin = curve_origin(make_config(target, **SMALL).target, DIGEST, "kernels")
     return VerifyCurve.fit([1, 48], [0, 400], [[0.5, 0.6], [0.7, 0.8]], origin)
 
 
 def test_a_restart_serves_with_the_cached_curve(target: str) -> None:
-    cache = CurveCache(default_cache_dir())
+    cache = CurveCache(cache_folder("verify-curves"))
     cache.save(make_curve(target))
     engine = make_engine(make_config(target, **SMALL))
     assert float(engine.cost_model.verify_seconds(48, 400)) == 0.8
@@ -228,7 +229,7 @@ def test_a_restart_serves_with_the_cached_curve(target: str) -> None:
 def test_broken_and_foreign_cache_files_are_ignored_by_name(
     target: str, content: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache = CurveCache(default_cache_dir())
+    cache = CurveCache(cache_folder("verify-curves"))
     curve = make_curve(target)
     assert curve.origin is not None
     path = cache.path(curve.origin)
@@ -245,7 +246,7 @@ def test_broken_and_foreign_cache_files_are_ignored_by_name(
 def test_nothing_cached_is_no_warning(target: str, caplog: pytest.LogCaptureFixture) -> None:
     origin = make_curve(target).origin
     assert origin is not None
-    assert CurveCache(default_cache_dir()).load(origin) is None
+    assert CurveCache(cache_folder("verify-curves")).load(origin) is None
     assert not caplog.records
 
 
@@ -281,7 +282,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
 def test_a_configured_curve_is_used_as_it_is(target: str, tmp_path: Path) -> None:
     path = tmp_path / "curves" / "curve.json"
     write_curve(path, VerifyCurve.of_tokens({1: 3.0, 48: 4.0}))
-    CurveCache(default_cache_dir()).save(make_curve(target))
+    CurveCache(cache_folder("verify-curves")).save(make_curve(target))
     values = {"target": {"model": target, "dtype": "float32", "verify_curve": "curves/curve.json"}}
     config = ClusterConfig.parse(values, base_dir=tmp_path)
     assert config.target.verify_curve == str(path)
@@ -370,7 +371,8 @@ def test_idle_measuring_ends_with_a_saved_curve(
     engine_loop, gate = idle_loop
     quick = engine_loop.engine._curve_keeper.curve
     gate.open()
-    path = CurveCache(cache_dir).path(curve_origin(make_config(target, **SMALL).target, DIGEST))
+    origin = curve_origin(make_config(target, **SMALL).target, DIGEST, "kernels")
+    path = CurveCache(cache_dir).path(origin)
     wait_for(path.exists)
     saved = read_curve(path)
     wait_for(lambda: engine_loop.engine._curve_keeper.curve is not quick)

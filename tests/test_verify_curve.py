@@ -24,6 +24,7 @@ ORIGIN = CurveOrigin(
     device="cpu",
     num_threads=1,
     deterministic=False,
+    execution="compiled",
     processor="a CPU",
     cores=2,
     accelerator="",

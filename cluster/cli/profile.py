@@ -53,6 +53,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--deterministic", action="store_true", help="measure `deterministic: true`"
     )
+    parser.add_argument(
+        "--enforce-eager", action="store_true", help="measure `enforce_eager: true`"
+    )
     parser.add_argument("--tokens", metavar="N,N,...", help="batch tokens; default: powers of two")
     parser.add_argument(
         "--contexts", metavar="N,N,...", help="context tokens; default: 0 and up to what fits"
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError: the target cannot be loaded.
     """
     values = {key: value for key in _TARGET_OPTIONS if (value := getattr(args, key)) is not None}
-    values["deterministic"] = args.deterministic
+    values |= {"deterministic": args.deterministic, "enforce_eager": args.enforce_eager}
     config = ClusterConfig.parse({"target": {"model": args.target, **values}})
     check_checkpoints(config)
     tokens = _sizes("--tokens", args.tokens, lowest=1)
@@ -97,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         pages = PagePool(shard.num_pages, shard.page_size, shard.cache.release)
         probe = StepProbe(runner, pages, config.target, max_model_len)
         _check_sizes(probe, tokens, contexts)
-        origin = curve_origin(config.target, target_digest(args.target))
+        origin = curve_origin(config.target, target_digest(args.target), shard.execution)
         profiler = CurveProfiler(probe, origin, tokens=tokens, contexts=contexts)
         report_to_stderr(f"measuring {profiler.num_points} points {args.repeats} times")
         started = time.perf_counter()

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from cluster.engine.cpu.in_place import InPlaceLayers, attend_in_place, begin_pass, end_pass
 from cluster.engine.step_input import StepInput
 from cluster.errors import ConfigError
 
@@ -45,13 +46,20 @@ class KVCache:
         num_pages: page 0 included, which no sequence holds.
         page_size: tokens of a page.
         sources: layers that read another layer's keys and values instead of their own.
+        in_place: whether pages are attended where they lie, by ``cluster.engine.cpu``'s kernels.
     """
 
     def __init__(
-        self, num_pages: int, page_size: int, sources: Mapping[int, int] | None = None
+        self,
+        num_pages: int,
+        page_size: int,
+        sources: Mapping[int, int] | None = None,
+        *,
+        in_place: bool = False,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
+        self._in_place = in_place
         self._sources = dict(sources or {})
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -84,14 +92,31 @@ class KVCache:
     def resize(self, num_pages: int) -> None:
         """Room for so many pages, and nothing in them."""
         self.num_pages = num_pages
-        self._layers.clear()
+        for layer, (keys, values) in self._layers.items():
+            self._layers[layer] = (self._room(keys[0]), self._room(values[0]))
 
     def release(self, page: int) -> None:
         """Nothing to free: the next holder of the page overwrites it."""
 
-    def batch(self, step: StepInput, device: torch.device) -> PagedBatch:
-        """What the layers need of one pass."""
-        return PagedBatch.build(step, self, device)
+    def batch(self, step: StepInput, device: torch.device) -> PagedBatch | InPlaceLayers:
+        """What the layers need of the pass that comes next in this thread, up to ``end``."""
+        # The first pass of all finds no layer's room yet: it makes them.
+        if not (self._in_place and self._layers):
+            return PagedBatch.build(step, self, device)
+        begin_pass(step, *zip(*self._layers.values(), strict=True))
+        return self.in_place_layers()
+
+    def in_place_layers(self) -> InPlaceLayers:
+        """The layers, which have all stored something, for passes that attend in place."""
+        index = {layer: index for index, layer in enumerate(self._layers)}
+        readers = {layer: source for layer, source in self._sources.items() if source in index}
+        index |= {layer: index[source] for layer, source in readers.items()}
+        return InPlaceLayers(index, frozenset(readers))
+
+    def end(self) -> None:
+        """Ends the pass of this thread that ``batch`` was called for."""
+        if self._in_place:
+            end_pass()
 
     def store(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
@@ -181,7 +206,7 @@ def paged_attention(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    paged: PagedBatch,
+    paged: PagedBatch | InPlaceLayers,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Stores this pass's keys and values, then attends every query to its own sequence's cache.
@@ -201,10 +226,13 @@ def paged_attention(
         ConfigError: the layer asks for something that is not here.
     """
     refuse_absent(module, attention_mask, others)
-    keys, values = paged.cache.store(
-        cast(int, module.layer_idx), key[0].transpose(0, 1), value[0].transpose(0, 1), paged.slots
-    )
-    output = attend(query[0].transpose(0, 1), keys, values, paged, scaling, sliding_window)
+    layer = cast(int, module.layer_idx)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if isinstance(paged, InPlaceLayers):
+        output = attend_in_place(layer, query, key, value, paged, scaling, sliding_window)
+    else:
+        keys, values = paged.cache.store(layer, key, value, paged.slots)
+        output = attend(query, keys, values, paged, scaling, sliding_window)
     return output.unsqueeze(0), None
 
 

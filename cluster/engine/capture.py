@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from cluster.engine.cpu.packed_linear import packed
 from cluster.errors import ConfigError
 from cluster.models.checkpoint import Projection
 
@@ -27,6 +28,7 @@ class FeatureCapture:
         layers: which layers these are.
         num_layers: of the whole model.
         embeds: whether this stage is the one that embeds tokens.
+        packs: whether the projection's weights are packed, where they can be.
 
     Raises:
         ConfigError: the drafter reads a layer that the target does not have.
@@ -40,10 +42,11 @@ class FeatureCapture:
         layers: range,
         num_layers: int,
         embeds: bool,
+        packs: bool = False,
     ) -> None:
         self._captured: dict[int, torch.Tensor] = {}
-        self._weights: list[tuple[int, torch.Tensor]] = []
         self._modules: list[tuple[int, nn.Module]] = []
+        weights: list[torch.Tensor] = []
         self._hooks: list[RemovableHandle] = []
         hidden_size = projection.weight.shape[1] // len(projection.target_layer_ids)
         like = decoder.embed_tokens.weight
@@ -61,8 +64,15 @@ class FeatureCapture:
                 continue
             self._modules.append((layer_id, module))
             columns = slice(index * hidden_size, (index + 1) * hidden_size)
-            weight = projection.weight[:, columns].to(like.device, like.dtype).contiguous()
-            self._weights.append((layer_id, weight))
+            weights.append(projection.weight[:, columns])
+        self._project: nn.Module | None = None
+        if weights:
+            linear = nn.Linear(
+                len(weights) * hidden_size, len(projection.weight), bias=False, device="meta"
+            )
+            weight = torch.cat(weights, dim=1).to(like.device, like.dtype)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            self._project = packed(linear) if packs else linear
 
     def attach(self) -> None:
         """Begins to catch what passes through the layers."""
@@ -76,17 +86,27 @@ class FeatureCapture:
             hook.remove()
         self._hooks = []
 
-    def project(self) -> torch.Tensor | None:
-        """This stage's part of the last pass's features.
+    def forget(self) -> None:
+        """Lets go of what was caught, if anything is left."""
+        self._captured.clear()
+
+    def take(self) -> list[torch.Tensor]:
+        """What the last pass's layers put out, ``[N, hidden_size]`` each; forgotten here."""
+        return [self._captured.pop(layer_id) for layer_id, _ in self._modules]
+
+    def project(self, caught: list[torch.Tensor]) -> torch.Tensor | None:
+        """This stage's part of a pass's features.
+
+        Args:
+            caught: what ``take`` gave of it.
 
         Returns:
             ``[N, d]`` float32; ``None`` when the drafter reads none of this stage's layers.
         """
-        partial: torch.Tensor | None = None
-        for layer_id, weight in self._weights:
-            product = nn.functional.linear(self._captured.pop(layer_id), weight).float()
-            partial = product if partial is None else partial + product
-        return partial
+        if self._project is None:
+            return None
+        features: torch.Tensor = self._project(torch.cat(caught, dim=1))
+        return features.float()
 
     def _hook(self, layer_id: int) -> Any:
         def capture(_module: nn.Module, _inputs: Any, output: Any) -> None:

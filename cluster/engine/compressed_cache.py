@@ -319,6 +319,9 @@ class CompressedCaches:
     def resize(self, num_pages: int) -> None:
         """Nothing to do: what sequences hold does not lie in pages."""
 
+    def end(self) -> None:
+        """Nothing to do behind a pass."""
+
     def release(self, page: int) -> None:
         """Forgets the sequence whose first page this was, if it was one's."""
         self._caches.pop(page, None)

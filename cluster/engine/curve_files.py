@@ -55,14 +55,6 @@ def write_curve(path: str | Path, curve: VerifyCurve) -> None:
         raise ConfigError(str(path), f"cannot be written: {error.strerror}") from None
 
 
-def default_cache_dir() -> Path:
-    """The folder of cached curves: in ``$DSPARK_CACHE_DIR``, else below the user's own cache."""
-    if chosen := os.environ.get("DSPARK_CACHE_DIR"):
-        return Path(chosen) / "verify-curves"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dspark" / "verify-curves"
-
-
 class CurveCache:
     """The measured curves of this machine.
 

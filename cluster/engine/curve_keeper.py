@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 
 from cluster.config import TargetConfig
-from cluster.engine.curve_files import CurveCache, default_cache_dir, read_curve
+from cluster.engine.cache_folder import cache_folder
+from cluster.engine.curve_files import CurveCache, read_curve
 from cluster.engine.machine import curve_origin
 from cluster.engine.profile import CurveProfiler, StepProbe
 
@@ -29,13 +30,17 @@ class CurveKeeper:
     """
 
     def __init__(self, probe: StepProbe, config: TargetConfig, target_digest: str | None) -> None:
-        self._cache = CurveCache(default_cache_dir()) if target_digest is not None else None
+        self._cache = (
+            CurveCache(cache_folder("verify-curves")) if target_digest is not None else None
+        )
         self._profiler: CurveProfiler | None = None
         if config.verify_curve is not None:
             self.curve = read_curve(config.verify_curve)
             probe.warm_up()
             return
-        origin = None if target_digest is None else curve_origin(config, target_digest)
+        origin = None
+        if target_digest is not None:
+            origin = curve_origin(config, target_digest, probe.execution)
         self._profiler = CurveProfiler(probe, origin)
         cached = None
         if self._cache is not None and origin is not None:

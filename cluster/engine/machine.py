@@ -16,12 +16,12 @@ from cluster.speculation.verify_curve import CurveOrigin
 
 def processor_name() -> str:
     """Model name of the CPU, or what comes nearest."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor()
+    return _of_processor("model name") or platform.processor()
+
+
+def processor_flags() -> str:
+    """The instruction sets of the CPU, as the system names them; empty where it does not."""
+    return _of_processor("flags")
 
 
 def num_cores() -> int:
@@ -34,12 +34,13 @@ def accelerator_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
-def curve_origin(config: TargetConfig, target_digest: str) -> CurveOrigin:
+def curve_origin(config: TargetConfig, target_digest: str, execution: str) -> CurveOrigin:
     """What a curve that is measured here and now rests on.
 
     Args:
         config: of the target.
         target_digest: ``cluster.models.checkpoint.target_digest``.
+        execution: of the shard that is measured, ``TargetShard.execution``.
     """
     return CurveOrigin(
         target_digest=target_digest,
@@ -49,6 +50,7 @@ def curve_origin(config: TargetConfig, target_digest: str) -> CurveOrigin:
         device=config.device,
         num_threads=torch.get_num_threads(),
         deterministic=config.deterministic,
+        execution=execution,
         processor=processor_name(),
         cores=num_cores(),
         accelerator=accelerator_name() if config.device == "cuda" else "",
@@ -57,3 +59,16 @@ def curve_origin(config: TargetConfig, target_digest: str) -> CurveOrigin:
         dspark=cluster.__version__,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _of_processor(name: str) -> str:
+    """A line's value of the first core's entry in /proc/cpuinfo."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() == name:
+                    return value.strip()
+    except OSError:
+        pass
+    return ""

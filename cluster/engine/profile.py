@@ -68,6 +68,11 @@ class StepProbe:
         self._sampler = Sampler(eos_token_ids=(), device=runner.shard.device, seed=0)
         self._random = np.random.default_rng(0)
 
+    @property
+    def execution(self) -> str:
+        """How the target's shards run their layers."""
+        return self._runner.shard.execution
+
     def token_sizes(self) -> list[int]:
         """Batch tokens worth measuring: powers of two and the largest step."""
         largest = self._config.max_num_batched_tokens

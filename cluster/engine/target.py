@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from typing import Any, NamedTuple
+import logging
+import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from cluster.engine.attention import ATTENTION_NAME, KVCache, PagedBatch
 from cluster.engine.capture import FeatureCapture
 from cluster.engine.compressed_attention import COMPRESSED_ATTENTION_NAME, attend_per_sequence
 from cluster.engine.compressed_cache import CompressedCaches
+from cluster.engine.cpu.compiled import CompiledLayers
+from cluster.engine.cpu.kernels import KERNEL_DTYPES, load_kernels
+from cluster.engine.cpu.packed_linear import pack_linears, packed
 from cluster.engine.latent_attention import LATENT_ATTENTION_NAME, LatentStore
 from cluster.engine.layout import UNSPLIT_MODEL_TYPES, check_split, key_sources, stage_layers
 from cluster.engine.mesh import Mesh
@@ -23,6 +27,7 @@ from cluster.engine.sharding import (
     cut_tensor_parallel,
 )
 from cluster.engine.step_input import StepInput
+from cluster.engine.target_features import TargetFeatures, feature_size, projection_digest
 from cluster.engine.target_model import (
     LATENT_MODEL_TYPES,
     check_servable,
@@ -32,21 +37,7 @@ from cluster.engine.target_model import (
 from cluster.errors import ConfigError
 from cluster.models.checkpoint import Projection
 
-
-class _Features(NamedTuple):
-    """What a shard takes for one drafter.
-
-    Attributes:
-        digest: of the projection; two with the same one make the same features.
-        size: values of one token's features; 0 without any.
-        capture: where they are caught, on the ranks that project.
-        cached: ``[slots, size]`` on rank 0.
-    """
-
-    digest: str = ""
-    size: int = 0
-    capture: FeatureCapture | None = None
-    cached: torch.Tensor = torch.zeros(0)
+logger = logging.getLogger(__name__)
 
 
 class TargetShard:
@@ -112,26 +103,45 @@ class TargetShard:
         self._norm = self._base.norm
         self._base.norm = nn.Identity()
         self._head = model.get_output_embeddings()
+        self._has_kernels = (
+            self.device.type == "cpu"
+            and attention == ATTENTION_NAME
+            and self.dtype in KERNEL_DTYPES
+            and not config.deterministic
+            and load_kernels()
+        )
+        self._compiles = self._has_kernels and num_ranks == 1 and not config.enforce_eager
+        if self._has_kernels:
+            pack_linears(self._base)
+            self._head = packed(self._head)
         for module in (self._base, self._norm, self._head):
             module.to(self.device).eval()
         self._num_layers = num_layers
-        self._features = _Features()
-        self._staged: _Features | None = None
+        self._features = TargetFeatures()
+        self._staged: TargetFeatures | None = None
         self.page_size = config.page_size
         self.cache: KVCache | CompressedCaches
         if self._is_compressed:
             self.cache = CompressedCaches(text_config, self.dtype)
         else:
-            self.cache = KVCache(1, self.page_size, sources)
+            self.cache = KVCache(1, self.page_size, sources, in_place=self._has_kernels)
         self._try_one_token(type(model).__name__)
         self.num_pages = config.num_pages or self._pages_for_memory(
-            config, _feature_size(projection)
+            config, feature_size(projection)
         )
         if mesh is not None:
             self.num_pages = mesh.minimum(self.num_pages)
         self.cache.resize(self.num_pages)
-        self.stage_features(projection)
-        self.use_staged_features()
+        self._features = self._make_features(projection)
+        self._attach()
+
+    @property
+    def execution(self) -> str:
+        """How passes run: ``compiled``; ``kernels``: layer by layer, with kernels of our own; or
+        ``eager``: by PyTorch's operators alone."""
+        if self._features.compiled is not None:
+            return "compiled"
+        return "kernels" if self._has_kernels else "eager"
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> torch.Tensor:
@@ -213,7 +223,7 @@ class TargetShard:
         Raises:
             ConfigError: the drafter reads a layer that the target does not have.
         """
-        is_same = _digest(projection) == self._features.digest
+        is_same = projection_digest(projection) == self._features.digest
         self._staged = self._features if is_same else self._make_features(projection)
 
     def use_staged_features(self) -> bool:
@@ -229,9 +239,13 @@ class TargetShard:
             return True
         if former.capture is not None:
             former.capture.detach()
-        if self._features.capture is not None:
-            self._features.capture.attach()
+        self._attach()
         return False
+
+    def _attach(self) -> None:
+        """Has layers that run one by one give what the drafter reads of them."""
+        if self._features.capture is not None and self._features.compiled is None:
+            self._features.capture.attach()
 
     def gather_features(self, slots: torch.Tensor) -> torch.Tensor:
         """Features ``[len(slots), d]`` of cached tokens, on the CPU."""
@@ -250,23 +264,34 @@ class TargetShard:
         self, step: StepInput, hidden: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This stage's layers over (a part of) a pass: hidden states, partial features."""
+        inputs = torch.as_tensor(step.token_ids, device=self.device) if hidden is None else hidden
+        capture, compiled = self._features.capture, self._features.compiled
         paged = self.cache.batch(step, self.device)
-        inputs: dict[str, Any] = {"paged": paged}
-        if hidden is None:
-            token_ids = torch.as_tensor(step.token_ids, device=self.device)
-            inputs["input_ids"] = token_ids.unsqueeze(0)
-        else:
-            inputs["inputs_embeds"] = hidden.unsqueeze(0)
+        try:
+            if compiled is not None:
+                output, caught = compiled(inputs, step.positions)
+            else:
+                output = self._call_layers(inputs, step.positions, paged)
+                caught = capture.take() if capture is not None else []
+        finally:
+            self.cache.end()
+        return output, capture.project(caught) if capture is not None else None
+
+    def _call_layers(
+        self, inputs: torch.Tensor, positions: np.ndarray, paged: object
+    ) -> torch.Tensor:
+        """The model's own forward pass. ``inputs``: ``[N]`` ids, or ``[N, hidden_size]``."""
+        arguments: dict[str, Any] = {"paged": paged}
+        arguments["input_ids" if inputs.dim() == 1 else "inputs_embeds"] = inputs.unsqueeze(0)
         if self._is_latent and isinstance(paged, PagedBatch):
-            inputs["past_key_values"] = LatentStore(paged)
+            arguments["past_key_values"] = LatentStore(paged)
         output = self._base(
-            **inputs,
-            position_ids=torch.as_tensor(step.positions, device=self.device).unsqueeze(0),
+            **arguments,
+            position_ids=torch.as_tensor(positions, device=self.device).unsqueeze(0),
             use_cache=False,
         )
-        capture = self._features.capture
-        partial = capture.project() if capture is not None else None
-        return output.last_hidden_state[0], partial
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
 
     def _pass_on(
         self, step: StepInput, hidden: torch.Tensor, partial: torch.Tensor | None
@@ -295,21 +320,44 @@ class TargetShard:
             slots = torch.as_tensor(step.slots, device=self.device)
             cached.index_copy_(0, slots, features.to(self.dtype))
 
-    def _make_features(self, projection: Projection | None) -> _Features:
-        size = _feature_size(projection)
-        mesh = self.mesh
-        if projection is None or (mesh is not None and mesh.tensor_rank != 0):
-            return _Features(_digest(projection), size)
-        capture = FeatureCapture(
-            projection,
-            self._base,
-            layers=self.layers,
-            num_layers=self._num_layers,
-            embeds=mesh is None or mesh.is_first_stage,
-        )
-        num_slots = self.num_pages * self.page_size if mesh is None or mesh.rank == 0 else 0
+    def _make_features(self, projection: Projection | None) -> TargetFeatures:
+        size, mesh = feature_size(projection), self.mesh
+        embeds = mesh is None or mesh.is_first_stage
+        capture, num_slots = None, 0
+        if projection is not None and (mesh is None or mesh.tensor_rank == 0):
+            capture = FeatureCapture(
+                projection,
+                self._base,
+                layers=self.layers,
+                num_layers=self._num_layers,
+                embeds=embeds,
+                packs=self._has_kernels,
+            )
+            num_slots = self.num_pages * self.page_size if mesh is None or mesh.rank == 0 else 0
         cached = torch.zeros((num_slots, size), dtype=self.dtype, device=self.device)
-        return _Features(_digest(projection), size, capture, cached)
+        return TargetFeatures(
+            projection_digest(projection),
+            size,
+            capture,
+            cached,
+            self._compile(capture, embeds=embeds),
+        )
+
+    def _compile(self, capture: FeatureCapture | None, *, embeds: bool) -> CompiledLayers | None:
+        if not self._compiles or not isinstance(self.cache, KVCache):
+            return None
+        started_at = time.monotonic()
+        try:
+            compiled = CompiledLayers(
+                self._base, capture, self.cache.in_place_layers(), embeds=embeds
+            )
+        except Exception as error:  # whatever a compiler throws: it is not needed
+            self._compiles = False
+            reason = str(error).strip().split("\n")[0]
+            logger.warning("the target cannot be compiled and runs layer by layer: %s", reason)
+            return None
+        logger.info("compiled the target in %.0f s", time.monotonic() - started_at)
+        return compiled
 
     @torch.inference_mode()
     def _try_one_token(self, architecture: str) -> None:
@@ -352,15 +400,3 @@ class TargetShard:
         context = config.max_model_len or self.max_model_len
         useful = config.max_num_seqs * -(-context // config.page_size) + 1
         return max(2, min(fitting, useful))
-
-
-def _digest(projection: Projection | None) -> str:
-    if projection is None:
-        return ""
-    digest = hashlib.sha256(repr(tuple(projection.target_layer_ids)).encode())
-    digest.update(projection.weight.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _feature_size(projection: Projection | None) -> int:
-    return projection.weight.shape[0] if projection is not None else 0

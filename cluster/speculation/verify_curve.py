@@ -39,6 +39,7 @@ class CurveOrigin:
         accelerator: model name of the GPU, empty without one.
         num_threads: CPU threads of each shard.
         deterministic: whether the target ran in deterministic mode.
+        execution: how its shards ran their layers, as ``TargetShard.execution`` says it.
         measured_at: UTC, ISO 8601.
     """
 
@@ -49,6 +50,7 @@ class CurveOrigin:
     device: str
     num_threads: int
     deterministic: bool
+    execution: str
     processor: str
     cores: int
     accelerator: str

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kBlock = 32;       // outputs of one block: two registers of 16 floats
 constexpr int64_t kMaxRows = 12;     // 2 * 12 sums, 2 weights and an input fit 32 registers
-constexpr int64_t kPrefetch = 1024;  // values ahead: the next 2 KiB of weights
+constexpr int64_t kPrefetch = 8192;  // values ahead: the next 16 KiB of weights
 
 at::Tensor pack(const at::Tensor& weight) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1);

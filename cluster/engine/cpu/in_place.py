@@ -1,0 +1,84 @@
+"""Attention over pages where they lie, without gathering them first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cluster.engine.step_input import StepInput
+
+
+@dataclass(frozen=True)
+class InPlaceLayers:
+    """Where each layer's keys and values are in what ``begin_pass`` was given.
+
+    Attributes:
+        index: of the layer's own, or of those that it reads of another layer.
+        readers: layers that store nothing.
+    """
+
+    index: Mapping[int, int]
+    readers: frozenset[int]
+
+
+def begin_pass(
+    step: StepInput, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+) -> None:
+    """Tells the kernels what this thread's next pass is.
+
+    Args:
+        step: its tokens.
+        keys, values: of each layer, ``[num_pages, page_size, kv_heads, x]``.
+    """
+    starts = np.zeros(len(step.query_lens) + 1, dtype=np.int32)
+    np.cumsum(step.query_lens, out=starts[1:])
+    torch.ops.dspark_cpu.begin_pass(
+        keys,
+        values,
+        torch.from_numpy(step.slots),
+        torch.from_numpy(step.block_tables.astype(np.int32)),
+        torch.from_numpy(starts),
+        torch.from_numpy(step.context_lens.astype(np.int32)),
+    )
+
+
+def end_pass() -> None:
+    """Lets go of what ``begin_pass`` was given."""
+    torch.ops.dspark_cpu.end_pass()
+
+
+def attend_in_place(
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layers: InPlaceLayers,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Stores a pass's keys and values, then attends every query to its own sequence's pages.
+
+    Args:
+        layer: which one.
+        query: ``[N, heads, head_dim]``; ``key``: ``[N, kv_heads, head_dim]``; ``value``:
+            ``[N, kv_heads, value_dim]``. Rows behind the pass's tokens come out as zeros.
+        layers: of the cache.
+        scaling: of scores; unset: 1 / sqrt(head_dim).
+        window: tokens that a query sees; unset: all.
+
+    Returns:
+        ``[N, heads, value_dim]``.
+    """
+    output: torch.Tensor = torch.ops.dspark_cpu.attend(
+        query,
+        key,
+        value,
+        layers.index[layer],
+        layer not in layers.readers,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window or 0,
+    )
+    return output

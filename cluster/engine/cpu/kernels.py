@@ -1,0 +1,133 @@
+"""Builds and loads the kernels of this folder, ``torch.ops.dspark_cpu``.
+
+They are compiled once for a machine, with its own compiler and for its own processor, and kept in
+the cache folder. Nothing needs them: without a compiler the engine computes by PyTorch's operators.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+from cluster.engine.cache_folder import cache_folder
+from cluster.engine.machine import processor_flags, processor_name
+
+logger = logging.getLogger(__name__)
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float32)
+_FOLDER = Path(__file__).parent
+_SOURCES = ("linear.cpp", "attention.cpp")
+_HEADERS = ("block_products.h",)
+# Sums may be reordered, so that they use vectors; -ffast-math itself would change how all of the
+# process rounds.
+_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-fopenmp",
+    "-DAT_PARALLEL_OPENMP=1",
+    "-shared",
+    "-fPIC",
+)
+_BUILD_TIMEOUT_S = 600
+
+
+@functools.cache
+def load_kernels() -> bool:
+    """Loads the kernels, after compiling them where this was not done yet (up to a minute).
+
+    Returns:
+        Whether they can be used; if not, the reason is logged.
+    """
+    try:
+        torch.ops.load_library(_built())
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.warning("computing without kernels of our own: %s", error)
+        return False
+    torch.library.register_fake("dspark_cpu::attend", _attend_shape)
+    if can_pack():
+        torch.library.register_fake("dspark_cpu::linear", _linear_shape)
+    return True
+
+
+def can_pack() -> bool:
+    """Whether the loaded kernels have linear layers of packed weights (AVX512-BF16)."""
+    return hasattr(torch.ops.dspark_cpu, "linear")
+
+
+def _built() -> Path:
+    """The library's file. Processes that start together build it once.
+
+    Raises:
+        OSError: no compiler, or the cache cannot be written.
+        subprocess.SubprocessError: the compiler fails.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler (c++, or $CXX) is installed")
+    folder = cache_folder("kernels")
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{_identity(compiler)}.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when its holder dies
+        if not library.exists():
+            partial = library.with_suffix(f".{os.getpid()}.partial")
+            _compile(compiler, partial)
+            partial.replace(library)
+    return library
+
+
+def _compile(compiler: str, output: Path) -> None:
+    command = [compiler, *_FLAGS]
+    command += [f"-I{path}" for path in cpp_extension.include_paths()]
+    command += [str(_FOLDER / name) for name in _SOURCES]
+    command += ["-o", str(output)]
+    command += [f"-L{path}" for path in cpp_extension.library_paths()]
+    command += ["-lc10", "-ltorch_cpu"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False
+    )
+    if done.returncode != 0:
+        output.unlink(missing_ok=True)
+        raise OSError(f"{compiler} failed: {done.stderr.strip()[-2000:]}")
+
+
+def _identity(compiler: str) -> str:
+    """Of everything that the library depends on."""
+    digest = hashlib.sha256()
+    for name in (*_SOURCES, *_HEADERS):
+        digest.update((_FOLDER / name).read_bytes())
+    parts = (torch.__version__, processor_name(), processor_flags(), compiler, *_FLAGS)
+    digest.update("\0".join(parts).encode())
+    return digest.hexdigest()[:32]
+
+
+def _attend_shape(
+    query: torch.Tensor,
+    _key: torch.Tensor,
+    value: torch.Tensor,
+    _layer: int,
+    _stores: bool,
+    _scale: float,
+    _window: int,
+) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+
+
+def _linear_shape(
+    input: torch.Tensor, _packed: torch.Tensor, _bias: torch.Tensor | None, outputs: int
+) -> torch.Tensor:
+    return input.new_empty(*input.shape[:-1], outputs)

@@ -1,0 +1,60 @@
+"""Linear layers with weights laid out for the processor's bf16 instructions."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cluster.engine.cpu.kernels import can_pack
+
+_BLOCK = 32  # outputs that lie together
+
+
+class PackedLinear(nn.Module):
+    """Computes what the ``nn.Linear`` computes that it is made of, summed in fp32.
+
+    A row's result does not depend on the rows beside it.
+    """
+
+    packed: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()
+        self.register_buffer("packed", torch.ops.dspark_cpu.pack(weight), persistent=False)
+        bias = None
+        if linear.bias is not None:
+            bias = torch.zeros(len(self.packed) * _BLOCK)
+            bias[: self.out_features] = linear.bias.detach()
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, both bf16."""
+        output: torch.Tensor = torch.ops.dspark_cpu.linear(
+            input, self.packed, self.bias, self.out_features
+        )
+        return output
+
+
+def packed(linear: nn.Module) -> nn.Module:
+    """The layer with packed weights, hooks included; itself where it cannot be packed."""
+    if type(linear) is not nn.Linear or not can_pack():
+        return linear
+    weight = linear.weight
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or linear.in_features % 2:
+        return linear
+    new = PackedLinear(linear)
+    for hook in linear._forward_hooks.values():
+        new.register_forward_hook(hook)
+    return new
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Packs every linear layer inside ``module``, in place."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            new = packed(child)
+            if new is not child:
+                setattr(parent, name, new)
