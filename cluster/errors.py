@@ -12,6 +12,7 @@
     ├── DeadlineExceededError     the request's own deadline passed
     ├── ReplicaLostError          the target replica that ran the request is gone
     ├── MalformedProposalError    a drafter sent something that is not a proposal
+    ├── TrainingDivergedError     a training run whose loss or gradient is no number any more
     └── ClusterStateError         a command that needs (or must not find) a running cluster
 
 ``cluster.rpc.status`` maps them to gRPC status codes; ``cluster.cli`` maps them to exit codes.
@@ -140,6 +141,10 @@ class ReplicaLostError(DsparkError):
 
 class MalformedProposalError(DsparkError):
     """A drafter's proposal breaks the protocol (wrong length, NaN, unknown ids, ...)."""
+
+
+class TrainingDivergedError(DsparkError):
+    """A training run's loss or gradient is no number any more; what was saved before is intact."""
 
 
 class ClusterStateError(DsparkError):

@@ -22,7 +22,14 @@ from cluster.training.parallel import Worker
 from cluster.training.prompts import read_prompts
 from cluster.training.sources import build_datasets
 from tests.models import save_tiny_drafter
-from tests.training_tools import LENGTH, make_config, save_target, write_config, write_jsonl
+from tests.training_tools import (
+    LENGTH,
+    VOCAB_SIZE,
+    make_config,
+    save_target,
+    write_config,
+    write_jsonl,
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "deployments" / "training").glob("*.yaml"))
 
@@ -66,6 +73,8 @@ def test_committed_configurations_are_valid(path: Path) -> None:
         ("data", {"files": ["missing.txt"]}, "missing.txt: cannot be read"),
         ("data", {"files": ["train.yaml", "prompts.jsonl"]}, "use one kind"),
         ("features", {"mode": "cache", "max_gb": -1}, "features.max_gb"),
+        ("target", {"model": "/none/such"}, "target.model: no such folder: /none/such"),
+        ("output", {"folder": "train.yaml/out"}, "output.folder: "),
         ("loss", {"total_variaton": 1}, "loss.total_variaton: unknown key (did you mean 'total_v"),
     ],
 )
@@ -83,6 +92,37 @@ def test_the_context_bounds_sequences(folder: Path) -> None:
     config = make_config(folder, data=data, optimization={"batch_tokens": 1024})
     with pytest.raises(ConfigError, match=r"data\.sequence_length: 256 exceeds .* context of 128"):
         check_inputs(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"head_dim": 7}, "drafter.head_dim"),
+        ({"num_key_value_heads": 4}, "drafter.num_key_value_heads"),
+        ({"num_anchors": 30}, "drafter.num_anchors"),
+        ({"block_size": LENGTH}, "drafter.block_size"),
+        ({"method": "eagle3", "block_size": LENGTH}, "drafter.block_size"),
+        ({"mask_token_id": VOCAB_SIZE}, "drafter.mask_token_id"),
+    ],
+)
+def test_a_shape_that_does_not_fit_names_its_key(
+    folder: Path, changes: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loop.DrafterTraining(make_config(folder, drafter=changes), Worker())
+    assert caught.value.key == key
+
+
+def test_what_the_machine_does_not_have_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = write_config(folder, parallel={"use_gpu": True})
+    assert cli.main(["train", str(path)]) == 2
+    assert "parallel.use_gpu: " in capsys.readouterr().err
+    path.write_text("")
+    assert cli.main(["train", str(path)]) == 2
+    assert "train.yaml: is empty" in capsys.readouterr().err
 
 
 def test_command_line_overrides_values(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.errors import CheckpointError, ConfigError
+from cluster.errors import CheckpointError, ConfigError, TrainingDivergedError
+from cluster.models.calibration_file import load_calibration, save_calibration
 from cluster.models.checkpoint import load_drafter, load_drafter_config
 from cluster.training import feature_cache, report
 from cluster.training.config import TrainConfig
@@ -124,6 +125,26 @@ def test_short_answers_are_padded_without_effect(folder: Path) -> None:
     found = losses(folder)
     assert all(value == value for value in found)
     assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize("method", ["dspark", "eagle3", "draft_model"])
+def test_a_run_that_diverges_ends_and_keeps_its_checkpoint(folder: Path, method: str) -> None:
+    optimization = {
+        "steps": 9,
+        "muon_learning_rate": 1e30,
+        "adamw_learning_rate": 1e30,
+        "warmup": 0,
+    }
+    config = make_config(
+        folder,
+        drafter=METHODS[method],
+        optimization=optimization,
+        output={"save_seconds": 1e-6, "eval_steps": 9},
+    )
+    with pytest.raises(TrainingDivergedError, match=r"step \d: the loss is .* gradient norm is"):
+        train(config, Worker())
+    assert all(value.isfinite().all() for value in weights(folder).values())
+    assert read_summary(folder / "out") == {}
 
 
 # -------------------------------------------------------------------------------------- resuming
@@ -247,6 +268,21 @@ def test_a_broken_state_names_its_file(folder: Path) -> None:
     state.write_bytes(state.read_bytes()[:500])
     with pytest.raises(CheckpointError, match=r"training_state\.pt: broken training state"):
         train(make_config(folder), Worker())
+
+
+def test_a_calibration_lasts_as_long_as_the_weights_it_was_fitted_to(folder: Path) -> None:
+    minutes = {"optimization": {"steps": None, "minutes": 1e-5}}
+    train(make_config(folder, **minutes), Worker())
+    out, target = folder / "out", folder / "target"
+    file = save_calibration(out, target, [])
+    train(make_config(folder, **minutes), Worker())  # there is nothing left to do
+    assert file.exists()
+    load_calibration(out, target)
+    state = out / "run" / "state" / "training_state.pt"
+    saved = torch.load(state, weights_only=True)
+    torch.save({**saved, "spent_seconds": 0.0}, state)
+    train(make_config(folder, **minutes), Worker())
+    assert not file.exists()
 
 
 def test_time_spent_before_an_interruption_counts(folder: Path) -> None:
@@ -402,11 +438,22 @@ def test_serving_imports_nothing_of_the_extra() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_history_forgets_what_lies_behind_the_checkpoint(folder: Path) -> None:
+def test_history_forgets_what_lies_behind_the_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(source: Any, target: Any) -> None:
+        raise KeyboardInterrupt
+
     config = make_config(folder)
     train(config, Worker())
     path = folder / "out" / "run" / "history.jsonl"
     with path.open("a") as file:
         file.write('{"step": 9, "loss": 1.0}\n{"step": 2, "lo')
+    before = path.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            report.Reporter(config, step=2, num_steps=4)
+    assert path.read_text() == before
     report.Reporter(config, step=2, num_steps=4)
     assert [row["step"] for row in history(folder)] == [1, 2]

@@ -131,6 +131,24 @@ def load_calibration(
     return Calibration(fitted)
 
 
+def drop_stale_calibration(drafter: str | Path) -> None:
+    """Removes the file where it is for other weights than those beside it now: it is of no use,
+    and would be refused.
+
+    Raises:
+        CheckpointError: the drafter's digest cannot be taken.
+    """
+    path = local_folder(drafter) / FILE_NAME
+    if not path.exists():
+        return
+    try:
+        fitted_for = read_json(path).get("drafter_digest")
+    except CheckpointError:
+        fitted_for = None
+    if fitted_for != drafter_digest(drafter):
+        path.unlink(missing_ok=True)
+
+
 def _usable_entries(
     path: Path, drafter: str | Path, target: str | Path, digests: Mapping[str, str]
 ) -> dict[CalibrationKey, dict[str, Any]]:

@@ -150,6 +150,7 @@ class Eagle3Drafter(nn.Module):
         config = self.config
         if not config.has_vocabulary_map:
             raise ValueError(f"{config.architecture} drafters know every token of the target")
+        token_ids = token_ids.cpu()
         known = torch.zeros(config.vocab_size, dtype=torch.bool)
         valid = token_ids.shape == self.d2t.shape and bool(
             ((token_ids >= 0) & (token_ids < config.vocab_size)).all()

@@ -55,6 +55,12 @@ class BlockMethod(DraftMethod):
         self._weights = LossWeights(*config.loss_weights(), config.loss.position_decay)
         parts = 2 if config.data.short_phase > 0 else 1
         room = config.data.sequence_length // parts - self._block_size
+        if room < 1:
+            raise ConfigError(
+                "drafter.block_size",
+                f"blocks of {self._block_size} do not fit sequences of "
+                f"{config.data.sequence_length} tokens",
+            )
         if self._num_anchors // parts > room:
             raise ConfigError(
                 "drafter.num_anchors",

@@ -292,6 +292,8 @@ def load_train_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfi
         raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), f"is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), "is empty, or no mapping of sections")
     for override in overrides:
         _override(values, override)
     config = parse_section(TrainConfig, values)

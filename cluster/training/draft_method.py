@@ -101,6 +101,8 @@ def shape_of(config: TrainConfig, target: PreTrainedModel) -> dict[str, Any]:
     }
     given = {name: getattr(config.drafter, name) for name in defaults}
     shape = {name: defaults[name] if given[name] is None else given[name] for name in defaults}
+    if shape["head_dim"] % 2:
+        raise ConfigError("drafter.head_dim", f"must be even, not {shape['head_dim']}")
     if shape["num_attention_heads"] % shape["num_key_value_heads"]:
         raise ConfigError(
             "drafter.num_key_value_heads",

@@ -50,6 +50,11 @@ class Eagle3Method(DraftMethod):
         self._starts_anew = config.drafter.init_from is None
         parts = 2 if config.data.short_phase > 0 else 1
         room = config.data.sequence_length // parts - 1 - self._steps
+        if room < 1:
+            raise ConfigError(
+                "drafter.block_size",
+                f"{self._steps} steps do not fit sequences of {config.data.sequence_length} tokens",
+            )
         if self._num_anchors // parts > room:
             raise ConfigError(
                 "drafter.num_anchors",
@@ -69,7 +74,7 @@ class Eagle3Method(DraftMethod):
         # Stable, so that every worker breaks ties alike.
         order = counts.argsort(descending=True, stable=True)
         chosen = order[: shape.draft_vocab_size].sort().values
-        self.network.set_draft_token_ids(chosen.to(self.network.d2t.device))
+        self.network.set_draft_token_ids(chosen)
         _copy_output(self.network, self._target)
 
     def sample(self, batch: Batch, generator: torch.Generator) -> Batch:

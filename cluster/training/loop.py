@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from cluster.config import SpeculativeConfig
 from cluster.engine.target_model import load_text_config
 from cluster.engine.worker import load_tokenizer
-from cluster.errors import CheckpointError, ConfigError
-from cluster.models.calibration_file import FILE_NAME as CALIBRATION_FILE
+from cluster.errors import CheckpointError, ConfigError, TrainingDivergedError
+from cluster.models.calibration_file import drop_stale_calibration
 from cluster.models.checkpoint import target_digest
 from cluster.models.drafter_check import check_drafter
 from cluster.models.hub import local_folder
@@ -30,7 +30,7 @@ from cluster.training.features import FeatureTarget
 from cluster.training.methods import build_method
 from cluster.training.optimization import Budget, Optimizers, learning_rate_factor
 from cluster.training.parallel import Worker
-from cluster.training.report import Reporter
+from cluster.training.report import Reporter, check_extras
 from cluster.training.resume import load_training_state, save_training_state, write_summary
 from cluster.training.sources import Source, build_datasets, read_source
 
@@ -43,6 +43,7 @@ def train(config: TrainConfig, worker: Worker) -> dict[str, Any]:
 
     Raises:
         ConfigError, CheckpointError, DataError: before anything long starts.
+        TrainingDivergedError: the loss is no number any more; the last checkpoint stays.
     """
     return DrafterTraining(config, worker).run()
 
@@ -50,6 +51,8 @@ def train(config: TrainConfig, worker: Worker) -> dict[str, Any]:
 def train_worker(config: TrainConfig, rank: int, count: int, device: str) -> None:
     """``train`` for a launcher of workers, inside its process group."""
     log_to_stderr()
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("parallel.use_gpu", "this machine, or its build of torch, has no CUDA")
     train(config, Worker(rank, count, torch.device(device)))
 
 
@@ -61,12 +64,16 @@ def log_to_stderr() -> None:
 
 def check_inputs(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Source]:
     """Reads what can be read without loading models: configurations, headers of weights, the
-    tokenizer, the data.
+    tokenizer, the data. Then makes the output's folder.
 
     Raises:
-        ConfigError, CheckpointError, DataError: something does not fit or is broken.
+        ConfigError, CheckpointError, DataError: something does not fit, is broken or is missing.
     """
+    check_extras(config)
     trust = config.target.trust_remote_code
+    folder = local_folder(config.target.model)
+    if not folder.is_dir():
+        raise ConfigError("target.model", f"no such folder: {folder}")
     text = load_text_config(config.target.model, trust_remote_code=trust)
     length = config.data.sequence_length
     if length > text.max_position_embeddings:
@@ -75,12 +82,17 @@ def check_inputs(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Source]:
             f"{length} exceeds the target's context of {text.max_position_embeddings}",
         )
     feature_layers(config, text.num_hidden_layers)
-    folder = local_folder(config.target.model)
     read_headers(folder)
     if config.drafter.init_from is not None:
         _check_start(config.drafter, text.to_dict(), folder)
     tokenizer = load_tokenizer(config.target.model, trust_remote_code=trust)
-    return tokenizer, read_source(config, tokenizer)
+    source = read_source(config, tokenizer)
+    try:
+        config.run_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"{config.run_folder} cannot be made: {error.strerror}"
+        raise ConfigError("output.folder", message) from None
+    return tokenizer, source
 
 
 def _check_start(drafter: TrainedDrafter, target: dict[str, Any], target_folder: Path) -> None:
@@ -198,7 +210,12 @@ class DrafterTraining:
         worker.average_gradients(self.method.network.parameters())
         optimization = config.optimization
         factor = learning_rate_factor(progress, optimization.warmup, optimization.decay)
-        return loss, self._optimizers.step(factor)
+        try:
+            norm = self._optimizers.step(factor)
+        except TrainingDivergedError as error:
+            message = f"step {self.step + 1}: the loss is {loss.total.item():g}, {error}"
+            raise TrainingDivergedError(message) from None
+        return loss, norm
 
     def _run_target(self, batch: Batch, heldout: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         if self._caches is None:
@@ -246,8 +263,7 @@ class DrafterTraining:
         )
         folder = Path(self._config.output.folder)
         self.method.save(folder)
-        # What was fitted to the weights before these is of no use, and would be refused.
-        (folder / CALIBRATION_FILE).unlink(missing_ok=True)
+        drop_stale_calibration(folder)
 
     @property
     def _state_folder(self) -> Path:

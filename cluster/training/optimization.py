@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from cluster.errors import TrainingDivergedError
 
 MUON_LEARNING_RATE = 0.004
 ADAMW_LEARNING_RATE = 0.002
@@ -62,14 +65,19 @@ class Optimizers:
         """Clips gradients, steps at ``factor`` of the full rate, clears gradients.
 
         Returns the gradient norm before clipping.
+
+        Raises:
+            TrainingDivergedError: the norm is no number; the weights are as before.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm))
+        if not math.isfinite(norm):
+            raise TrainingDivergedError(f"the gradient norm is {norm}: use lower learning rates")
         for optimizer, base in zip(self._optimizers, self._base, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def state_dict(self) -> list[dict[str, Any]]:
         """State of both optimizers, for a training checkpoint."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +34,18 @@ def require_extra(key: str, module: str) -> None:
         raise ConfigError(key, f"needs pip install '{_DISTRIBUTION}[train]': {error}") from None
 
 
+def check_extras(config: TrainConfig) -> None:
+    """Checks that what the configured reports need is installed.
+
+    Raises:
+        ConfigError: as ``require_extra``.
+    """
+    if config.output.plots:
+        require_extra("output.plots", "matplotlib")
+    if config.output.tensorboard:
+        require_extra("output.tensorboard", "tensorboard")
+
+
 class Reporter:
     """One run's figures, every ``log_steps`` steps and at every held-out evaluation.
 
@@ -45,23 +57,16 @@ class Reporter:
     def __init__(
         self, config: TrainConfig, step: int, num_steps: int | None, quiet: bool = False
     ) -> None:
-        """``step`` is where the run goes on; ``num_steps`` its length where that is known.
-
-        Raises:
-            ConfigError: a package of the extra ``train`` is missing.
-        """
+        """``step`` is where the run goes on; ``num_steps`` its length where that is known. What
+        ``check_extras`` asks for is installed."""
         self._config = config
         self._folder = config.run_folder
         self._history: list[dict[str, Any]] = []
         self._last_log, self._logged_step = time.monotonic(), step
         self._writer: Any = None
         if not quiet:
-            self._folder.mkdir(parents=True, exist_ok=True)
             self._history = self._read_history(step)
-            if config.output.plots:
-                require_extra("output.plots", "matplotlib")
             if config.output.tensorboard:
-                require_extra("output.tensorboard", "tensorboard")
                 module = importlib.import_module("torch.utils.tensorboard")
                 folder = self._folder / "tensorboard"
                 self._writer = module.SummaryWriter(str(folder), purge_step=step)
@@ -143,6 +148,8 @@ class Reporter:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n") and (row := json.loads(line))["step"] <= step:
                 rows.append(row)
+        partial = path.with_suffix(".partial")
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        Path(path).write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)  # a run that is killed here keeps what it had
         return rows

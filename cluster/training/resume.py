@@ -64,7 +64,7 @@ def load_training_state(
     if not path.exists():
         return 0
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["settings"]
     except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(str(path), None, f"broken training state: {error}") from error
