@@ -97,6 +97,35 @@ def test_plots_without_matplotlib_are_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("eval --seed -1", "--seed: must be 0 or more"),
+        ("eval --device cuda", "--device: this machine"),
+        ("eval --out {file}/out", "--out: "),
+        ("calibrate --drafter ngram", "--drafter: method ngram has no folder"),
+        ("calibrate --device cuda", "--device: this machine"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_any_work(
+    command: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for module in (drafters_bench, calibration_bench):
+        monkeypatch.setattr(module, "DrafterRunner", None)
+    (tmp_path / "file").touch()
+    try:
+        code = main(command.format(file=tmp_path / "file").split())
+    except SystemExit as stopped:  # argparse's own way
+        code = stopped.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------- figures
 
 
@@ -361,6 +390,17 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     assert texts == ["def add(a, b):", "import os"]  # the long one is left out
     with pytest.raises(DataError, match="no prompt of 2 to 1 tokens"):
         load_prompt_set(str(path), tokenizer, count=5, num_tokens=8, max_tokens=1)
+
+
+def test_windows_of_code_that_leave_no_room_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(TARGET)
+    documents = tuple(group[:1] for group in load_documents())
+    monkeypatch.setattr(prompt_sets, "load_documents", lambda: documents)
+    for num_tokens, max_tokens in ((100, 99), (10**9, 10**9)):
+        with pytest.raises(ConfigError, match="--prompt-tokens"):
+            load_prompt_set(
+                "stdlib-heldout", tokenizer, count=1, num_tokens=num_tokens, max_tokens=max_tokens
+            )
 
 
 def test_code_prompts_are_windows_of_one_length_and_never_of_both_sets(

@@ -152,6 +152,17 @@ def fit_drafter(
     runner.close()
 
 
+def folder_to_write(drafter: DrafterChoice) -> str:
+    """Where the drafter's ``calibration.json`` belongs.
+
+    Raises:
+        ConfigError: the drafter has no folder.
+    """
+    if drafter.model is None:
+        raise ConfigError("--drafter", f"method {drafter.method} has no folder to write to")
+    return drafter.model
+
+
 def store(target: str, drafter: DrafterChoice, fits: Sequence[Fit], settings: Settings) -> str:
     """Writes ``calibration.json`` beside the drafter; returns its path.
 
@@ -159,8 +170,6 @@ def store(target: str, drafter: DrafterChoice, fits: Sequence[Fit], settings: Se
         ConfigError: the drafter has no folder.
         CheckpointError: the file cannot be written.
     """
-    if drafter.model is None:
-        raise ConfigError("--drafter", f"method {drafter.method} has no folder to write to")
     entries = [
         CalibrationEntry(
             key=fit.heldout.key,
@@ -170,7 +179,7 @@ def store(target: str, drafter: DrafterChoice, fits: Sequence[Fit], settings: Se
         )
         for fit in fits
     ]
-    return str(save_calibration(drafter.model, target, entries))
+    return str(save_calibration(folder_to_write(drafter), target, entries))
 
 
 def summarise(fits: Sequence[Fit]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from cluster.errors import DataError
+from cluster.errors import ConfigError, DataError
 from cluster.training.corpus import TokenStream, load_documents
 from cluster.training.prompts import read_prompts, render
 
@@ -39,14 +39,21 @@ def load_prompt_set(
             are taken, from the start.
         count: most prompts; they come in an order of their own.
         num_tokens: length of a window of code.
-        max_tokens: a longer prompt of a file is left out.
+        max_tokens: a longer prompt of a file is left out, a longer window refused.
 
     Raises:
         DataError: naming file and line: it cannot be read, or there is nothing in it to use.
+        ConfigError: windows of code that are too long.
     """
     if source in CODE_SETS:
+        if num_tokens > max_tokens:
+            message = f"is {num_tokens}; with such outputs the context has room for {max_tokens}"
+            raise ConfigError("--prompt-tokens", message)
         documents = load_documents()[source != TRAINING_CODE]
-        stream = TokenStream(documents, tokenizer, num_tokens, shuffle=False)
+        try:
+            stream = TokenStream(documents, tokenizer, num_tokens, shuffle=False)
+        except ValueError as error:
+            raise ConfigError("--prompt-tokens", str(error)) from None
         windows = _windows(source, stream.windows_per_epoch)
         chosen = windows[:: max(1, len(windows) // count)][:count]
         return _mixed(source, [stream.window(index).tolist() for index in chosen])

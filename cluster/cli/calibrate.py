@@ -94,9 +94,10 @@ def plan_of(args: argparse.Namespace) -> FitPlan:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command. Raises: cluster.errors for bad options, data and checkpoints."""
-    from cluster.bench.calibration import fit_drafter, store, summarise
+    from cluster.bench.calibration import fit_drafter, folder_to_write, store, summarise
 
     (drafter,) = drafters_of([args.drafter])
+    folder_to_write(drafter)  # before the rounds
     settings = settings_of(args)
     fits = list(fit_drafter(drafter, plan_of(args), settings, note))
     path = store(args.target, drafter, fits, settings)

@@ -86,6 +86,14 @@ def sampling_temperature(text: str) -> float:
     return value
 
 
+def sampling_seed(text: str) -> int:
+    """A seed of random streams, for argparse."""
+    seed = int(text)
+    if seed < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {seed}")
+    return seed
+
+
 def positive(text: str) -> int:
     """A number of things, for argparse."""
     number = int(text)
@@ -100,9 +108,18 @@ def temperatures_of(args: argparse.Namespace) -> list[float]:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings that ``add_rounds`` has read."""
-    from cluster.bench.evaluation import Settings
+    """The settings that ``add_rounds`` has read.
 
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    from torch.cuda import is_available
+
+    from cluster.bench.evaluation import Settings
+    from cluster.errors import ConfigError
+
+    if args.device == "cuda" and not is_available():
+        raise ConfigError("--device", "this machine, or its build of torch, has no CUDA")
     return Settings(
         max_tokens=args.max_tokens,
         concurrency=args.concurrency,

@@ -15,6 +15,7 @@ from cluster.cli.drafters import (
     add_rounds,
     drafters_of,
     note,
+    sampling_seed,
     settings_of,
     temperatures_of,
     wide_console,
@@ -58,7 +59,7 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
         action="append",
-        type=int,
+        type=sampling_seed,
         metavar="S",
         help="repeatable: every prompt once for each (default 0)",
     )
@@ -90,13 +91,13 @@ def run(args: argparse.Namespace) -> int:
     from cluster.bench.drafters import evaluate
     from cluster.bench.report import describe_machine
 
-    drafters = drafters_of(args.drafter)
+    drafters, settings = drafters_of(args.drafter), settings_of(args)
     if args.out is not None:
         from cluster.bench.plots import check_plots
 
         check_plots()
-        args.out.mkdir(parents=True, exist_ok=True)
-    evaluations = list(evaluate(drafters, comparison_of(args), settings_of(args), note))
+        _make_folder(args.out)
+    evaluations = list(evaluate(drafters, comparison_of(args), settings, note))
     rows = [evaluation.figures() for evaluation in evaluations]
     document = json.dumps({"target": args.target, "machine": describe_machine(), "rows": rows})
     if args.out is not None:
@@ -114,6 +115,16 @@ def run(args: argparse.Namespace) -> int:
         for table in (acceptance_table(rows), confidence_table(rows)):
             console.print(table)
     return 0
+
+
+def _make_folder(path: Path) -> None:
+    """Before the rounds, so that a folder that cannot be made costs none."""
+    from cluster.errors import ConfigError
+
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--out", f"{path} cannot be made: {error.strerror}") from None
 
 
 def acceptance_table(rows: list[dict[str, Any]]) -> Table:
