@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,8 @@ from cluster.speculation.sampling import (
     process_logits,
 )
 from cluster.speculation.verification import Verification, verify_coupled, verify_rejection
+
+_MAX_KEPT_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Sampler:
         device: torch.device | None = None,
         seed: int | None = None,
     ) -> None:
-        self._eos_token_ids = eos_token_ids
+        self._batches = _BatchCache(eos_token_ids)
         self.trust_drafter = trust_drafter
         self._device = device or torch.device("cpu")
         seeds = np.random.SeedSequence(seed).generate_state(2, dtype=np.uint64)
@@ -102,9 +105,11 @@ class Sampler:
             if not members:
                 continue
             entries = [inputs[i] for i in members]
-            rows = _padded_rows(first_rows[members], num_drafts[members])
             block = _Block(entries, logits)
-            verification = verify(logits[torch.as_tensor(rows, device=logits.device)], block)
+            rows = _padded_rows(first_rows[members], num_drafts[members])
+            is_all = len(rows) == len(logits) and len(members) == len(inputs)  # nothing is padded
+            padded = logits if is_all else logits[torch.as_tensor(rows, device=logits.device)]
+            verification = verify(padded, block)
             for member, output in zip(members, _to_outputs(verification, block), strict=True):
                 outputs[member] = output
         for i, entry in enumerate(inputs):
@@ -169,9 +174,7 @@ class Sampler:
     ) -> tuple[SamplingBatch, dict[str, torch.Tensor]]:
         """Parameters of the padded rows, and what penalties and ``min_tokens`` need."""
         entries, device = block.entries, block.draft_token_ids.device
-        batch = SamplingBatch.from_params(
-            [e.params for e in entries], eos_token_ids=self._eos_token_ids, device=device
-        )
+        batch, expanded = self._batches.get([e.params for e in entries], positions, device)
         extra: dict[str, torch.Tensor] = {}
         if batch.stop_rows.numel():
             outputs = torch.tensor([len(e.token_ids) - e.num_prompt_tokens for e in entries])
@@ -192,7 +195,33 @@ class Sampler:
             )
             extra["output_counts"] = blocks.flatten(0, 1)
             extra["prompt_mask"] = prompts.to(device).repeat_interleave(positions, dim=0)
-        return batch.expand(positions), extra
+        return expanded, extra
+
+
+class _BatchCache:
+    """Parameters as they were on the device last: requests sample together step after step."""
+
+    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._kept: OrderedDict[
+            tuple[tuple[int, ...], int], tuple[list[SamplingParams], SamplingBatch, SamplingBatch]
+        ] = OrderedDict()
+
+    def get(
+        self, params: list[SamplingParams], positions: int, device: torch.device
+    ) -> tuple[SamplingBatch, SamplingBatch]:
+        """One row for each of ``params``, and one for each of its ``positions``."""
+        # What is kept holds its parameters, so that an id cannot come to mean others.
+        key = (tuple(id(entry) for entry in params), positions)
+        if key not in self._kept:
+            batch = SamplingBatch.from_params(
+                params, eos_token_ids=self._eos_token_ids, device=device
+            )
+            self._kept[key] = (params, batch, batch.expand(positions))
+            if len(self._kept) > _MAX_KEPT_BATCHES:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key][1:]
 
 
 class _Block:

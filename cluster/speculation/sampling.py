@@ -178,12 +178,18 @@ def adjust_logits(
         allowed_mask: ``[N, V]`` bool of a grammar; at least one token of a row must be allowed.
 
     Returns:
-        ``[N, V]`` float32, ``-inf`` where removed.
+        ``[N, V]`` float32, ``-inf`` where removed; where no row asks for anything, ``logits``.
 
     Raises:
         ValueError: an argument that some row needs is missing.
     """
-    logits = logits.to(torch.float32, copy=True)
+    is_changed = (
+        batch.bias_rows.numel()
+        or batch.penalised_rows.numel()
+        or batch.stop_rows.numel()
+        or allowed_mask is not None
+    )
+    logits = logits.to(torch.float32, copy=bool(is_changed))
     if batch.bias_rows.numel() > 0:
         bias_index = (batch.bias_rows, batch.bias_token_ids)
         logits.index_put_(bias_index, batch.bias_values, accumulate=True)
@@ -231,7 +237,9 @@ def process_logits(
         allowed_mask=allowed_mask,
     )
     best_token_ids = logits.argmax(dim=-1, keepdim=True)
-    logits -= logits.gather(1, best_token_ids)  # the best is 0, so no temperature can overflow it
+    logits = logits - logits.gather(
+        1, best_token_ids
+    )  # the best is 0, so no temperature can overflow it
     logits /= torch.where(batch.temperature == 0, 1.0, batch.temperature).unsqueeze(1)
     if batch.truncated_rows.numel() > 0:
         _truncate(logits, batch)

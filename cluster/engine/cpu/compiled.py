@@ -9,6 +9,7 @@ import torch
 
 from cluster.engine.capture import FeatureCapture
 from cluster.engine.cpu.in_place import InPlaceLayers
+from cluster.engine.cpu.joint_linear import JoinLinears
 
 # A pass of one token is computed as one of two: compilers take a size of 1 for a constant.
 _MIN_TOKENS = 2
@@ -62,7 +63,11 @@ class CompiledLayers:
         for tensor in (inputs, positions):
             torch._dynamo.mark_dynamic(tensor, 0)
         # What guards would check every time cannot change: sizes, but for the tokens', are fixed.
-        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        options: dict[str, Any] = {
+            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+            "size_asserts": False,
+            "post_grad_custom_post_pass": JoinLinears(),
+        }
         if capture is not None:
             capture.attach()
         try:

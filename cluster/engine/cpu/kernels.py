@@ -60,6 +60,7 @@ def load_kernels() -> bool:
     torch.library.register_fake("dspark_cpu::attend", _attend_shape)
     if can_pack():
         torch.library.register_fake("dspark_cpu::linear", _linear_shape)
+        torch.library.register_fake("dspark_cpu::linears", _linear_shapes)
     return True
 
 
@@ -131,3 +132,12 @@ def _linear_shape(
     input: torch.Tensor, _packed: torch.Tensor, _bias: torch.Tensor | None, outputs: int
 ) -> torch.Tensor:
     return input.new_empty(*input.shape[:-1], outputs)
+
+
+def _linear_shapes(
+    input: torch.Tensor,
+    _packed: list[torch.Tensor],
+    _biases: list[torch.Tensor | None],
+    outputs: list[int],
+) -> list[torch.Tensor]:
+    return [input.new_empty(*input.shape[:-1], size) for size in outputs]

@@ -9,8 +9,10 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -64,30 +66,56 @@ constexpr Multiply kMultiply[kMaxRows + 1] = {
     nullptr,     multiply<1>, multiply<2>, multiply<3>,  multiply<4>,  multiply<5>, multiply<6>,
     multiply<7>, multiply<8>, multiply<9>, multiply<10>, multiply<11>, multiply<12>};
 
-at::Tensor linear(const at::Tensor& input, const at::Tensor& packed,
-                  const std::optional<at::Tensor>& bias, int64_t outputs) {
-  const int64_t inputs = input.size(-1), blocks = packed.size(0);
+// One of the layers that have the same input, and where its output goes.
+struct Layer {
+  const uint16_t* weight;
+  const float* bias;  // padded to blocks, or null
+  uint16_t* to;
+  int64_t outputs, first_block;
+};
+
+// Layers of one input in one go: threads are set to work once, and each goes through the weights
+// from one end to the other.
+std::vector<at::Tensor> linears(const at::Tensor& input, at::TensorList packed,
+                                const c10::List<std::optional<at::Tensor>>& biases,
+                                at::IntArrayRef outputs) {
   TORCH_CHECK(input.scalar_type() == at::kBFloat16, "input must be bfloat16");
-  TORCH_CHECK(packed.size(1) * 2 == inputs, "input has ", inputs, " columns, the weight ",
-              packed.size(1) * 2);
-  auto shape = input.sizes().vec();
-  shape.back() = outputs;
   const at::Tensor x = input.contiguous();
-  at::Tensor y = at::empty(shape, input.options());
-  const int64_t rows = x.numel() / inputs;
+  const int64_t inputs = x.size(-1), rows = x.numel() / inputs;
+  std::vector<at::Tensor> results;
+  std::vector<Layer> layers;
+  int64_t blocks = 0;
+  for (size_t i = 0; i < packed.size(); ++i) {
+    const std::optional<at::Tensor> bias = biases.get(i);
+    TORCH_CHECK(packed[i].size(1) * 2 == inputs, "input has ", inputs, " columns, the weight ",
+                packed[i].size(1) * 2);
+    auto shape = x.sizes().vec();
+    shape.back() = outputs[i];
+    results.push_back(at::empty(shape, x.options()));
+    layers.push_back({(const uint16_t*)packed[i].const_data_ptr(),
+                      bias ? bias->const_data_ptr<float>() : nullptr,
+                      (uint16_t*)results.back().data_ptr(), outputs[i], blocks});
+    blocks += packed[i].size(0);
+  }
   const auto* from = (const uint16_t*)x.const_data_ptr();
-  const auto* weights = (const uint16_t*)packed.const_data_ptr();
-  const float* offsets = bias ? bias->const_data_ptr<float>() : nullptr;  // padded to blocks
-  auto* to = (uint16_t*)y.data_ptr();
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b)
+    auto layer = layers.begin();
+    for (int64_t all = begin; all < end; ++all) {
+      while (layer + 1 != layers.end() && all >= (layer + 1)->first_block) ++layer;
+      const int64_t b = all - layer->first_block, first = b * kBlock;
       for (int64_t row = 0; row < rows; row += kMaxRows)
         kMultiply[std::min(kMaxRows, rows - row)](
-            from + row * inputs, inputs, weights + b * kBlock * inputs,
-            offsets ? offsets + b * kBlock : nullptr, to + row * outputs + b * kBlock, outputs,
-            outputs - b * kBlock);
+            from + row * inputs, inputs, layer->weight + first * inputs,
+            layer->bias ? layer->bias + first : nullptr, layer->to + row * layer->outputs + first,
+            layer->outputs, layer->outputs - first);
+    }
   });
-  return y;
+  return results;
+}
+
+at::Tensor linear(const at::Tensor& input, const at::Tensor& packed,
+                  const std::optional<at::Tensor>& bias, int64_t outputs) {
+  return linears(input, {packed}, c10::List<std::optional<at::Tensor>>({bias}), {outputs})[0];
 }
 
 }  // namespace
@@ -95,9 +123,11 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& packed,
 TORCH_LIBRARY_FRAGMENT(dspark_cpu, m) {
   m.def("pack(Tensor weight) -> Tensor");
   m.def("linear(Tensor input, Tensor packed, Tensor? bias, int outputs) -> Tensor");
+  m.def("linears(Tensor input, Tensor[] packed, Tensor?[] biases, int[] outputs) -> Tensor[]");
 }
 TORCH_LIBRARY_IMPL(dspark_cpu, CPU, m) {
   m.impl("pack", pack);
   m.impl("linear", linear);
+  m.impl("linears", linears);
 }
 #endif
