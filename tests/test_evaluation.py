@@ -103,6 +103,8 @@ def test_plots_without_matplotlib_are_refused_before_any_work(
         ("eval --seed -1", "--seed: must be 0 or more"),
         ("eval --device cuda", "--device: this machine"),
         ("eval --out {file}/out", "--out: "),
+        ("eval --target {file}", "--target: no such folder"),
+        ("calibrate --target none", "--target: no such folder"),
         ("calibrate --drafter ngram", "--drafter: method ngram has no folder"),
         ("calibrate --device cuda", "--device: this machine"),
     ],

@@ -16,6 +16,7 @@ from cluster.cli.drafters import (
     note,
     positive,
     settings_of,
+    target_of,
     temperatures_of,
     wide_console,
 )
@@ -80,7 +81,7 @@ def plan_of(args: argparse.Namespace) -> FitPlan:
     from cluster.bench.calibration import FitPlan
 
     return FitPlan(
-        target=args.target,
+        target=target_of(args),
         temperatures=temperatures_of(args),
         verifiers=args.verifier or VERIFIERS,
         training=args.training_data,

@@ -107,6 +107,21 @@ def temperatures_of(args: argparse.Namespace) -> list[float]:
     return args.temperature or [0.0, 1.0]
 
 
+def target_of(args: argparse.Namespace) -> str:
+    """The target that ``add_rounds`` has read.
+
+    Raises:
+        ConfigError: there is no such folder.
+        CheckpointError: there is no such model on the hub.
+    """
+    from cluster.errors import ConfigError
+    from cluster.models.hub import local_folder
+
+    if not local_folder(args.target).is_dir():
+        raise ConfigError("--target", f"no such folder: {args.target}")
+    return str(args.target)
+
+
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that ``add_rounds`` has read.
 

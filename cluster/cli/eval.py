@@ -17,6 +17,7 @@ from cluster.cli.drafters import (
     note,
     sampling_seed,
     settings_of,
+    target_of,
     temperatures_of,
     wide_console,
 )
@@ -76,7 +77,7 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
     from cluster.bench.drafters import Comparison
 
     return Comparison(
-        target=args.target,
+        target=target_of(args),
         datasets=args.data or ["stdlib-heldout"],
         num_prompts=args.prompts,
         prompt_tokens=args.prompt_tokens,
