@@ -26,7 +26,7 @@ from cluster.bench.plots import plot_positions, plot_reliability
 from cluster.bench.prompt_sets import PromptSet, load_prompt_set
 from cluster.cli import main
 from cluster.engine.worker import load_tokenizer
-from cluster.errors import ConfigError, DataError
+from cluster.errors import CheckpointError, ConfigError, DataError
 from cluster.models.calibration_file import load_calibration
 from cluster.speculation.calibration import LogitScaling
 from cluster.speculation.record import COUPLED, REJECTION, CalibrationKey, VerificationRecord
@@ -339,6 +339,13 @@ def test_calibrating_writes_a_file_that_serves(
         assert len(figures[name]) == BLOCK
     assert not is_calibrated(figures)  # of ten rounds there is noise alone
     path = store(target, choice, fits, settings)
+    # One that cannot be used is not in the way of the next.
+    stale = Path(path)
+    stale.write_text(stale.read_text().replace('"drafter_digest": "', '"drafter_digest": "x'))
+    with pytest.raises(CheckpointError, match="run `dspark calibrate` again"):
+        DrafterRunner(target, choice, settings)
+    assert next(fit_drafter(choice, plan, settings, lambda _: None)).scaling == fits[0].scaling
+    assert store(target, choice, fits, settings) == path
     entry = json.loads(Path(path).read_text())["entries"][0]
     assert entry["metrics"]["heldout"]["rounds"] >= 10
     calibration = load_calibration(drafter, target, num_positions=BLOCK)

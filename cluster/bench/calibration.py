@@ -23,7 +23,7 @@ from cluster.bench.report import Report
 from cluster.engine.worker import load_tokenizer
 from cluster.errors import ConfigError, DataError
 from cluster.models.calibration_file import CalibrationEntry, save_calibration
-from cluster.speculation.calibration import LogitScaling, fit_scaling
+from cluster.speculation.calibration import Calibration, LogitScaling, fit_scaling
 from cluster.speculation.record import VERIFIERS, calibration_key, temperature_bucket
 
 ERROR_BAR = 0.02
@@ -122,7 +122,8 @@ def fit_drafter(
     if plan.training == plan.heldout:
         raise ConfigError("--heldout-data", f"{plan.heldout} is what is fitted on")
     combinations = _combinations(plan.temperatures, plan.verifiers)
-    runner = DrafterRunner(plan.target, drafter, settings)
+    # The file that is there is to be replaced, and may be one that cannot be used.
+    runner = DrafterRunner(plan.target, drafter, settings, calibration=Calibration())
     tokenizer = load_tokenizer(plan.target)
     training, heldout = (
         load_prompt_set(

@@ -20,7 +20,7 @@ from cluster.bench.prompt_sets import PromptSet
 from cluster.engine.drafter_calibration import block_size_of, load_drafter_calibration
 from cluster.errors import ConfigError
 from cluster.request import Request, RequestOutput, SamplingParams
-from cluster.speculation.calibration import LogitScaling, survival
+from cluster.speculation.calibration import Calibration, LogitScaling, survival
 from cluster.speculation.record import CalibrationKey, VerificationRecord, calibration_key
 from cluster.speculation.reliability import (
     RoundTable,
@@ -104,6 +104,7 @@ class DrafterRunner:
         drafter: what drafts.
         settings: see there.
         seed: of drafting, accepting and resampling.
+        calibration: of the drafter's confidences; unset: the one beside its checkpoint.
 
     Raises:
         CheckpointError: target or drafter cannot be loaded.
@@ -111,7 +112,12 @@ class DrafterRunner:
     """
 
     def __init__(
-        self, target: str, drafter: DrafterChoice, settings: Settings, seed: int = 0
+        self,
+        target: str,
+        drafter: DrafterChoice,
+        settings: Settings,
+        seed: int = 0,
+        calibration: Calibration | None = None,
     ) -> None:
         section = drafter.speculative(settings.num_speculative_tokens, settings.draft_top_k)
         config = local_config(
@@ -124,7 +130,9 @@ class DrafterRunner:
         if config.speculative is None:
             raise RuntimeError("the configuration above has a drafter")
         self.drafter = drafter
-        self.calibration = load_drafter_calibration(config)
+        if calibration is None:
+            calibration = load_drafter_calibration(config)
+        self.calibration = calibration
         self.num_positions = block_size_of(config.speculative) or settings.num_speculative_tokens
         if settings.max_tokens < self.num_positions + _TOKENS_WITHOUT_DRAFT + 1:
             raise ConfigError(
@@ -134,7 +142,7 @@ class DrafterRunner:
                 f"{self.num_positions + _TOKENS_WITHOUT_DRAFT + 1}",
             )
         self._settings = settings
-        self._engine = build_local_engine(config, seed)
+        self._engine = build_local_engine(config, seed, calibration=calibration)
 
     def evaluate(
         self,

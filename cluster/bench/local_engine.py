@@ -14,6 +14,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.local_drafter import LocalDraftClient
 from cluster.engine.worker import ShardWorker
 from cluster.request import Request, RequestOutput
+from cluster.speculation.calibration import Calibration
 
 
 def local_config(
@@ -48,13 +49,18 @@ def local_config(
 
 
 def build_local_engine(
-    config: ClusterConfig, seed: int | None = None, *, target_digest: str | None = None
+    config: ClusterConfig,
+    seed: int | None = None,
+    *,
+    target_digest: str | None = None,
+    calibration: Calibration | None = None,
 ) -> Engine:
     """The engine of one shard with its drafter beside it.
 
     Args:
         seed: of every random stream; unset: fresh ones.
         target_digest: with it the verify curve of an earlier start is used, and one is kept.
+        calibration: of the drafter; unset: the one beside its checkpoint.
 
     Raises:
         CheckpointError: target or drafter cannot be loaded, or do not fit each other.
@@ -67,7 +73,7 @@ def build_local_engine(
     return worker.build_engine(
         LocalDraftClient(build_draft_engine(config, seed=seed)),
         target_digest=target_digest,
-        calibration=load_drafter_calibration(config),
+        calibration=load_drafter_calibration(config) if calibration is None else calibration,
         seed=seed,
     )
 
