@@ -207,6 +207,10 @@ class DrafterConfig(Section):
     session_ttl_s: float = Field(default=60.0, gt=0)
     page_size: int = Field(default=16, ge=1)
     kv_cache_memory_mb: int = Field(default=256, ge=1)
+    enforce_eager: bool = Field(
+        default=False,
+        description="run layer by layer: starts sooner, and each round takes longer",
+    )
 
 
 class RouterConfig(Section):

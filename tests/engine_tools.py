@@ -36,14 +36,15 @@ def make_config(target: str, drafter: str | None = None, **overrides: Any) -> Cl
     """
     speculative = overrides.pop("speculative", {})
     values: dict[str, Any] = {
+        # Compilation takes longer than most tests.
         "target": {
             "model": target,
             "dtype": "float32",
             "num_threads": 1,
-            "enforce_eager": True,  # compilation takes longer than most tests
+            "enforce_eager": True,
             **overrides,
         },
-        "drafter": {"dtype": "float32"},
+        "drafter": {"dtype": "float32", "enforce_eager": True},
     }
     if drafter is not None:
         speculative = {"method": "dspark", "model": drafter, **speculative}

@@ -207,6 +207,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> OwnSettings:
         max_num_seqs=4,
         max_num_batched_tokens=32,
         kv_cache_memory_mb=1,
+        enforce_eager=True,
     )
 
 

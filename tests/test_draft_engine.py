@@ -105,7 +105,7 @@ def test_feeding_in_parts_and_by_rounds_equals_feeding_at_once(sampling):
 
 def test_coupled_tokens_are_the_drafters_law_with_the_shared_noise():
     drafter, rows = make_drafter(), features(12)
-    engine = make_engine(drafter)
+    engine = make_engine(make_drafter())
     key = SessionKey("r", 0)
     sampling = DraftSampling(temperature=1.0, seed=-3, choice_index=2)
     engine.open("a", key, sampling)
@@ -239,15 +239,16 @@ def test_least_recently_used_sessions_make_room():
 def test_short_memory_drops_idle_sessions_and_then_the_one_that_asks():
     drafter = make_drafter(max_positions=4096)
     engine = make_engine(drafter, page_size=512)  # 1 MiB: 8 pages, 7 of them usable
-    keys = [open_with(engine, f"r{i}", 1024) for i in range(3)]
-    wide = open_with(engine, "wide", 2048)  # needs four pages: the oldest two sessions go
-    assert [engine.length_of("a", key) for key in keys] == [None, None, 1024]
-    assert draft_one(engine, wide, 2049).outcome is DraftOutcome.DRAFTED
+    two, four = 1024 - BLOCK, 2048 - BLOCK  # pages, with those of the block itself
+    keys = [open_with(engine, f"r{i}", two) for i in range(3)]
+    wide = open_with(engine, "wide", four)  # the oldest two sessions go
+    assert [engine.length_of("a", key) for key in keys] == [None, None, two]
+    assert draft_one(engine, wide, four + 1).outcome is DraftOutcome.DRAFTED
     huge = SessionKey("huge", 0)
     engine.open("a", huge, GREEDY)
     assert append(engine, "a", huge, 0, features(3800)) is None
     assert engine.length_of("a", huge) is None
-    assert engine.length_of("a", wide) == 2048  # nothing was dropped in vain
+    assert engine.length_of("a", wide) == four  # nothing was dropped in vain
     engine.check_integrity()
 
 

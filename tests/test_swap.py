@@ -47,10 +47,11 @@ def write_config(path: Path, speculative: dict[str, Any] | None, **target: Any) 
             "num_threads": 1,
             "max_model_len": 1024,
             "kv_cache_memory_mb": 32,
+            "enforce_eager": True,
             **target,
         },
         "speculative": speculative,
-        "drafter": {"dtype": "float32"},
+        "drafter": {"dtype": "float32", "enforce_eager": True},
         "router": {"port": 0},
         "drain_timeout_s": 5,
     }

@@ -43,6 +43,8 @@ def local_config(
         },
         "drafter": {"dtype": dtype, "device": device, "num_threads": torch.get_num_threads()},
     }
+    for part in ("target", "drafter"):  # compiling takes longer than what these engines are for
+        values[part]["enforce_eager"] = True
     if speculative is not None:
         values["speculative"] = speculative
     return ClusterConfig.parse(values)

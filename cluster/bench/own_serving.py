@@ -31,6 +31,7 @@ class OwnSettings:
         scheduler: ``speculative.scheduler``.
         num_speculative_tokens: for methods whose checkpoint has no block.
         verify_curve: file of ``profile_curve``; unset: measured at each start.
+        enforce_eager: whether layers run one by one.
     """
 
     target: str
@@ -46,6 +47,7 @@ class OwnSettings:
     max_num_batched_tokens: int = 512
     kv_cache_memory_mb: int = 2048
     verify_curve: str | None = None
+    enforce_eager: bool = False
 
     def values(self) -> dict[str, Any]:
         """The ``args`` of a configuration."""
@@ -59,8 +61,13 @@ class OwnSettings:
                 "max_num_batched_tokens": self.max_num_batched_tokens,
                 "kv_cache_memory_mb": self.kv_cache_memory_mb,
                 "verify_curve": self.verify_curve,
+                "enforce_eager": self.enforce_eager,
             },
-            "drafter": {"dtype": self.dtype, "num_threads": self.drafter_threads},
+            "drafter": {
+                "dtype": self.dtype,
+                "num_threads": self.drafter_threads,
+                "enforce_eager": self.enforce_eager,
+            },
             "router": {"port": 0},
         }
         if self.drafter is not None:
@@ -104,6 +111,8 @@ def profile_curve(settings: OwnSettings, folder: Path, repeats: int) -> OwnSetti
     }
     command = [sys.executable, "-m", "cluster.cli", "profile", settings.target]
     command += [str(part) for option in options.items() for part in option]
+    if settings.enforce_eager:
+        command.append("--enforce-eager")
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=file, check=False)
     if done.returncode != 0:

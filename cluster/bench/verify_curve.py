@@ -43,6 +43,7 @@ def run(*, target: str, num_batches: int = 60, seed: int = 0) -> Report:
                 "max_num_seqs": _MAX_SEQS,
                 "max_model_len": _MAX_MODEL_LEN,
                 "max_num_batched_tokens": 256,
+                "enforce_eager": True,
             }
         }
     )

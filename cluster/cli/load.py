@@ -43,6 +43,9 @@ def add_own(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--drafter-threads", type=positive, default=1, metavar="N")
     parser.add_argument(
+        "--enforce-eager", action="store_true", help="run layer by layer, as `enforce_eager`"
+    )
+    parser.add_argument(
         "--scheduler",
         choices=["prefix", "full"],
         default="prefix",
@@ -92,6 +95,7 @@ def own_of(args: argparse.Namespace, num_threads: int | None = None) -> OwnSetti
         drafter_threads=args.drafter_threads,
         scheduler=args.scheduler,
         num_speculative_tokens=args.num_speculative_tokens,
+        enforce_eager=args.enforce_eager,
     )
 
 

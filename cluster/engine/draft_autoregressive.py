@@ -19,6 +19,8 @@ import torch
 
 from cluster.config import DrafterConfig
 from cluster.engine.attention import KVCache, PagedBatch
+from cluster.engine.cpu.in_place import InPlaceLayers
+from cluster.engine.cpu.kernels import has_kernels
 from cluster.engine.draft_client import DraftSampling, SessionKey
 from cluster.engine.draft_method import (
     Draft,
@@ -53,7 +55,7 @@ class EntryNetwork(Protocol):
         features: torch.Tensor,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        paged: PagedBatch,
+        paged: PagedBatch | InPlaceLayers,
     ) -> torch.Tensor:
         """Runs N entries; each sees its own sequence's entries up to itself.
 
@@ -114,7 +116,12 @@ class AutoregressiveMethod:
                 f"is {self.block_size} for a model of {network.max_position_embeddings} positions",
             )
         self.page_size = config.page_size
-        self._cache = KVCache(1, self.page_size, network.key_sources)
+        self._cache = KVCache(
+            1,
+            self.page_size,
+            network.key_sources,
+            in_place=has_kernels(network.device, network.dtype),
+        )
         self.num_pages = num_pages_within(
             config.kv_cache_memory_mb, self._position_bytes(), self.page_size
         )
@@ -228,9 +235,13 @@ class AutoregressiveMethod:
             logit_rows=ends - 1,
         )
         network = self._network
-        return network.forward(
-            features.to(network.device, network.dtype),
-            token_ids.to(network.device),
-            torch.from_numpy(positions).to(network.device),
-            PagedBatch.build(step, self._cache, network.device),
-        )
+        paged = self._cache.batch(step, network.device)
+        try:
+            return network.forward(
+                features.to(network.device, network.dtype),
+                token_ids.to(network.device),
+                torch.from_numpy(positions).to(network.device),
+                paged,
+            )
+        finally:
+            self._cache.end()

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 
 from cluster.config import DrafterConfig
+from cluster.engine.cpu.kernels import has_kernels
+from cluster.engine.cpu.paged_block import PagedBlocks
 from cluster.engine.draft_context import DraftContext
 from cluster.engine.draft_method import (
     Draft,
@@ -65,10 +67,15 @@ class BlockMethod:
         self.page_size = config.page_size
         self.num_pages = num_pages_within(config.kv_cache_memory_mb, position_bytes, self.page_size)
         self._context = DraftContext(self.num_pages, self.page_size, keys, values)
+        self._paged: PagedBlocks | None = None
+        if drafter.config.context_window is None and has_kernels(self._device, self._dtype):
+            self._paged = PagedBlocks(
+                drafter, *self._context.layers(), compiles=not config.enforce_eager
+            )
 
     def num_kept(self, length: int) -> int:
-        """All positions, or those in the window."""
-        return min(length, self._window)
+        """All positions, or those in the window; and the block's own, where they lie in pages."""
+        return min(length, self._window) + (self.block_size if self._paged is not None else 0)
 
     def write(self, rows: Sequence[DraftRows]) -> None:
         """Projects features to keys and values and stores them, all in one go."""
@@ -123,9 +130,10 @@ class BlockMethod:
         """The backbone's output ``[B, block_size, d]``."""
         ends = np.array([d.sequence.committed_length - 1 for d in drafts], dtype=np.int64)
         lengths = np.minimum(ends, self._window)
-        keys, values = self._context.gather(
-            page_table([draft.session for draft in drafts]), ends - lengths, lengths
-        )
+        table = page_table([draft.session for draft in drafts])
+        if self._paged is not None:
+            return self._paged.hidden(anchors, ends, table)
+        keys, values = self._context.gather(table, ends - lengths, lengths)
         return self._drafter.block_hidden(
             anchors, self._tensor(ends), keys, values, context_lengths=self._tensor(lengths)
         )

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cluster.engine.attention import ATTENTION_NAME, PagedBatch
+from cluster.engine.cpu.in_place import InPlaceLayers
 from cluster.engine.layout import key_sources
 from cluster.engine.target_model import load_model
 
@@ -40,7 +41,7 @@ class CausalLMNetwork:
         features: torch.Tensor,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        paged: PagedBatch,
+        paged: PagedBatch | InPlaceLayers,
     ) -> torch.Tensor:
         """See ``EntryNetwork``."""
         output = self._base(

@@ -43,6 +43,12 @@ class DraftContext:
         self._keys.index_copy_(1, index, keys)
         self._values.index_copy_(1, index, values)
 
+    def layers(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Keys and values of each layer, ``[num_pages, page_size, heads, dim]``, as they lie."""
+        shape = (self.num_pages, self.page_size)
+        keys, values = (list(t.unflatten(1, shape)) for t in (self._keys, self._values))
+        return keys, values
+
     def gather(
         self,
         page_table: npt.NDArray[np.int64],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cluster.engine.attention import PagedBatch, paged_attention
+from cluster.engine.cpu.in_place import InPlaceLayers
 from cluster.models.eagle3 import Eagle3Drafter
 
 
@@ -32,7 +33,7 @@ class Eagle3Network:
         features: torch.Tensor,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        paged: PagedBatch,
+        paged: PagedBatch | InPlaceLayers,
     ) -> torch.Tensor:
         """See ``EntryNetwork``; the output may take the features' place."""
 

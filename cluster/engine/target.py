@@ -16,7 +16,7 @@ from cluster.engine.capture import FeatureCapture
 from cluster.engine.compressed_attention import COMPRESSED_ATTENTION_NAME, attend_per_sequence
 from cluster.engine.compressed_cache import CompressedCaches
 from cluster.engine.cpu.compiled import CompiledLayers
-from cluster.engine.cpu.kernels import KERNEL_DTYPES, load_kernels
+from cluster.engine.cpu.kernels import has_kernels
 from cluster.engine.cpu.packed_linear import pack_linears, packed
 from cluster.engine.latent_attention import LATENT_ATTENTION_NAME, LatentStore
 from cluster.engine.layout import UNSPLIT_MODEL_TYPES, check_split, key_sources, stage_layers
@@ -104,11 +104,9 @@ class TargetShard:
         self._base.norm = nn.Identity()
         self._head = model.get_output_embeddings()
         self._has_kernels = (
-            self.device.type == "cpu"
-            and attention == ATTENTION_NAME
-            and self.dtype in KERNEL_DTYPES
+            attention == ATTENTION_NAME
             and not config.deterministic
-            and load_kernels()
+            and has_kernels(self.device, self.dtype)
         )
         self._compiles = self._has_kernels and num_ranks == 1 and not config.enforce_eager
         if self._has_kernels:

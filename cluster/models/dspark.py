@@ -143,6 +143,45 @@ class DSparkDrafter(nn.Module, ABC):
         )
         return hidden[:, 0, :num_slots]
 
+    def attend_by(self, attention: str) -> None:
+        """Has the layers attend by another function of transformers' ``AttentionInterface``."""
+        for layer in self.layers:
+            module: Any = layer.self_attn
+            module.config._attn_implementation = attention
+
+    def block_tokens(self, anchor_token_ids: torch.Tensor) -> torch.Tensor:
+        """What the blocks of anchors ``[*]`` begin with, int64 ``[*, block_size]``."""
+        size = self.config.block_size
+        token_ids = anchor_token_ids[..., None].expand(*anchor_token_ids.shape, size).clone()
+        token_ids[..., 1:] = self.config.mask_token_id
+        return token_ids
+
+    def flat_block_hidden(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, **attention: Any
+    ) -> torch.Tensor:
+        """``block_hidden`` for whoever keeps contexts otherwise (see ``attend_by``): blocks of
+        sessions one behind the other.
+
+        Args:
+            token_ids: int64 ``[N]``, of ``block_tokens``; ``positions``: ``[N]``, theirs.
+            attention: for the attention function, which sees to what a block attends to.
+
+        Returns:
+            ``[N, d]``.
+        """
+        embedded, positions = self.embed_tokens(token_ids[None]), positions[None]
+        rotary = self._rotary(embedded, positions)
+        hidden = self._enter(embedded)
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=rotary,
+                **attention,
+            )
+        return self._leave(hidden)[0]
+
     def packed_hidden(
         self, token_ids: torch.Tensor, projected: torch.Tensor, anchors: torch.Tensor
     ) -> torch.Tensor:
@@ -273,8 +312,7 @@ class DSparkDrafter(nn.Module, ABC):
         ``[B, A, S, d]``."""
         size = self.config.block_size
         batch, rows = anchor_token_ids.shape
-        inputs = anchor_token_ids[..., None].expand(-1, -1, size).clone()
-        inputs[..., 1:] = self.config.mask_token_id
+        inputs = self.block_tokens(anchor_token_ids)
         offsets = torch.arange(size, device=inputs.device)
         positions = (anchor_positions[..., None] + offsets).flatten(1)
         embedded = self.embed_tokens(inputs.flatten(1))

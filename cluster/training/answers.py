@@ -259,6 +259,7 @@ def _make_engine(config: TrainConfig, worker: Worker) -> Engine:
                 "max_num_seqs": sampling.max_num_seqs,
                 "max_num_batched_tokens": max(512, _TOKENS_OF_PASS * sampling.max_num_seqs),
                 "kv_cache_memory_mb": sampling.kv_cache_memory_mb,
+                "enforce_eager": True,
             }
         }
     )

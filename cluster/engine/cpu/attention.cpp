@@ -28,6 +28,7 @@ constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 struct Shape {
   int64_t page_size, kv_heads, group, depth, value_depth, table_width, window;
+  bool causal;
   float scale;
 
   int64_t output_width() const { return (value_depth + 63) / 64 * 64; }
@@ -104,7 +105,7 @@ struct Pass {
       float& best = scratch.best[head * kRows + r];
       float& total = scratch.total[head * kRows + r];
       const int64_t position = first_position + (task.begin + r) / s.group;
-      const auto end = int32_t(std::min(count, position + 1 - begin));
+      const auto end = int32_t(s.causal ? std::min(count, position + 1 - begin) : count);
       const auto from =
           int32_t(s.window > 0 ? std::max<int64_t>(0, position - s.window + 1 - begin) : 0);
       float lanes[16];  // one highest score each: compilers do not split that reduction themselves
@@ -209,7 +210,8 @@ struct Pass {
         std::fill(output, output + width, 0.0f);
       }
     const int64_t first = first_position + task.begin / s.group;
-    const int64_t last = first_position + (task.end - 1) / s.group;
+    const int64_t last = s.causal ? first_position + (task.end - 1) / s.group
+                                  : int64_t(contexts[task.sequence]) - 1;
     const int64_t seen = s.window > 0 ? std::max<int64_t>(0, first - s.window + 1) : 0;
     Rows blocks[2], *block = &blocks[0], *next = &blocks[1];
     int64_t begin = seen / kTokens * kTokens;
@@ -305,12 +307,12 @@ void begin_pass(at::TensorList keys, at::TensorList values, const at::Tensor& sl
 void end_pass() { layout = {}; }
 
 at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                  int64_t layer, bool stores, double scale, int64_t window) {
+                  int64_t layer, bool stores, double scale, int64_t window, bool causal) {
   TORCH_CHECK(layer >= 0 && layer < int64_t(layout.keys.size()), "no pass has layer ", layer);
   const at::Tensor &keys = layout.keys[layer], &values = layout.values[layer];
   const Shape s{keys.size(1),  keys.size(2),           query.size(1) / keys.size(2),
                 query.size(2), values.size(3),         layout.tables.size(1),
-                window,        static_cast<float>(scale)};
+                window,        causal,                 static_cast<float>(scale)};
   TORCH_CHECK(query.stride(2) == 1 && key.stride(2) == 1 && value.stride(2) == 1,
               "heads must be contiguous");
   TORCH_CHECK(query.scalar_type() == keys.scalar_type(), "the cache holds ", keys.scalar_type());
@@ -349,7 +351,7 @@ TORCH_LIBRARY_FRAGMENT(dspark_cpu, m) {
   m.def("end_pass() -> ()", end_pass);
   m.def(
       "attend(Tensor query, Tensor key, Tensor value, int layer, bool stores, float scale, "
-      "int window) -> Tensor");
+      "int window, bool causal) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(dspark_cpu, CPU, m) {
   m.impl("begin_pass", begin_pass);

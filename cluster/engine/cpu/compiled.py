@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from cluster.engine.capture import FeatureCapture
+from cluster.engine.cpu.graph import compile_graph
 from cluster.engine.cpu.in_place import InPlaceLayers
-from cluster.engine.cpu.joint_linear import JoinLinears
 
 # A pass of one token is computed as one of two: compilers take a size of 1 for a constant.
 _MIN_TOKENS = 2
@@ -60,20 +60,10 @@ class CompiledLayers:
         if not embeds:
             weight = decoder.embed_tokens.weight
             inputs = weight.new_zeros(_EXAMPLE_TOKENS, weight.shape[1])
-        for tensor in (inputs, positions):
-            torch._dynamo.mark_dynamic(tensor, 0)
-        # What guards would check every time cannot change: sizes, but for the tokens', are fixed.
-        options: dict[str, Any] = {
-            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-            "size_asserts": False,
-            "post_grad_custom_post_pass": JoinLinears(),
-        }
         if capture is not None:
             capture.attach()
         try:
-            with torch.inference_mode():
-                compiled: Any = torch.compile(run, fullgraph=True, options=options)
-                self._run = compiled.aot_compile(((inputs, positions), {}))
+            self._run = compile_graph(run, (inputs, positions))
         finally:
             if capture is not None:
                 capture.detach()

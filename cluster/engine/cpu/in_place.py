@@ -56,8 +56,10 @@ def attend_in_place(
     key: torch.Tensor,
     value: torch.Tensor,
     layers: InPlaceLayers,
-    scaling: float | None,
-    window: int | None,
+    scaling: float | None = None,
+    window: int | None = None,
+    *,
+    causal: bool = True,
 ) -> torch.Tensor:
     """Stores a pass's keys and values, then attends every query to its own sequence's pages.
 
@@ -68,6 +70,7 @@ def attend_in_place(
         layers: of the cache.
         scaling: of scores; unset: 1 / sqrt(head_dim).
         window: tokens that a query sees; unset: all.
+        causal: whether a query sees no later tokens of the pass.
 
     Returns:
         ``[N, heads, value_dim]``.
@@ -80,5 +83,6 @@ def attend_in_place(
         layer not in layers.readers,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         window or 0,
+        causal,
     )
     return output

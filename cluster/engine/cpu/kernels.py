@@ -23,7 +23,7 @@ from cluster.engine.machine import processor_flags, processor_name
 
 logger = logging.getLogger(__name__)
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float32)
+_DTYPES = (torch.bfloat16, torch.float32)
 _FOLDER = Path(__file__).parent
 _SOURCES = ("linear.cpp", "attention.cpp")
 _HEADERS = ("block_products.h",)
@@ -62,6 +62,11 @@ def load_kernels() -> bool:
         torch.library.register_fake("dspark_cpu::linear", _linear_shape)
         torch.library.register_fake("dspark_cpu::linears", _linear_shapes)
     return True
+
+
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tensors like these can be computed with the kernels, which are loaded then."""
+    return device.type == "cpu" and dtype in _DTYPES and load_kernels()
 
 
 def can_pack() -> bool:
@@ -124,6 +129,7 @@ def _attend_shape(
     _stores: bool,
     _scale: float,
     _window: int,
+    _causal: bool,
 ) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
 
