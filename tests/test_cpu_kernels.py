@@ -15,9 +15,19 @@ from cluster.engine.cpu import kernels
 from cluster.engine.cpu.in_place import InPlaceLayers, attend_in_place, begin_pass, end_pass
 from cluster.engine.cpu.kernels import can_pack, load_kernels
 from cluster.engine.cpu.packed_linear import PackedLinear, pack_linears
+from cluster.engine.draft_client import (
+    DraftRound,
+    DraftSampling,
+    DraftSequence,
+    SessionKey,
+)
+from cluster.engine.draft_engine import DraftEngine
 from cluster.engine.step_input import StepInput
 from cluster.engine.target import TargetShard
 from cluster.models.checkpoint import Projection
+from cluster.speculation.proposal import DraftProposal
+from tests.draft_helpers import BLOCK, D, append, make_drafter
+from tests.draft_helpers import make_engine as make_draft_engine
 from tests.engine_tools import make_config
 from tests.models import save_tiny_target
 
@@ -381,3 +391,50 @@ def test_a_target_that_cannot_be_compiled_is_served_layer_by_layer(
     expected_logits, expected = outputs(make_shard(target, layers=[1]), step)
     torch.testing.assert_close(logits, expected_logits)
     torch.testing.assert_close(features, expected)
+
+
+# ---------------------------------------------------------------------------------------- drafters
+
+
+def drafted(engine: DraftEngine) -> list[DraftProposal]:
+    """Proposals for two sessions of unequal length, twice, with what was accepted in between."""
+    rows = torch.randn(60, D, generator=torch.Generator().manual_seed(0))
+    keys = [SessionKey("long", 0), SessionKey("short", 0)]
+    lengths = [50, 9]
+    for key, length in zip(keys, lengths, strict=True):
+        engine.open("a", key, DraftSampling(temperature=0.0))
+        append(engine, "a", key, 0, rows[:length])
+    proposals = []
+    for accepted in (0, 3):
+        lengths = [length + accepted for length in lengths]
+        sequences = tuple(
+            DraftSequence(
+                session=key,
+                committed_length=length + 1,
+                num_features=accepted,
+                new_token_ids=(5,) * (accepted + 1),
+                num_speculative_tokens=BLOCK,
+            )
+            for key, length in zip(keys, lengths, strict=True)
+        )
+        new = [rows[length - accepted : length] for length in lengths]
+        (results,) = engine.draft([("a", DraftRound(sequences, torch.cat(new)))])
+        proposals += [result.proposal for result in results]
+    engine.check_integrity()
+    return [proposal for proposal in proposals if proposal is not None]
+
+
+@pytest.mark.parametrize("head", ["vanilla", "rnn"])
+def test_a_drafter_drafts_the_same_however_it_runs(
+    head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as without:
+        without.setattr("cluster.engine.draft_block.has_kernels", lambda *_: False)
+        expected = drafted(make_draft_engine(make_drafter(head=head)))
+    assert len(expected) == 4
+    for enforce_eager in (True, False):
+        drafter = make_drafter(head=head)
+        engine = make_draft_engine(drafter, enforce_eager=enforce_eager)
+        for proposal, other in zip(drafted(engine), expected, strict=True):
+            assert proposal.draft_token_ids == other.draft_token_ids
+            assert proposal.confidences == pytest.approx(other.confidences, abs=1e-5)
