@@ -62,6 +62,11 @@ ERRORS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"head_dim": 5}, "head_dim"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_parameters"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"layer_types": 2}, "layer_types"),
     ],
     "gemma4": [
         *DEEPSPEC_ERRORS,

@@ -189,6 +189,8 @@ def test_projection_and_digest(tmp_path, architecture):
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"layer_types": True}, "layer_types"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_parameters"),
         ({"target_layer_ids": [1, 3, NUM_LAYERS]}, "target_layer_ids"),
         ({"target_layer_ids": [-1, 3]}, "target_layer_ids"),
         ({"target_layer_ids": [3, 3]}, "target_layer_ids"),

@@ -12,6 +12,22 @@ DEFAULT_ROPE_THETA = 10000.0
 
 _MISSING = object()
 
+# Kinds of rotary positions that transformers knows, with the numbers that each cannot do without.
+_ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "proportional": (),
+    "longrope": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
 
 class ConfigReader:
     """Typed access to a ``config.json``: every error is a ``CheckpointError`` that names the file
@@ -51,7 +67,7 @@ class ConfigReader:
     def number(self, key: str, default: float) -> float:
         """A number above zero."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if not _is_positive(value):
             raise self.error(key, f"must be a number above 0, not {value!r}")
         return float(value)
 
@@ -72,6 +88,12 @@ class ConfigReader:
             raise self.error(key, f"must increase from {minimum} or more, not {value!r}")
         return tuple(value)
 
+    def refuse_partial_attention(self) -> None:
+        """Refuses layers that do not attend to everything."""
+        kinds = self.get("layer_types", None) or []
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            raise self.error("layer_types", "only 'full_attention' layers are supported")
+
     def hidden_act(self) -> str:
         """The activation of the MLP; only ``silu`` is known."""
         value = self.get("hidden_act", "silu")
@@ -86,10 +108,16 @@ class ConfigReader:
             value = dict(self._data.get("rope_scaling") or {})
             value.setdefault("rope_type", value.pop("type", "default"))
             value["rope_theta"] = self.number("rope_theta", default=DEFAULT_ROPE_THETA)
-        theta = value.get("rope_theta") if isinstance(value, dict) else None
-        if not isinstance(theta, int | float):
-            raise self.error("rope_parameters", f"needs a number rope_theta, not {value!r}")
-        return {"rope_type": "default", **value}
+        kind = value.get("rope_type", "default") if isinstance(value, dict) else None
+        numbers = _ROPE_NUMBERS.get(kind) if isinstance(kind, str) else None
+        if numbers is None:
+            known = ", ".join(_ROPE_NUMBERS)
+            raise self.error("rope_parameters", f"rope_type must be one of {known}, not {kind!r}")
+        for name in ("rope_theta", *numbers):
+            if not _is_positive(value.get(name)):
+                message = f"{name} must be a number above 0, not {value.get(name)!r}"
+                raise self.error("rope_parameters", message)
+        return {"rope_type": kind, **value}
 
     def gemma4_activation(self) -> str:
         """Gemma 4's name for the activation of the MLP."""
@@ -110,3 +138,8 @@ class ConfigReader:
             raise self.error("rope_parameters", "must have settings for 'full_attention'")
         nested = ConfigReader({"rope_parameters": value["full_attention"]}, self._file)
         return nested.rope_parameters()
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether it is a number above 0, which what is no number (NaN) is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

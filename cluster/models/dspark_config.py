@@ -201,9 +201,7 @@ class _Reader(ConfigReader):
         for key in _UNKNOWN_VARIANTS:
             if self.get(key, None):
                 raise self.error(key, "no DSpark drafter of this kind is known")
-        layer_types = self.get("layer_types", None) or []
-        if any(kind != "full_attention" for kind in layer_types):
-            raise self.error("layer_types", "only 'full_attention' layers are supported")
+        self.refuse_partial_attention()
         return str(names[0])
 
     def markov_head_type(self, required: bool) -> str:

@@ -215,8 +215,7 @@ class _Reader(ConfigReader):
         layers = self.integer("num_hidden_layers", 1)
         if layers != 1:
             raise self.error("num_hidden_layers", f"an EAGLE-3 drafter has 1 layer, not {layers}")
-        if any(kind != "full_attention" for kind in self.get("layer_types", None) or []):
-            raise self.error("layer_types", "only 'full_attention' layers are supported")
+        self.refuse_partial_attention()
         hidden, target_hidden = self.get("hidden_size"), self.get("target_hidden_size", None)
         if target_hidden not in (None, hidden):
             raise self.error(
