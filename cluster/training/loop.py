@@ -30,6 +30,7 @@ from cluster.training.features import FeatureTarget
 from cluster.training.methods import build_method
 from cluster.training.optimization import Budget, Optimizers, learning_rate_factor
 from cluster.training.parallel import Worker
+from cluster.training.progress import Progress
 from cluster.training.report import Reporter, check_extras
 from cluster.training.resume import load_training_state, save_training_state, write_summary
 from cluster.training.sources import Source, build_datasets, read_source
@@ -187,11 +188,13 @@ class DrafterTraining:
         alone = Worker(device=self._worker.device)
         generator = torch.Generator().manual_seed(0)
         sums = []
-        for index in range(count):
-            sequence = self._heldout.sequence(index * total // count)
-            batch = self.method.sample(sequence, generator).share(alone)
-            loss = self.method.loss(batch, *self._run_target(batch, heldout=True))
-            sums.append(torch.stack(loss.position_sums()))
+        with Progress("held-out sequences", count, quiet=not self._worker.leads) as progress:
+            for index in range(count):
+                sequence = self._heldout.sequence(index * total // count)
+                batch = self.method.sample(sequence, generator).share(alone)
+                loss = self.method.loss(batch, *self._run_target(batch, heldout=True))
+                sums.append(torch.stack(loss.position_sums()))
+                progress.advance()
         survival, acceptance, guesses = torch.stack(sums).sum(dim=0).clamp(min=1e-9).cpu()
         return 1.0 + float((survival / guesses).sum()), (acceptance / guesses).tolist()
 
