@@ -303,6 +303,29 @@ def test_outputs_too_short_for_a_round_are_refused(pair: tuple[str, str]) -> Non
     assert len(runner.evaluate(tiny_prompts(2), 0.0).table) == 2  # one round each
 
 
+def test_every_drafter_is_checked_before_the_first_is_run(
+    pair: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target, drafter = pair
+    monkeypatch.setattr(drafters_bench, "DrafterRunner", None)
+    other = save_tiny_drafter(tmp_path / "other", save_tiny_target(tmp_path / "t", hidden_size=16))
+    cut = Path(save_tiny_drafter(tmp_path / "cut", target)) / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    stale = Path(save_tiny_drafter(tmp_path / "stale", target)) / "calibration.json"
+    stale.write_text('{"schema_version": 1}')
+    for broken, key in (
+        (other, "other/config.json: hidden_size"),
+        (str(cut.parent), str(cut)),
+        (str(stale.parent), "schema_version"),
+    ):
+        choices = f"--drafter dspark={drafter} --drafter dspark={broken}"
+        assert main(f"eval --target {target} {choices}".split()) == 2
+        assert key in capsys.readouterr().err
+
+
 def test_positions_without_a_token_are_not_judged() -> None:
     assert is_calibrated({"ece_after": [0.01, None], "fits": []})
     assert not is_calibrated({"ece_after": [0.03, None], "fits": []})

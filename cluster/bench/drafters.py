@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.bench.drafter_choice import DrafterChoice
-from cluster.bench.evaluation import DrafterRunner, Evaluation, Settings
+from cluster.bench.evaluation import DrafterRunner, Evaluation, Settings, check_choice
 from cluster.bench.prompt_sets import load_prompt_set
 from cluster.bench.report import Report
+from cluster.engine.drafter_calibration import load_drafter_calibration
 from cluster.engine.worker import load_tokenizer
 from cluster.errors import ConfigError
 from cluster.speculation.reliability import length_difference
@@ -50,11 +51,16 @@ def evaluate(
         note: told what was found.
 
     Raises:
-        CheckpointError, ConfigError, DataError: before the first round of a drafter.
+        CheckpointError, ConfigError: a drafter cannot be run, before the first round of any.
+        DataError: before the first round of a drafter.
     """
+    configs = [check_choice(comparison.target, drafter, settings)[0] for drafter in drafters]
+    calibrations = [load_drafter_calibration(config) for config in configs]
     tokenizer = load_tokenizer(comparison.target)
-    for drafter in drafters:
-        runner = DrafterRunner(comparison.target, drafter, settings, comparison.seeds[0])
+    for drafter, calibration in zip(drafters, calibrations, strict=True):
+        runner = DrafterRunner(
+            comparison.target, drafter, settings, comparison.seeds[0], calibration
+        )
         prompt_sets = [
             load_prompt_set(
                 source,

@@ -17,8 +17,12 @@ import torch
 from cluster.bench.drafter_choice import DrafterChoice
 from cluster.bench.local_engine import build_local_engine, local_config, run_requests
 from cluster.bench.prompt_sets import PromptSet
+from cluster.config import ClusterConfig
 from cluster.engine.drafter_calibration import block_size_of, load_drafter_calibration
+from cluster.engine.target_model import load_text_config
 from cluster.errors import ConfigError
+from cluster.models.drafter_check import check_drafter
+from cluster.models.hub import local_folder
 from cluster.request import Request, RequestOutput, SamplingParams
 from cluster.speculation.calibration import Calibration, LogitScaling, survival
 from cluster.speculation.record import CalibrationKey, VerificationRecord, calibration_key
@@ -96,6 +100,41 @@ class Evaluation:
         }
 
 
+def check_choice(
+    target: str, drafter: DrafterChoice, settings: Settings
+) -> tuple[ClusterConfig, int]:
+    """Checks by small files and headers alone that ``drafter`` can be run.
+
+    Returns:
+        The configuration that serves it, and how many positions its blocks have.
+
+    Raises:
+        CheckpointError: a file is broken, or the drafter was made for another target.
+        ConfigError: it cannot be served, or outputs are too short for a round.
+    """
+    config = local_config(
+        target,
+        drafter.speculative(settings.num_speculative_tokens, settings.draft_top_k),
+        max_num_seqs=settings.concurrency,
+        device=settings.device,
+        dtype=settings.dtype,
+    )
+    if config.speculative is None:
+        raise RuntimeError("the configuration above has a drafter")
+    if drafter.model is not None:
+        shape = load_text_config(target).to_dict()
+        check_drafter(config.speculative, local_folder(drafter.model), shape, local_folder(target))
+    num_positions = block_size_of(config.speculative) or settings.num_speculative_tokens
+    least = num_positions + _TOKENS_WITHOUT_DRAFT + 1
+    if settings.max_tokens < least:
+        raise ConfigError(
+            "--max-tokens",
+            f"is {settings.max_tokens}: no round would have a whole block of {num_positions}; "
+            f"the least is {least}",
+        )
+    return config, num_positions
+
+
 class DrafterRunner:
     """Runs prompts with one drafter and collects what was verified.
 
@@ -119,28 +158,11 @@ class DrafterRunner:
         seed: int = 0,
         calibration: Calibration | None = None,
     ) -> None:
-        section = drafter.speculative(settings.num_speculative_tokens, settings.draft_top_k)
-        config = local_config(
-            target,
-            section,
-            max_num_seqs=settings.concurrency,
-            device=settings.device,
-            dtype=settings.dtype,
-        )
-        if config.speculative is None:
-            raise RuntimeError("the configuration above has a drafter")
+        config, self.num_positions = check_choice(target, drafter, settings)
         self.drafter = drafter
         if calibration is None:
             calibration = load_drafter_calibration(config)
         self.calibration = calibration
-        self.num_positions = block_size_of(config.speculative) or settings.num_speculative_tokens
-        if settings.max_tokens < self.num_positions + _TOKENS_WITHOUT_DRAFT + 1:
-            raise ConfigError(
-                "--max-tokens",
-                f"is {settings.max_tokens}: no round would have a whole block of "
-                f"{self.num_positions}; the least is "
-                f"{self.num_positions + _TOKENS_WITHOUT_DRAFT + 1}",
-            )
         self._settings = settings
         self._engine = build_local_engine(config, seed, calibration=calibration)
 
