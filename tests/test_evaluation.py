@@ -361,14 +361,14 @@ def test_calibrating_writes_a_file_that_serves(
     for name in ("ece_before", "ece_after", "auc"):
         assert len(figures[name]) == BLOCK
     assert not is_calibrated(figures)  # of ten rounds there is noise alone
-    path = store(target, choice, fits, settings)
+    path = store(target, drafter, fits[0], settings)
     # One that cannot be used is not in the way of the next.
     stale = Path(path)
     stale.write_text(stale.read_text().replace('"drafter_digest": "', '"drafter_digest": "x'))
     with pytest.raises(CheckpointError, match="run `dspark calibrate` again"):
         DrafterRunner(target, choice, settings)
     assert next(fit_drafter(choice, plan, settings, lambda _: None)).scaling == fits[0].scaling
-    assert store(target, choice, fits, settings) == path
+    assert [store(target, drafter, fit, settings) for fit in fits] == [path] * 3
     entry = json.loads(Path(path).read_text())["entries"][0]
     assert entry["metrics"]["heldout"]["rounds"] >= 10
     calibration = load_calibration(drafter, target, num_positions=BLOCK)
@@ -383,6 +383,28 @@ def test_calibrating_writes_a_file_that_serves(
         "reliability-tiny-tiny-coupled-0.png",
     ]
     Path(path).unlink()
+
+
+def test_a_fit_that_was_made_is_kept_where_the_next_fails(
+    pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, drafter = pair
+    fit, fitted = calibration_bench.fit_scaling, []
+
+    def fail_at_the_second(table: RoundTable) -> LogitScaling:
+        if fitted:
+            raise KeyboardInterrupt
+        fitted.append(fit(table))
+        return fitted[0]
+
+    monkeypatch.setattr(
+        calibration_bench, "load_prompt_set", lambda *args, count, **options: tiny_prompts(count)
+    )
+    monkeypatch.setattr(calibration_bench, "fit_scaling", fail_at_the_second)
+    command = f"calibrate --target {target} --drafter dspark={drafter} --max-tokens 16 --prompts 4"
+    assert main(f"{command} --rounds 8 --heldout-rounds 8".split()) == 130
+    assert load_calibration(drafter, target).fitted == {KEY: fitted[0]}
+    (Path(drafter) / "calibration.json").unlink()
 
 
 def test_prompts_that_were_fitted_on_are_not_judged_on(pair: tuple[str, str]) -> None:

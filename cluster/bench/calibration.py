@@ -164,23 +164,20 @@ def folder_to_write(drafter: DrafterChoice) -> str:
     return drafter.model
 
 
-def store(target: str, drafter: DrafterChoice, fits: Sequence[Fit], settings: Settings) -> str:
-    """Writes ``calibration.json`` beside the drafter; returns its path.
+def store(target: str, folder: str, fit: Fit, settings: Settings) -> str:
+    """Writes a fit to ``calibration.json`` in the drafter's folder, beside the others that are
+    there; returns the file's path.
 
     Raises:
-        ConfigError: the drafter has no folder.
         CheckpointError: the file cannot be written.
     """
-    entries = [
-        CalibrationEntry(
-            key=fit.heldout.key,
-            scaling=fit.scaling,
-            num_rounds=len(fit.training.table),
-            metrics={"draft_top_k": settings.draft_top_k, **fit.figures()},
-        )
-        for fit in fits
-    ]
-    return str(save_calibration(folder_to_write(drafter), target, entries))
+    entry = CalibrationEntry(
+        key=fit.heldout.key,
+        scaling=fit.scaling,
+        num_rounds=len(fit.training.table),
+        metrics={"draft_top_k": settings.draft_top_k, **fit.figures()},
+    )
+    return str(save_calibration(folder, target, [entry]))
 
 
 def summarise(fits: Sequence[Fit]) -> dict[str, Any]:

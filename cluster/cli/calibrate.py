@@ -98,10 +98,13 @@ def run(args: argparse.Namespace) -> int:
     from cluster.bench.calibration import fit_drafter, folder_to_write, store, summarise
 
     (drafter,) = drafters_of([args.drafter])
-    folder_to_write(drafter)  # before the rounds
+    folder = folder_to_write(drafter)  # before the rounds
     settings = settings_of(args)
-    fits = list(fit_drafter(drafter, plan_of(args), settings, note))
-    path = store(args.target, drafter, fits, settings)
+    fits = []
+    for fit in fit_drafter(drafter, plan_of(args), settings, note):
+        # Each at once, so that what stops the next costs no more than that.
+        path = store(args.target, folder, fit, settings)
+        fits.append(fit)
     figures = summarise(fits)
     if args.json:
         print(json.dumps({"file": path, **figures}))
