@@ -68,6 +68,8 @@ def test_committed_configurations_are_valid(path: Path) -> None:
         ("drafter", {"target_layer_ids": [2, 1]}, "drafter.target_layer_ids: must increase"),
         ("optimization", {"minutes": 3}, "exactly one of steps, epochs and minutes"),
         ("optimization", {"batch_tokens": 100}, "optimization.batch_tokens"),
+        ("optimization", {"steps": None, "epochs": float("inf")}, "optimization.epochs: "),
+        ("data", {"sampling": {"temperature": 101}}, "data.sampling.temperature: "),
         ("parallel", {"num_workers": 3}, "parallel.num_workers"),
         ("data", {"sequence_length": 256}, "optimization.batch_tokens"),
         ("data", {"files": ["missing.txt"]}, "missing.txt: cannot be read"),

@@ -128,6 +128,18 @@ def test_short_answers_are_padded_without_effect(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["dspark", "eagle3", "draft_model"])
+def test_positions_behind_all_answers_add_nothing(folder: Path, method: str) -> None:
+    rows = [{"prompt": "def add", "answer": "("} for _ in range(6)]  # and the token that ends it
+    write_jsonl(folder / "prompts.jsonl", *rows)
+    data = {"files": ["prompts.jsonl"], "heldout_files": []}
+    config = make_config(folder, data=data, drafter={**METHODS[method], "block_size": 4})
+    summary = train(config, Worker())
+    first, second, *others = summary["heldout_acceptance"]
+    assert others == [0.0, 0.0]
+    assert 1 + first < summary["heldout_acceptance_length"] < 1 + first + second
+
+
+@pytest.mark.parametrize("method", ["dspark", "eagle3", "draft_model"])
 def test_a_run_that_diverges_ends_and_keeps_its_checkpoint(folder: Path, method: str) -> None:
     optimization = {
         "steps": 9,

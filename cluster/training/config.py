@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from cluster.config import DType, Section, parse_section, resolve_path
 from cluster.errors import ConfigError
@@ -14,7 +14,13 @@ from cluster.errors import ConfigError
 Method = Literal["dspark", "dflash", "eagle3", "draft_model"]
 
 
-class TrainingTarget(Section):
+class FiniteSection(Section):
+    """A section whose numbers are finite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class TrainingTarget(FiniteSection):
     """The model that the drafter will serve; it is never changed."""
 
     model: str = Field(description="Hugging Face checkpoint folder or hub id")
@@ -22,10 +28,10 @@ class TrainingTarget(Section):
     trust_remote_code: bool = False
 
 
-class AnswerSampling(Section):
+class AnswerSampling(FiniteSection):
     """How the target answers prompts."""
 
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, le=100)
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_tokens: int = Field(default=512, ge=1, description="longest answer in tokens")
@@ -34,7 +40,7 @@ class AnswerSampling(Section):
     kv_cache_memory_mb: int = Field(default=1024, ge=1)
 
 
-class DataConfig(Section):
+class DataConfig(FiniteSection):
     """What the drafter learns from.
 
     Prompts are ``.jsonl`` files, one object a line: ``{"turns": [...]}``, ``{"prompt": ...}`` or
@@ -65,7 +71,7 @@ class DataConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the order")
 
 
-class TrainedDrafter(Section):
+class TrainedDrafter(FiniteSection):
     """The drafter's shape; what is unset is as the target has it."""
 
     method: Method = "dspark"
@@ -94,7 +100,7 @@ class TrainedDrafter(Section):
     )
 
 
-class LossConfig(Section):
+class LossConfig(FiniteSection):
     """Weights of the losses; unset ones follow the method (``loss_weights``)."""
 
     cross_entropy: float | None = Field(default=None, ge=0)
@@ -109,7 +115,7 @@ class LossConfig(Section):
     )
 
 
-class OptimizationConfig(Section):
+class OptimizationConfig(FiniteSection):
     """How long and how fast; exactly one of ``steps``, ``epochs`` and ``minutes``."""
 
     steps: int | None = Field(default=None, ge=1)
@@ -128,7 +134,7 @@ class OptimizationConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the first weights and the anchors")
 
 
-class FeaturesConfig(Section):
+class FeaturesConfig(FiniteSection):
     """Where the target's features come from."""
 
     mode: Literal["compute", "cache"] = Field(
@@ -139,7 +145,7 @@ class FeaturesConfig(Section):
     shard_sequences: int = Field(default=64, ge=1, description="sequences of one file")
 
 
-class ParallelConfig(Section):
+class ParallelConfig(FiniteSection):
     """Workers; more than one run on Ray Train."""
 
     num_workers: int = Field(default=1, ge=1)
@@ -148,7 +154,7 @@ class ParallelConfig(Section):
     max_failures: int = Field(default=3, ge=0, description="restarts after a lost worker")
 
 
-class OutputConfig(Section):
+class OutputConfig(FiniteSection):
     """What a run leaves: the drafter in ``folder``, everything else in ``folder``/run."""
 
     folder: str = Field(description="of the drafter's checkpoint; shared by all workers")
@@ -180,7 +186,7 @@ _METHODS_WITH: dict[str, tuple[Method, ...]] = {
 }
 
 
-class TrainConfig(Section):
+class TrainConfig(FiniteSection):
     """One training run."""
 
     target: TrainingTarget

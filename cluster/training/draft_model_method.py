@@ -61,13 +61,17 @@ class DraftModelMethod(DraftMethod):
         loss = self._cross_entropy * cross_entropy + self._total_variation * distance
         terms = {"cross_entropy": cross_entropy, "total_variation": distance}
         acceptance = (1.0 - 0.5 * distance.detach()).clamp(0.0, 1.0)
-        size = min(self._block_size, acceptance.shape[1])
+        # A run may reach beyond the end, as a block may: what is there is not counted.
+        size = self._block_size
+        runs, inside = (
+            F.pad(part, (0, size - 1)).unfold(1, size, 1) for part in (acceptance, learned)
+        )
         return BlockLoss(
             total=(loss * learned).sum() / weight,
             weight=weight,
             terms={name: (term.detach() * learned).sum() / weight for name, term in terms.items()},
-            acceptance=acceptance.unfold(1, size, 1),
-            counted=learned.unfold(1, size, 1).cumprod(dim=-1).bool(),
+            acceptance=runs,
+            counted=inside.cumprod(dim=-1).bool(),
         )
 
     def save(self, folder: Path) -> None:

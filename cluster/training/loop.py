@@ -195,7 +195,8 @@ class DrafterTraining:
                 loss = self.method.loss(batch, *self._run_target(batch, heldout=True))
                 sums.append(torch.stack(loss.position_sums()))
                 progress.advance()
-        survival, acceptance, guesses = torch.stack(sums).sum(dim=0).clamp(min=1e-9).cpu()
+        survival, acceptance, guesses = torch.stack(sums).sum(dim=0).cpu()
+        guesses = guesses.clamp(min=1)  # no answer may be as long as a block
         return 1.0 + float((survival / guesses).sum()), (acceptance / guesses).tolist()
 
     def _train_step(self, progress: float) -> tuple[BlockLoss, float]:
