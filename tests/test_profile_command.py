@@ -122,9 +122,18 @@ def test_no_target_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_several_shards_on_gpus_are_left_to_the_cluster(
-    target: str, capsys: pytest.CaptureFixture[str]
+def test_a_missing_gpu_ends_with_2(
+    target: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(["profile", target, "--device", "cuda"]) == 2
+    assert "target.device: this machine" in capsys.readouterr().err
+
+
+def test_several_shards_on_gpus_are_left_to_the_cluster(
+    target: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert cli.main(["profile", target, "--device", "cuda", "--tensor-parallel-size", "2"]) == 2
     assert "target.device" in capsys.readouterr().err
 

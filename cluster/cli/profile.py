@@ -87,6 +87,10 @@ def run(args: argparse.Namespace) -> int:
     if args.repeats < 1:
         raise ConfigError("--repeats", f"must be at least 1, got {args.repeats}")
     _check_files(args)
+    import torch
+
+    if config.target.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("target.device", "this machine, or its build of torch, has no CUDA")
     from cluster.engine.local_shards import local_shards
     from cluster.engine.machine import curve_origin
     from cluster.engine.pages import PagePool
