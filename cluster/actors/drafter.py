@@ -10,6 +10,7 @@ from ray import serve
 
 from cluster.actors.digests import read_digests
 from cluster.actors.drafter_choice import DrafterChoice, DrafterInUse, starting_config
+from cluster.actors.own_thread import in_own_thread
 from cluster.config import ClusterConfig, SpeculativeConfig
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Drafter:
             raise ValueError("a drafter needs the configuration's `speculative` part")
         self._speculative = speculative
         config = config.model_copy(update={"speculative": speculative})
-        engine, digests = await asyncio.to_thread(_load, config, speculative)
+        engine, digests = await in_own_thread(lambda: _load(config, speculative))
         # Imported here: whoever builds or starts the application needs neither torch nor gRPC.
         from cluster.rpc.drafter_server import DrafterServer
 
@@ -78,7 +79,7 @@ class Drafter:
         speculative = config.speculative
         if speculative is None or speculative == self._speculative:
             return True
-        engine, digests = await asyncio.to_thread(_load, config, speculative)
+        engine, digests = await in_own_thread(lambda: _load(config, speculative))
         self._speculative = speculative
         await self._server.swap(engine, digests=digests, method=speculative.method)
         return True

@@ -11,14 +11,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import ray
 
 from cluster.actors.digests import read_digests
+from cluster.actors.own_thread import in_own_thread
 from cluster.config import ClusterConfig, SpeculativeConfig
 from cluster.errors import CheckpointError
 from cluster.rpc.cluster_status import ReplicaParts, ShardStatus
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 _FAILURE_POLL_S = 0.1
 
 _logger = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,6 @@ class Shard:
         self._places: Sequence[ShardStatus] = ()
         self._digests: dict[str, str] = {}
         self._worker: ShardWorker | None = None
-        # The worker wants one thread for all its calls.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard")
         self._following: asyncio.Future[None] | None = None
         self._draft_client: GrpcDraftClient | None = None
         self._staged: _StagedDrafter | None = None
@@ -86,7 +82,7 @@ class Shard:
     async def open_rendezvous(self) -> tuple[str, int]:
         """Rank 0: where the shards meet, as host and port."""
         host = _node_address()
-        return host, await self._run(lambda: self._make_worker().open_rendezvous(host))
+        return host, await in_own_thread(lambda: self._make_worker().open_rendezvous(host))
 
     async def start(self, host: str, port: int, generation: int) -> ShardStatus:
         """Joins the other ranks, which start at the same time, and loads this rank's part.
@@ -98,10 +94,10 @@ class Shard:
             CheckpointError: the model cannot be loaded.
             ConfigError: it cannot be cut as configured.
         """
-        worker = await self._run(self._make_worker)
-        loading = self._run(lambda: worker.start(host, port, generation))
+        worker = await in_own_thread(self._make_worker)
+        loading = in_own_thread(lambda: worker.start(host, port, generation))
         if self._rank == 0:
-            reading = asyncio.to_thread(read_digests, self._config)
+            reading = in_own_thread(lambda: read_digests(self._config))
             _, self._digests = await asyncio.gather(loading, reading)
         else:
             await loading
@@ -117,7 +113,7 @@ class Shard:
     async def follow(self) -> None:
         """Other ranks, when every shard has started: begins to do what rank 0 says."""
         worker = self._make_worker()
-        self._following = asyncio.get_running_loop().run_in_executor(self._thread, worker.follow)
+        self._following = asyncio.ensure_future(in_own_thread(worker.follow))
 
     async def serve(self, places: Sequence[ShardStatus]) -> str:
         """Rank 0, when every shard has started: begins to serve routers.
@@ -134,8 +130,8 @@ class Shard:
         self._places = places
         worker = self._make_worker()
         self._draft_client = self._make_draft_client(self._config, self._digests)
-        calibration = await asyncio.to_thread(_load_calibration, self._config, self._digests)
-        engine = await self._run(
+        calibration = await in_own_thread(lambda: _load_calibration(self._config, self._digests))
+        engine = await in_own_thread(
             lambda: worker.build_engine(
                 self._draft_client,
                 target_digest=self._digests["target"],
@@ -172,12 +168,11 @@ class Shard:
         """
         config = self._config.model_copy(update={"speculative": speculative})
         worker = self._make_worker()
-        # Not in the worker's thread, which serves.
-        await asyncio.to_thread(worker.stage_drafter, config)
+        await in_own_thread(lambda: worker.stage_drafter(config))
         if self._rank > 0:
             return
-        digests = await asyncio.to_thread(read_digests, config)
-        calibration = await asyncio.to_thread(_load_calibration, config, digests)
+        digests = await in_own_thread(lambda: read_digests(config))
+        calibration = await in_own_thread(lambda: _load_calibration(config, digests))
         await self._leave_staged()
         client = self._make_draft_client(config, digests)
         if client is not None:
@@ -247,10 +242,7 @@ class Shard:
         if self._following is not None:
             await asyncio.wait([self._following])
         if self._worker is not None:
-            await self._run(self._worker.close)
-
-    async def _run(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            await in_own_thread(self._worker.close)
 
     def _make_worker(self) -> ShardWorker:
         if self._worker is None:
