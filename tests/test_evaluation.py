@@ -104,6 +104,7 @@ def test_plots_without_matplotlib_are_refused_before_any_work(
         ("eval --device cuda", "--device: this machine"),
         ("eval --out {file}/out", "--out: "),
         ("eval --target {file}", "--target: no such folder"),
+        ("eval --data a/x.jsonl --data b/x.jsonl", "--data: two are called 'x'"),
         ("calibrate --target none", "--target: no such folder"),
         ("calibrate --drafter ngram", "--drafter: method ngram has no folder"),
         ("calibrate --device cuda", "--device: this machine"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.bench.drafter_choice import DrafterChoice
 from cluster.bench.evaluation import DrafterRunner, Evaluation, Settings, check_choice
-from cluster.bench.prompt_sets import load_prompt_set
+from cluster.bench.prompt_sets import dataset_name, load_prompt_set
 from cluster.bench.report import Report
 from cluster.engine.drafter_calibration import load_drafter_calibration
 from cluster.engine.worker import load_tokenizer
@@ -51,9 +51,14 @@ def evaluate(
         note: told what was found.
 
     Raises:
-        CheckpointError, ConfigError: a drafter cannot be run, before the first round of any.
+        CheckpointError, ConfigError: a drafter cannot be run, before the first round of any; two
+            data sets have one name.
         DataError: before the first round of a drafter.
     """
+    names = [dataset_name(source) for source in comparison.datasets]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError("--data", f"two are called {name!r}: their figures could not be told")
     configs = [check_choice(comparison.target, drafter, settings)[0] for drafter in drafters]
     calibrations = [load_drafter_calibration(config) for config in configs]
     tokenizer = load_tokenizer(comparison.target)

@@ -28,6 +28,12 @@ class PromptSet:
     prompts: tuple[tuple[int, ...], ...]
 
 
+def dataset_name(source: str) -> str:
+    """What figures call the data set of ``source``: a set of code, or a file without its folder
+    and ending."""
+    return Path(source).stem
+
+
 def load_prompt_set(
     source: str, tokenizer: PreTrainedTokenizerBase, *, count: int, num_tokens: int, max_tokens: int
 ) -> PromptSet:
@@ -66,7 +72,7 @@ def load_prompt_set(
             break
     if not prompts:
         raise DataError(source, None, f"has no prompt of 2 to {max_tokens} tokens")
-    return _mixed(Path(source).stem, prompts)
+    return _mixed(dataset_name(source), prompts)
 
 
 def _windows(source: str, num_windows: int) -> range:
