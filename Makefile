@@ -16,10 +16,16 @@ ifneq ($(filter-out 0 false,$(CI)),)
 PYTEST_ARGS += --run-slow --session-timeout=3300
 endif
 
-.PHONY: help install demo test test-all lint format protos protos-check lock clean
+# Where `make comparison` puts drafters and figures, and where the sets of prompts are.
+OUT ?= /tmp/comparison
+PROMPTS ?= ../shared/data/prompts
+COMPARED := dflash-2 dflash-5 dspark-2 dspark-2-rnn dspark-5-rnn eagle3
+
+.PHONY: help install demo comparison test test-all lint format protos protos-check lock clean
 
 help:
 	@echo 'make demo          start a small cluster here, use it, compare outputs, stop it'
+	@echo 'make comparison    docs/comparison.md again: six drafters trained (hours), then compared'
 	@echo 'make test          the default tests; in CI every test that this machine can run'
 	@echo 'make test-all      every test that this machine can run'
 	@echo 'make lint          style, types, layers, generated code'
@@ -45,6 +51,17 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/dspark demo
+
+comparison: $(STAMP)
+	for name in $(COMPARED); do \
+	  $(BIN)/dspark train deployments/training/$$name.yaml --set output.folder=$(OUT)/$$name || exit 1; \
+	done
+	$(BIN)/dspark bench drafters --out $(OUT) --prompts 64 --data stdlib-heldout \
+	  --data $(PROMPTS)/humaneval.jsonl --data $(PROMPTS)/mbpp.jsonl \
+	  --drafter dflash-2=dflash:$(OUT)/dflash-2 --drafter dflash-5=dflash:$(OUT)/dflash-5 \
+	  --drafter dspark-2=dspark:$(OUT)/dspark-2 --drafter dspark-2-rnn=dspark:$(OUT)/dspark-2-rnn \
+	  --drafter dspark-5-rnn=dspark:$(OUT)/dspark-5-rnn --drafter eagle-3=eagle3:$(OUT)/eagle3 \
+	  --drafter ngram --baseline eagle-3 --baseline dspark-2 --baseline dflash-5
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
