@@ -283,7 +283,7 @@ def test_a_broken_state_names_its_file(folder: Path) -> None:
 
 
 def test_a_calibration_lasts_as_long_as_the_weights_it_was_fitted_to(folder: Path) -> None:
-    minutes = {"optimization": {"steps": None, "minutes": 1e-5}}
+    minutes = {"optimization": {"steps": None, "minutes": 0.05}}
     train(make_config(folder, **minutes), Worker())
     out, target = folder / "out", folder / "target"
     file = save_calibration(out, target, [])
