@@ -13,7 +13,7 @@ from cluster.bench.load_generator import open_loop
 from cluster.bench.load_prompts import PromptSource
 from cluster.bench.load_record import LoadResult
 from cluster.bench.load_shape import LoadShape, make_work, run_work
-from cluster.bench.local_engine import build_local_engine
+from cluster.bench.local_engine import build_looped_engine
 from cluster.bench.openai_client import OpenAIClient
 from cluster.bench.own_serving import OwnSettings
 from cluster.bench.report import Report
@@ -42,7 +42,7 @@ def client_maker(server: str, own: OwnSettings) -> Callable[[], LoadClient]:
     """
     if server == ENGINE:
         config = ClusterConfig.parse(own.values())
-        engine = build_local_engine(config, target_digest=target_digest(config.target.model))
+        engine = build_looped_engine(config, target_digest=target_digest(config.target.model))
         return partial(EngineClient, engine)
     if server.startswith(_GRPC):
         return partial(ClusterClient, server.removeprefix(_GRPC))

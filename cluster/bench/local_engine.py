@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +80,17 @@ def build_local_engine(
         calibration=load_drafter_calibration(config) if calibration is None else calibration,
         seed=seed,
     )
+
+
+def build_looped_engine(config: ClusterConfig, *, target_digest: str | None = None) -> Engine:
+    """As ``build_local_engine``, for an ``EngineLoop``.
+
+    It is built in a thread that ends with that: OpenMP's workers of a thread that has computed and
+    goes on living would slow down the loop's (``cluster.actors.own_thread``).
+    """
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        build = partial(build_local_engine, config, target_digest=target_digest)
+        return executor.submit(build).result()
 
 
 def run_requests(

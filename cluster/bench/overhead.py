@@ -16,7 +16,7 @@ from cluster.bench.load_clients import ClusterClient, EngineClient
 from cluster.bench.load_prompts import PromptSource
 from cluster.bench.load_record import LoadResult
 from cluster.bench.load_shape import LoadShape, Work, make_work
-from cluster.bench.local_engine import build_local_engine
+from cluster.bench.local_engine import build_looped_engine
 from cluster.bench.own_serving import OwnCluster, OwnSettings, profile_curve
 from cluster.bench.paired import paired_ratio
 from cluster.bench.report import Report
@@ -117,5 +117,5 @@ def _through_cluster(
 
 
 def _through_engine(own: OwnSettings, warm_up: list[Request], work: Work) -> dict[int, LoadResult]:
-    engine = build_local_engine(ClusterConfig.parse(own.values()))
+    engine = build_looped_engine(ClusterConfig.parse(own.values()))
     return measure(partial(EngineClient, engine), warm_up, work)
