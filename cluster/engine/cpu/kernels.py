@@ -43,6 +43,7 @@ _FLAGS = (
     "-fPIC",
 )
 _BUILD_TIMEOUT_S = 600
+_MAX_KEPT = 16  # builds for other processors or versions
 
 
 @functools.cache
@@ -93,6 +94,11 @@ def _built() -> Path:
             partial = library.with_suffix(f".{os.getpid()}.partial")
             _compile(compiler, partial)
             partial.replace(library)
+            # A library that is loaded stays so when its file is gone.
+            for old in sorted(folder.glob("*.so"), key=lambda file: file.stat().st_mtime)[
+                :-_MAX_KEPT
+            ]:
+                old.unlink(missing_ok=True)
     return library
 
 
