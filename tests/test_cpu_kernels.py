@@ -251,7 +251,7 @@ def test_without_a_compiler_there_are_no_kernels(
     assert not kernels.load_kernels.__wrapped__()
     assert "no C++ compiler" in caplog.text
     broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\necho 'cannot do this' >&2; exit 1\n")
+    broken.write_text("#!/bin/sh\n[ $1 = --version ] || { echo 'cannot do this' >&2; exit 1; }\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     assert not kernels.load_kernels.__wrapped__()
@@ -438,3 +438,15 @@ def test_a_drafter_drafts_the_same_however_it_runs(
         for proposal, other in zip(drafted(engine), expected, strict=True):
             assert proposal.draft_token_ids == other.draft_token_ids
             assert proposal.confidences == pytest.approx(other.confidences, abs=1e-5)
+
+
+def test_processors_without_bf16_products_compile_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("kernels", "packed_linear", "joint_linear"):
+        monkeypatch.setattr(f"cluster.engine.cpu.{place}.can_pack", lambda: False)
+    shard = make_shard(save_tiny_target(tmp_path), layers=[1], enforce_eager=False)
+    assert shard.execution == "compiled"
+    step = passes([5, 2])
+    expected, _ = outputs(make_shard(str(tmp_path), layers=[1]), step)
+    torch.testing.assert_close(outputs(shard, step)[0], expected, rtol=1e-4, atol=1e-4)

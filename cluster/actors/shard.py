@@ -79,6 +79,10 @@ class Shard:
         self._loop: EngineLoop | None = None
         self._server: ReplicaServer | None = None
 
+    async def prepare(self) -> None:
+        """Before any rank starts: builds what this node lacks, which may take a minute."""
+        await in_own_thread(lambda: self._make_worker().prepare())
+
     async def open_rendezvous(self) -> tuple[str, int]:
         """Rank 0: where the shards meet, as host and port."""
         host = _node_address()

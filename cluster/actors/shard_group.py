@@ -70,6 +70,7 @@ class ShardGroup:
             ).remote(self._config, self._replica_id, rank)
             for rank in range(target.num_shards)
         ]
+        await asyncio.gather(*(shard.prepare.remote() for shard in self._shards))
         host, port = await self._shards[0].open_rendezvous.remote()
         # A fresh group never meets what an earlier one left behind.
         generation = secrets.randbits(31)

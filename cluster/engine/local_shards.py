@@ -31,6 +31,7 @@ def local_shards(config: ClusterConfig) -> Iterator[Runner]:
             "measures such a target itself when it starts",
         )
     worker = ShardWorker(config, 0)
+    worker.prepare()
     port = worker.open_rendezvous(_HOST) if target.num_shards > 1 else 0
     context = multiprocessing.get_context("spawn")
     others = [

@@ -21,7 +21,8 @@ def processor_name() -> str:
 
 def processor_flags() -> str:
     """The instruction sets of the CPU, as the system names them; empty where it does not."""
-    return _of_processor("flags")
+    parts = ("flags", "Features", "CPU implementer", "CPU variant", "CPU part")  # x86, then ARM
+    return " ".join((platform.machine(), *map(_of_processor, parts)))
 
 
 def num_cores() -> int:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, GenerationConfig
 
 from cluster.config import ClusterConfig
+from cluster.engine.cpu.kernels import load_kernels
 from cluster.engine.draft_client import DraftClient
 from cluster.engine.engine import Engine
 from cluster.engine.mesh import Mesh, open_store
@@ -43,6 +44,11 @@ class ShardWorker:
         self._store: dist.Store | None = None
         self._mesh: Mesh | None = None
         self._shard: TargetShard | None = None
+
+    def prepare(self) -> None:
+        """Before any rank starts: builds what this machine lacks, for which no other rank waits."""
+        if self.config.target.device == "cpu":
+            load_kernels()
 
     def open_rendezvous(self, host: str) -> int:
         """Rank 0: binds the rendezvous on a free port of ``host`` and returns the port."""

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -91,7 +92,9 @@ def _built() -> Path:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when its holder dies
         if not library.exists():
-            partial = library.with_suffix(f".{os.getpid()}.partial")
+            for left in folder.glob("*.partial"):  # by a build that was killed; we hold the lock
+                left.unlink(missing_ok=True)
+            partial = library.with_suffix(f".{platform.node()}-{os.getpid()}.partial")
             _compile(compiler, partial)
             partial.replace(library)
             # A library that is loaded stays so when its file is gone.
@@ -122,7 +125,11 @@ def _identity(compiler: str) -> str:
     digest = hashlib.sha256()
     for name in (*_SOURCES, *_HEADERS):
         digest.update((_FOLDER / name).read_bytes())
-    parts = (torch.__version__, processor_name(), processor_flags(), compiler, *_FLAGS)
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    machine = (processor_name(), processor_flags(), *platform.libc_ver())
+    parts = (torch.__version__, *machine, version, *_FLAGS)
     digest.update("\0".join(parts).encode())
     return digest.hexdigest()[:32]
 
