@@ -128,13 +128,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
     Raises:
         ConfigError: there is no such device here.
     """
-    from torch.cuda import is_available
-
     from cluster.bench.evaluation import Settings
-    from cluster.errors import ConfigError
+    from cluster.engine.machine import check_device
 
-    if args.device == "cuda" and not is_available():
-        raise ConfigError("--device", "this machine, or its build of torch, has no CUDA")
+    check_device("--device", args.device)
     return Settings(
         max_tokens=args.max_tokens,
         concurrency=args.concurrency,

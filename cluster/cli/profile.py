@@ -87,12 +87,10 @@ def run(args: argparse.Namespace) -> int:
     if args.repeats < 1:
         raise ConfigError("--repeats", f"must be at least 1, got {args.repeats}")
     _check_files(args)
-    import torch
+    from cluster.engine.machine import check_device, curve_origin
 
-    if config.target.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("target.device", "this machine, or its build of torch, has no CUDA")
+    check_device("target.device", config.target.device)
     from cluster.engine.local_shards import local_shards
-    from cluster.engine.machine import curve_origin
     from cluster.engine.pages import PagePool
     from cluster.engine.profile import CurveProfiler, StepProbe
     from cluster.models.checkpoint import target_digest

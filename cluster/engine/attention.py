@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -104,8 +105,9 @@ class KVCache:
         if not (self._in_place and self._layers):
             return PagedBatch.build(step, self, device)
         begin_pass(step, *zip(*self._layers.values(), strict=True))
-        return self.in_place_layers()
+        return self.in_place_layers
 
+    @cached_property
     def in_place_layers(self) -> InPlaceLayers:
         """The layers, which have all stored something, for passes that attend in place."""
         index = {layer: index for index, layer in enumerate(self._layers)}

@@ -11,6 +11,7 @@ import transformers
 
 import cluster
 from cluster.config import TargetConfig
+from cluster.errors import ConfigError
 from cluster.speculation.verify_curve import CurveOrigin
 
 
@@ -33,6 +34,12 @@ def num_cores() -> int:
 def accelerator_name() -> str:
     """Model name of the GPU, empty without one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def check_device(key: str, device: str) -> None:
+    """Raises ConfigError, of ``key``, where PyTorch cannot compute on ``device`` here."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(key, "this machine, or its build of torch, has no CUDA")
 
 
 def curve_origin(config: TargetConfig, target_digest: str, execution: str) -> CurveOrigin:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from cluster.engine.capture import FeatureCapture
 from cluster.engine.compressed_attention import COMPRESSED_ATTENTION_NAME, attend_per_sequence
 from cluster.engine.compressed_cache import CompressedCaches
 from cluster.engine.cpu.compiled import CompiledLayers
+from cluster.engine.cpu.graph import try_to_compile
 from cluster.engine.cpu.kernels import has_kernels
 from cluster.engine.cpu.packed_linear import pack_linears, packed
 from cluster.engine.latent_attention import LATENT_ATTENTION_NAME, LatentStore
@@ -36,8 +35,6 @@ from cluster.engine.target_model import (
 )
 from cluster.errors import ConfigError
 from cluster.models.checkpoint import Projection
-
-logger = logging.getLogger(__name__)
 
 
 class TargetShard:
@@ -344,17 +341,11 @@ class TargetShard:
     def _compile(self, capture: FeatureCapture | None, *, embeds: bool) -> CompiledLayers | None:
         if not self._compiles or not isinstance(self.cache, KVCache):
             return None
-        started_at = time.monotonic()
-        try:
-            compiled = CompiledLayers(
-                self._base, capture, self.cache.in_place_layers(), embeds=embeds
-            )
-        except Exception as error:  # whatever a compiler throws: it is not needed
-            self._compiles = False
-            reason = str(error).strip().split("\n")[0]
-            logger.warning("the target cannot be compiled and runs layer by layer: %s", reason)
-            return None
-        logger.info("compiled the target in %.0f s", time.monotonic() - started_at)
+        layers = self.cache.in_place_layers
+        compiled = try_to_compile(
+            "target", lambda: CompiledLayers(self._base, capture, layers, embeds=embeds)
+        )
+        self._compiles = compiled is not None
         return compiled
 
     @torch.inference_mode()

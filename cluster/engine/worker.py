@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, GenerationConfig
 
 from cluster.config import ClusterConfig
-from cluster.engine.cpu.kernels import load_kernels
+from cluster.engine.cpu.kernels import has_kernels
 from cluster.engine.draft_client import DraftClient
 from cluster.engine.engine import Engine
 from cluster.engine.mesh import Mesh, open_store
@@ -47,8 +47,9 @@ class ShardWorker:
 
     def prepare(self) -> None:
         """Before any rank starts: builds what this machine lacks, for which no other rank waits."""
-        if self.config.target.device == "cpu":
-            load_kernels()
+        target = self.config.target
+        if not target.deterministic:
+            has_kernels(torch.device(target.device), getattr(torch, target.dtype))
 
     def open_rendezvous(self, host: str) -> int:
         """Rank 0: binds the rendezvous on a free port of ``host`` and returns the port."""

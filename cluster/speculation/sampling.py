@@ -237,9 +237,8 @@ def process_logits(
         allowed_mask=allowed_mask,
     )
     best_token_ids = logits.argmax(dim=-1, keepdim=True)
-    logits = logits - logits.gather(
-        1, best_token_ids
-    )  # the best is 0, so no temperature can overflow it
+    # The best is 0, so no temperature can overflow it.
+    logits = logits - logits.gather(1, best_token_ids)
     logits /= torch.where(batch.temperature == 0, 1.0, batch.temperature).unsqueeze(1)
     if batch.truncated_rows.numel() > 0:
         _truncate(logits, batch)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from cluster.config import SpeculativeConfig
+from cluster.engine.machine import check_device
 from cluster.engine.target_model import load_text_config
 from cluster.engine.worker import load_tokenizer
 from cluster.errors import CheckpointError, ConfigError, TrainingDivergedError
@@ -52,8 +53,7 @@ def train(config: TrainConfig, worker: Worker) -> dict[str, Any]:
 def train_worker(config: TrainConfig, rank: int, count: int, device: str) -> None:
     """``train`` for a launcher of workers, inside its process group."""
     log_to_stderr()
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("parallel.use_gpu", "this machine, or its build of torch, has no CUDA")
+    check_device("parallel.use_gpu", device)
     train(config, Worker(rank, count, torch.device(device)))
 
 

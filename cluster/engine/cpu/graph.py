@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from cluster.engine.cpu.joint_linear import JoinLinears
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+def try_to_compile(what: str, compile: Callable[[], _T]) -> _T | None:
+    """What ``compile`` makes; ``None``, with a warning, where ``what`` cannot be compiled."""
+    started_at = time.monotonic()
+    try:
+        compiled = compile()
+    except Exception as error:  # whatever a compiler throws: it is not needed
+        reason = str(error).strip().split("\n")[0]
+        logger.warning("the %s cannot be compiled and runs layer by layer: %s", what, reason)
+        return None
+    logger.info("compiled the %s in %.0f s", what, time.monotonic() - started_at)
+    return compiled
 
 
 def compile_graph(function: Callable[..., Any], examples: tuple[torch.Tensor, ...]) -> Any:

@@ -98,9 +98,8 @@ def _built() -> Path:
             _compile(compiler, partial)
             partial.replace(library)
             # A library that is loaded stays so when its file is gone.
-            for old in sorted(folder.glob("*.so"), key=lambda file: file.stat().st_mtime)[
-                :-_MAX_KEPT
-            ]:
+            builds = sorted(folder.glob("*.so"), key=lambda file: file.stat().st_mtime)
+            for old in builds[:-_MAX_KEPT]:
                 old.unlink(missing_ok=True)
     return library
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from cluster.engine.cpu.graph import compile_graph
+from cluster.engine.cpu.graph import compile_graph, try_to_compile
 from cluster.engine.cpu.in_place import InPlaceLayers, attend_in_place, begin_pass, end_pass
 from cluster.engine.cpu.packed_linear import pack_linears
 from cluster.engine.step_input import StepInput
 from cluster.models.dspark import DSparkDrafter
-
-logger = logging.getLogger(__name__)
 
 BLOCK_ATTENTION_NAME = "dspark_paged_block"
 
@@ -54,12 +51,9 @@ class PagedBlocks:
 
         self._run: Any = run
         if compiles and self._size > 1:  # compilers take a length of 1 for a constant
-            try:
-                example = torch.zeros(2 * self._size, dtype=torch.int64)
-                self._run = compile_graph(run, (example, torch.zeros_like(example)))
-            except Exception as error:  # whatever a compiler throws: it is not needed
-                reason = str(error).strip().split("\n")[0]
-                logger.warning("the drafter cannot be compiled and runs by layers: %s", reason)
+            example = torch.zeros(2 * self._size, dtype=torch.int64)
+            examples = (example, torch.zeros_like(example))
+            self._run = try_to_compile("drafter", lambda: compile_graph(run, examples)) or run
 
     def hidden(
         self,
