@@ -1,8 +1,8 @@
-"""What a drafter's round costs: seconds of a pass by the number of sequences it drafts for."""
+"""What a drafter's pass costs: seconds by sessions in it and by tokens drafted for each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,95 +10,100 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import ConfigError
+from cluster.speculation.monotone_table import (
+    check_axis,
+    check_table,
+    interpolate,
+    pulled_down,
+    read_numbers,
+)
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class DraftCurve:
-    """Seconds of one drafting pass: linear between its points, the first below, the last slope on.
+    """Seconds of a drafter's pass on a grid of sizes, and between and beyond its points.
 
-    A *session* is one sequence that the pass drafts a whole block for, whichever replica it is of.
-    The time is the drafter's own (its pass and sampling), without queue and network.
-
-    Guarantees: seconds are positive, and never fall with more sessions.
+    Guarantees: positive, and never falling with more sessions or more tokens. Immutable. To be made
+    by ``fit``, ``of_sessions`` or ``from_dict``, which check that.
 
     Attributes:
-        sessions: ``[N]`` rising, from at least 1.
-        table: ``[N]`` seconds.
+        sessions: ``[S]``, rising, positive.
+        tokens: ``[K]`` tokens drafted for each session, rising, positive.
+        table: ``[S, K]`` seconds.
     """
 
     sessions: Floats
+    tokens: Floats
     table: Floats
+
+    def _checked(self) -> DraftCurve:
+        check_axis("sessions", self.sessions, 1)
+        check_axis("tokens", self.tokens, 1)
+        check_table(self.table, self.sessions, self.tokens, "sessions or more tokens")
+        return self
 
     @classmethod
     def of_sessions(cls, seconds_by_sessions: Mapping[int, float]) -> DraftCurve:
-        """The curve through the points.
+        """A curve on which the number of tokens costs nothing."""
+        sessions = sorted(seconds_by_sessions)
+        return cls.fit(sessions, [1], [[seconds_by_sessions[size]] for size in sessions])
+
+    @classmethod
+    def fit(
+        cls, sessions: Sequence[int], tokens: Sequence[int], measured: npt.ArrayLike
+    ) -> DraftCurve:
+        """The curve of noisy measurements ``[S, K]``: what a larger pass took bounds smaller ones.
 
         Raises:
-            ConfigError: there is none, or one breaks the guarantees; names the axis.
+            ConfigError: an axis or the measurements are unusable; names them.
         """
-        sizes = sorted(seconds_by_sessions)
+        table = np.array(measured, dtype=np.float64)
+        if table.ndim != 2 or table.size == 0:
+            raise ConfigError("seconds", "must be a table of sessions and tokens")
         curve = cls(
-            np.asarray(sizes, dtype=np.float64),
-            np.asarray([seconds_by_sessions[size] for size in sizes], dtype=np.float64),
+            np.asarray(sessions, dtype=np.float64),
+            np.asarray(tokens, dtype=np.float64),
+            pulled_down(table),
         )
         return curve._checked()
 
-    def seconds(self, num_sessions: npt.ArrayLike) -> Floats:
-        """Seconds of passes that draft for ``num_sessions`` sequences (any shape)."""
-        sizes = np.asarray(num_sessions, dtype=np.float64)
-        seconds = np.interp(sizes, self.sessions, self.table)
-        if len(self.sessions) > 1:
-            (before, last), (earlier, final) = self.sessions[-2:], self.table[-2:]
-            slope = (final - earlier) / (last - before)
-            seconds = seconds + slope * np.maximum(sizes - last, 0.0)
-        return np.asarray(seconds)
+    def seconds(self, num_sessions: npt.ArrayLike, num_tokens: float | None = None) -> Floats:
+        """Seconds of passes for ``num_sessions`` sessions (any shape).
+
+        Args:
+            num_tokens: drafted for each; unset: the most that were measured.
+        """
+        tokens = float(self.tokens[-1]) if num_tokens is None else num_tokens
+        return interpolate(self.table, self.sessions, self.tokens, num_sessions, tokens)
 
     def scaled(self, factor: float) -> DraftCurve:
-        """The curve of a drafter that takes ``factor`` (above 0) times as long."""
-        return DraftCurve(self.sessions, self.table * factor)
+        """The curve of a device that is ``factor`` times slower (positive)."""
+        return DraftCurve(self.sessions, self.tokens, self.table * factor)._checked()
 
     def to_dict(self) -> dict[str, Any]:
         """The curve as JSON objects hold it."""
         return {
             "sessions": [int(size) for size in self.sessions],
+            "tokens": [int(size) for size in self.tokens],
             "seconds": self.table.tolist(),
         }
 
     @classmethod
     def from_dict(cls, values: Any) -> DraftCurve:
-        """The inverse of ``to_dict``.
+        """The inverse of ``to_dict``; without ``tokens``, ``seconds`` is one number a size.
 
         Raises:
             ConfigError: a value is missing, of the wrong kind or impossible; names its key.
         """
         if not isinstance(values, Mapping):
             raise ConfigError("draft curve", "must be a mapping")
-        arrays = {}
         for key in ("sessions", "seconds"):
             if key not in values:
                 raise ConfigError(key, "is missing")
-            arrays[key] = _numbers(key, values[key])
-        return cls(arrays["sessions"], arrays["seconds"])._checked()
-
-    def _checked(self) -> DraftCurve:
-        sessions, table = self.sessions, self.table
-        if len(sessions) == 0 or not np.all(np.isfinite(sessions)) or sessions[0] < 1:
-            raise ConfigError("sessions", "must be a list of finite numbers from at least 1")
-        if np.any(np.diff(sessions) <= 0):
-            raise ConfigError("sessions", "must rise")
-        if len(table) != len(sessions):
-            raise ConfigError("seconds", f"must have {len(sessions)} numbers")
-        if not np.all(np.isfinite(table)) or table[0] <= 0:
-            raise ConfigError("seconds", "must be positive and finite")
-        if np.any(np.diff(table) < 0):
-            raise ConfigError("seconds", "must not fall with more sessions")
-        return self
-
-
-def _numbers(key: str, values: Any) -> Floats:
-    is_list = isinstance(values, list) and all(type(value) in (int, float) for value in values)
-    if not is_list:
-        raise ConfigError(key, "must be a list of numbers")
-    return np.asarray(values, dtype=np.float64)
+        sessions = read_numbers("sessions", values["sessions"])
+        table = read_numbers("seconds", values["seconds"])
+        if "tokens" not in values:
+            return cls(sessions, np.ones(1), table.reshape(-1, 1))._checked()
+        return cls(sessions, read_numbers("tokens", values["tokens"]), table)._checked()

@@ -22,6 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import ConfigError
+from cluster.speculation.monotone_table import (
+    check_axis,
+    check_table,
+    interpolate,
+    lifted,
+    place,
+    pulled_down,
+    read_numbers,
+)
 
 Floats = npt.NDArray[np.float64]
 
@@ -106,19 +115,9 @@ class VerifyCurve:
 
     def _checked(self) -> VerifyCurve:
         """Itself. Raises: ConfigError: an array breaks the guarantees; names it."""
-        for name, lowest in (("tokens", 1), ("context_tokens", 0)):
-            axis = getattr(self, name)
-            if axis.ndim != 1 or len(axis) == 0 or not np.all(np.isfinite(axis)):
-                raise ConfigError(name, "must be a list of at least one finite number")
-            if axis[0] < lowest or np.any(np.diff(axis) <= 0):
-                raise ConfigError(name, f"must rise from at least {lowest}")
-        shape = (len(self.tokens), len(self.context_tokens))
-        if self.table.shape != shape:
-            raise ConfigError("seconds", f"must have {shape[0]} rows of {shape[1]} numbers")
-        if not np.all(np.isfinite(self.table)) or self.table[0, 0] <= 0:
-            raise ConfigError("seconds", "must be positive and finite")
-        if any(np.any(np.diff(self.table, axis=axis) < 0) for axis in (0, 1)):
-            raise ConfigError("seconds", "must not fall with more tokens or more context")
+        check_axis("tokens", self.tokens, 1)
+        check_axis("context_tokens", self.context_tokens, 0)
+        check_table(self.table, self.tokens, self.context_tokens, "tokens or more context")
         return self
 
     @classmethod
@@ -156,7 +155,7 @@ class VerifyCurve:
         is_missing = np.isnan(table)
         if np.any(is_missing.all(axis=0)):
             raise ConfigError("seconds", "need a measurement of every context")
-        table = _pulled_down(np.where(is_missing, np.inf, table))
+        table = pulled_down(np.where(is_missing, np.inf, table))
         rows = np.arange(len(table))
         for column in range(1, table.shape[1]):
             missing = is_missing[:, column]
@@ -164,22 +163,12 @@ class VerifyCurve:
             nearest = known[np.abs(rows[:, None] - known).argmin(axis=1)]
             added = table[nearest, column] - table[nearest, 0]
             table[missing, column] = (table[:, 0] + added)[missing]
-        curve = cls(_floats(tokens), _floats(context_tokens), _pulled_down(table), origin)
+        curve = cls(_floats(tokens), _floats(context_tokens), pulled_down(table), origin)
         return curve._checked()
 
     def seconds(self, num_tokens: npt.ArrayLike, context_tokens: float = 0) -> Floats:
         """Seconds of steps with ``num_tokens`` batch tokens (any shape) and the same context."""
-        tokens = np.asarray(num_tokens, dtype=np.float64)
-        left, right, share = _place(self.context_tokens, context_tokens)
-        start, end = self.table[:, left], self.table[:, right]
-        seconds = np.interp(tokens, self.tokens, start + share * (end - start))
-        if tokens.size and tokens.max() > self.tokens[-1]:
-            slope = _last_slope(self.tokens, self.table)
-            seconds = seconds + slope * np.maximum(tokens - self.tokens[-1], 0.0)
-        if context_tokens > self.context_tokens[-1]:
-            slope = _last_slope(self.context_tokens, self.table.T)
-            seconds = seconds + slope * (context_tokens - self.context_tokens[-1])
-        return np.asarray(seconds)
+        return interpolate(self.table, self.tokens, self.context_tokens, num_tokens, context_tokens)
 
     def corrected(self, num_tokens: float, context_tokens: float, factor: float) -> VerifyCurve:
         """The curve with the points around a place multiplied by ``factor``.
@@ -187,13 +176,13 @@ class VerifyCurve:
         Each moves by its share in the interpolation there. What rises lifts larger sizes with it,
         what falls pulls smaller ones down.
         """
-        row, next_row, row_share = _place(self.tokens, num_tokens)
-        column, next_column, column_share = _place(self.context_tokens, context_tokens)
+        row, next_row, row_share = place(self.tokens, num_tokens)
+        column, next_column, column_share = place(self.context_tokens, context_tokens)
         table = self.table.copy()
         for i, row_weight in ((row, 1.0 - row_share), (next_row, row_share)):
             for j, column_weight in ((column, 1.0 - column_share), (next_column, column_share)):
                 table[i, j] *= factor ** (row_weight * column_weight)
-        table = _lifted(table) if factor >= 1 else _pulled_down(table)
+        table = lifted(table) if factor >= 1 else pulled_down(table)
         return VerifyCurve(self.tokens, self.context_tokens, table, self.origin)
 
     def to_dict(self) -> dict[str, Any]:
@@ -224,7 +213,7 @@ class VerifyCurve:
         for key in ("tokens", "context_tokens", "seconds"):
             if key not in values:
                 raise ConfigError(key, "is missing")
-            arrays[key] = _numbers(key, values[key])
+            arrays[key] = read_numbers(key, values[key])
         origin = values.get("origin")
         curve = cls(
             arrays["tokens"],
@@ -237,44 +226,3 @@ class VerifyCurve:
 
 def _floats(values: Sequence[int]) -> Floats:
     return np.asarray(values, dtype=np.float64)
-
-
-def _numbers(key: str, values: Any) -> Floats:
-    """An array of a JSON list, which must hold numbers only (no strings, not ragged)."""
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        raise ConfigError(key, "rows must be of equal length") from None
-    if array.dtype.kind not in "iuf":
-        raise ConfigError(key, "must hold numbers only")
-    return array.astype(np.float64)
-
-
-def _lifted(table: Floats) -> Floats:
-    """The least monotone table that is nowhere below ``table``."""
-    return np.maximum.accumulate(np.maximum.accumulate(table, axis=0), axis=1)
-
-
-def _pulled_down(table: Floats) -> Floats:
-    """The greatest monotone table that is nowhere above ``table``."""
-    return np.minimum.accumulate(np.minimum.accumulate(table[::-1, ::-1], axis=0), axis=1)[
-        ::-1, ::-1
-    ]
-
-
-def _place(axis: Floats, value: float) -> tuple[int, int, float]:
-    """The points of an axis around a value, and the share of the way between them; ends hold."""
-    right = int(axis.searchsorted(value))
-    if right == 0:
-        return 0, 0, 0.0
-    if right == len(axis):
-        return right - 1, right - 1, 0.0
-    start = float(axis[right - 1])
-    return right - 1, right, (value - start) / (float(axis[right]) - start)
-
-
-def _last_slope(axis: Floats, table: Floats) -> float:
-    """Seconds a unit of ``axis`` (rows of ``table``) on its last segment, mean of the columns."""
-    if len(axis) == 1:
-        return 0.0
-    return float((table[-1] - table[-2]).mean() / (axis[-1] - axis[-2]))
