@@ -7,10 +7,11 @@ configuration format), and what every part receives.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,6 +25,21 @@ from cluster.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
 DraftMethodName = Literal["dspark", "dflash", "eagle3", "draft_model", "ngram"]
+
+# What Ray counts by itself; `num_cpus` and `num_gpus` ask for the first two.
+_RAY_OWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
+
+
+def _check_resources(value: dict[str, float]) -> dict[str, float]:
+    for name, amount in value.items():
+        if name in _RAY_OWN_RESOURCES:
+            raise ValueError(f"{name} is not a custom resource")
+        if not 0.0001 <= amount < float("inf"):
+            raise ValueError(f"{name} must be 0.0001 or more")
+    return value
+
+
+CustomResources = Annotated[dict[str, float], AfterValidator(_check_resources)]
 
 # As in vLLM, where neither bound of prompt lookup is given.
 _DEFAULT_PROMPT_LOOKUP = 5
@@ -52,6 +68,10 @@ class TargetConfig(Section):
     )
     num_cpus: float = Field(default=0.5, ge=0, description="Ray CPUs reserved for each shard")
     num_gpus: float = Field(default=0, ge=0, description="Ray GPUs reserved for each shard")
+    resources: CustomResources = Field(
+        default_factory=dict,
+        description="custom Ray resources reserved for each shard and the replica's front",
+    )
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     max_model_len: int | None = Field(
         default=None, ge=2, description="context in tokens; unset: the checkpoint's"
@@ -200,6 +220,9 @@ class DrafterConfig(Section):
     num_threads: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.5, ge=0)
     num_gpus: float = Field(default=0, ge=0)
+    resources: CustomResources = Field(
+        default_factory=dict, description="custom Ray resources reserved for each drafter"
+    )
     host: str = Field(default="", description="address to bind and publish; empty: the node's own")
     port: int = Field(default=0, ge=0, le=65535, description="first port to try; 0: any free one")
     num_ports: int = Field(default=64, ge=1, description="length of the port range")
@@ -218,8 +241,19 @@ class RouterConfig(Section):
 
     num_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=0.1, ge=0)
+    resources: CustomResources = Field(
+        default_factory=dict, description="custom Ray resources reserved for each router"
+    )
     host: str = Field(default="127.0.0.1", description="address that the gRPC server binds")
     port: int = Field(default=50051, ge=0, le=65535, description="0: any free one")
+    max_connection_age_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="clients older than this connect anew, and so spread; unset: never",
+    )
+    max_connection_age_grace_s: float = Field(
+        default=600.0, ge=0, description="how long their running streams may go on"
+    )
     max_queued_tokens: int = Field(default=1_000_000, ge=1)
     replica_wait_s: float = Field(
         default=60.0, ge=0, description="how long a request waits for a ready target replica"

@@ -5,25 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from cluster.actors.app import build
+from cluster.actors.launch import _required_resources
 from cluster.config import ClusterConfig
 
 
-def _parts(args: dict[str, Any]) -> dict[str, tuple[int, ClusterConfig]]:
-    """Replicas and configuration of each deployment, by name."""
-    found: dict[str, tuple[int, ClusterConfig]] = {}
+def _deployments(args: dict[str, Any]) -> dict[str, Deployment]:
+    """Each deployment with what is bound to it, by name."""
+    found: dict[str, Deployment] = {}
 
     def visit(application: Application) -> None:
         bound = application._bound_deployment
-        config, *parts = bound.init_args
-        found[bound.name] = (bound.num_replicas, config)
-        for part in parts:
+        found[bound.name] = bound
+        for part in bound.init_args[1:]:
             visit(part)
 
     visit(build(args))
     return found
+
+
+def _parts(args: dict[str, Any]) -> dict[str, tuple[int, ClusterConfig]]:
+    """Replicas and configuration of each deployment, by name."""
+    return {
+        name: (bound.num_replicas, bound.init_args[0]) for name, bound in _deployments(args).items()
+    }
 
 
 @pytest.mark.parametrize("num_drafters", [1, 3])
@@ -49,3 +56,35 @@ def test_without_drafters_the_target_decodes_plainly(args: dict[str, Any]) -> No
     parts = _parts({"target": {"model": "m"}, **args})
     assert parts.keys() == {"Router", "TargetReplica"}
     assert all(config.speculative is None for _, config in parts.values())
+
+
+def test_parts_are_placed_by_their_resources() -> None:
+    deployments = _deployments(
+        {
+            "target": {"model": "m", "resources": {"target-node": 1}},
+            "speculative": {"model": "d"},
+            "drafter": {"num_gpus": 0.5, "resources": {"drafter-node": 2}},
+            "router": {"resources": {"router-node": 0.5}},
+        }
+    )
+    asked = {name: bound.ray_actor_options["resources"] for name, bound in deployments.items()}
+    assert asked == {
+        "Router": {"router-node": 0.5},
+        "TargetReplica": {"target-node": 1},
+        "Drafter": {"drafter-node": 2},
+    }
+
+
+def test_a_ray_that_is_started_here_is_every_pool() -> None:
+    config = ClusterConfig.parse(
+        {
+            "target": {
+                "model": "m",
+                "num_replicas": 2,
+                "tensor_parallel_size": 2,
+                "resources": {"gpu-node": 1, "fast": 0.5},
+            },
+            "drafter": {"num_replicas": 3, "resources": {"gpu-node": 0.25}},
+        }
+    )
+    assert _required_resources(config) == {"gpu-node": 6 + 1, "fast": 3}

@@ -87,6 +87,16 @@ def test_args_that_travel_through_serve_give_the_same_configuration() -> None:
             "greater than or equal to 15, got 14",
         ),
         ({"target": {"model": "m"}, "drain_timeout_s": -1}, "drain_timeout_s", "got -1"),
+        (
+            {"target": {"model": "m", "resources": {"GPU": 1}}},
+            "target.resources",
+            "GPU is not a custom resource",
+        ),
+        (
+            {"target": {"model": "m"}, "router": {"resources": {"edge": 0}}},
+            "router.resources",
+            "edge must be 0.0001 or more",
+        ),
         *(
             ({"target": {"model": "m"}, "speculative": speculative}, f"speculative.{key}", text)
             for speculative, key, text in [

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from grpc import aio
+from grpc import ChannelConnectivity, aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -296,3 +296,15 @@ async def test_routers_share_a_port() -> None:
     async with AsyncClient(f"127.0.0.1:{port}") as client:
         assert (await client.status()).router_id == second.router_id
     await second.stop()
+
+
+async def test_old_connections_end_when_their_streams_have() -> None:
+    age = {"max_connection_age_s": 0.3, "max_connection_age_grace_s": 30.0}
+    async with running_cluster(step_s=0.02, router=age) as cluster:
+        async with aio.insecure_channel(cluster.address) as channel, asyncio.timeout(10):
+            await channel.channel_ready()
+            await channel.wait_for_state_change(ChannelConnectivity.READY)  # the server's wish
+        # A stream of 2 s on such a connection reaches its end.
+        chunks = await gather_chunks(cluster.client, [1, 2, 3], max_tokens=100)
+        tokens = [token for chunk in chunks for token in chunk.token_ids]
+        assert tokens == expected([1, 2, 3], 100)

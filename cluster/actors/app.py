@@ -49,6 +49,7 @@ def build(args: dict[str, Any]) -> Application:
             ray_actor_options={
                 "num_cpus": config.drafter.num_cpus,
                 "num_gpus": config.drafter.num_gpus,
+                "resources": config.drafter.resources,
             },
             **common,
         )
@@ -57,8 +58,9 @@ def build(args: dict[str, Any]) -> Application:
         TargetReplica,
         name=TARGET_REPLICA,
         num_replicas=config.target.num_replicas,
-        # The front has no model; its shards take what they need from their placement group.
-        ray_actor_options={"num_cpus": 0},
+        # The front has no model; its shards take what they need from their placement group. It
+        # lives where they may, so that no other node's end is the replica's.
+        ray_actor_options={"num_cpus": 0, "resources": config.target.resources},
         **common,
     )
     parts.append(target.bind(config))
@@ -66,7 +68,10 @@ def build(args: dict[str, Any]) -> Application:
         Router,
         name=ROUTER,
         num_replicas=config.router.num_replicas,
-        ray_actor_options={"num_cpus": config.router.num_cpus},
+        ray_actor_options={
+            "num_cpus": config.router.num_cpus,
+            "resources": config.router.resources,
+        },
         **common,
     )
     # Serve takes for an application what is bound to its ingress. It stops the ingress first, so

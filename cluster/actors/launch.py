@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -173,6 +174,8 @@ def _connect(config: ClusterConfig, temp_dir: Path) -> None:
         address="local",
         # Ray counts CPUs but does not divide them: parts on a small machine share what there is.
         num_cpus=max(os.cpu_count() or 1, math.ceil(_required_cpus(config))),
+        # The names of other nodes' pools: here they are all this one.
+        resources=_required_resources(config),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -187,6 +190,19 @@ def _required_cpus(config: ClusterConfig) -> float:
     if config.speculative is not None:
         required += config.drafter.num_replicas * config.drafter.num_cpus
     return required + _BUILD_CPUS
+
+
+def _required_resources(config: ClusterConfig) -> dict[str, float]:
+    target = config.target
+    required: Counter[str] = Counter()
+    for resources, count in (
+        (target.resources, target.num_replicas * (target.num_shards + 1)),  # a front beside them
+        (config.router.resources, config.router.num_replicas),
+        (config.drafter.resources, config.drafter.num_replicas),
+    ):
+        for name, amount in resources.items():
+            required[name] += math.ceil(amount * count)
+    return {name: float(count) for name, count in required.items()}
 
 
 def _start_error(messages: dict[str, str]) -> DsparkError:

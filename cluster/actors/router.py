@@ -78,4 +78,6 @@ def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
         max_queued_tokens=config.router.max_queued_tokens,
         wait_s=config.router.replica_wait_s,
         max_message_bytes=config.router.max_message_mb << 20,
+        max_connection_age_s=config.router.max_connection_age_s,
+        max_connection_age_grace_s=config.router.max_connection_age_grace_s,
     )

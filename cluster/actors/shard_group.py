@@ -54,13 +54,17 @@ class ShardGroup:
             ray.exceptions.RayActorError: a shard died on the way.
         """
         target = self._config.target
-        bundle = {"CPU": target.num_cpus, "GPU": target.num_gpus}
+        bundle = {"CPU": target.num_cpus, "GPU": target.num_gpus, **target.resources}
         self._placement = placement_group(
             [bundle] * target.num_shards, strategy=target.placement_strategy
         )
         await self._placement.ready()
         actor_class = ray.remote(
-            num_cpus=target.num_cpus, num_gpus=target.num_gpus, max_restarts=0, max_task_retries=0
+            num_cpus=target.num_cpus,
+            num_gpus=target.num_gpus,
+            resources=target.resources,
+            max_restarts=0,
+            max_task_retries=0,
         )(Shard)
         self._shards = [
             actor_class.options(

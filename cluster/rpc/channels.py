@@ -45,15 +45,29 @@ def channel_options(max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> Optio
 
 
 def server_options(
-    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, *, reuse_port: bool = False
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    *,
+    reuse_port: bool = False,
+    max_connection_age_s: float | None = None,
+    max_connection_age_grace_s: float = 0.0,
 ) -> Options:
     """Options of a server.
 
     Args:
         max_message_bytes: the largest message sent or received.
         reuse_port: let several servers of one machine bind the same port (SO_REUSEPORT).
+        max_connection_age_s: older connections take no new calls; clients then look the name up
+            again, and find servers that are new. ``None``: they live as long as the client likes.
+        max_connection_age_grace_s: when their running calls are cut off, after that.
     """
+    ages: Options = []
+    if max_connection_age_s is not None:
+        ages = [
+            ("grpc.max_connection_age_ms", int(max_connection_age_s * 1000)),
+            ("grpc.max_connection_age_grace_ms", int(max_connection_age_grace_s * 1000)),
+        ]
     return [
+        *ages,
         *_common_options(max_message_bytes),
         ("grpc.keepalive_permit_without_calls", 1),
         # Clients ping as often as above; without this they are cut off for too many pings.

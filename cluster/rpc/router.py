@@ -48,6 +48,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         max_queued_tokens: bound on admitted work.
         wait_s: seconds that a request waits for a ready replica.
         max_message_bytes: the largest message sent or received.
+        max_connection_age_s, max_connection_age_grace_s: as in ``server_options``.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         max_queued_tokens: int = 1_000_000,
         wait_s: float = 30.0,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        max_connection_age_s: float | None = None,
+        max_connection_age_grace_s: float = 0.0,
     ) -> None:
         self.router_id = router_id or f"router-{uuid.uuid4().hex[:12]}"
         self._tokenizer = tokenizer
@@ -72,7 +75,12 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_queued_tokens = max_queued_tokens
-        self._max_message_bytes = max_message_bytes
+        self._options = server_options(
+            max_message_bytes,
+            reuse_port=True,
+            max_connection_age_s=max_connection_age_s,
+            max_connection_age_grace_s=max_connection_age_grace_s,
+        )
         self._num_queued_tokens = 0
         self._active: dict[str, Generation] = {}
         self._pool = ReplicaPool(
@@ -101,8 +109,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
 
         The port may be shared with other routers of this machine (SO_REUSEPORT).
         """
-        options = server_options(self._max_message_bytes, reuse_port=True)
-        self._server = aio.server(options=options)
+        self._server = aio.server(options=self._options)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
         self._serving = ServingState(self._server, SERVICE_NAME)
         port = bind(self._server, host, port, key="router.port")
