@@ -21,7 +21,8 @@ OUT ?= /tmp/comparison
 PROMPTS ?= ../shared/data/prompts
 COMPARED := dflash-2 dflash-5 dspark-2 dspark-2-rnn dspark-5-rnn eagle3
 
-.PHONY: help install demo comparison test test-all lint format protos protos-check lock clean
+.PHONY: help install demo comparison test test-all lint format protos protos-check chart chart-check \
+  lock clean
 
 help:
 	@echo 'make demo          start a small cluster here, use it, compare outputs, stop it'
@@ -31,6 +32,7 @@ help:
 	@echo 'make lint          style, types, layers, generated code'
 	@echo 'make format        put the code into the style that lint asks for'
 	@echo 'make protos        regenerate cluster/v1 from protos/'
+	@echo 'make chart         regenerate parts of helm/dspark from deployments/ and cluster/config.py'
 	@echo 'make install       the virtual environment; the other targets do this when needed'
 	@echo 'make lock          write the versions in .venv to constraints.txt'
 	@echo 'make clean         remove caches and builds; .venv stays'
@@ -69,7 +71,7 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest --run-slow $(PYTEST_ARGS)
 
-lint: $(STAMP) protos-check
+lint: $(STAMP) protos-check chart-check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -84,6 +86,12 @@ protos: $(STAMP)
 
 protos-check: $(STAMP)
 	$(BIN)/python protos/generate.py --check
+
+chart: $(STAMP)
+	$(BIN)/python helm/generate.py
+
+chart-check: $(STAMP)
+	$(BIN)/python helm/generate.py --check
 
 # The suffix of a local build (torch 2.13.0+cpu) is dropped: any build of that version will do.
 lock: $(STAMP)

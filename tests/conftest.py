@@ -92,10 +92,18 @@ def _shared_missing(_config: pytest.Config) -> str | None:
     return None if SHARED.is_dir() else f"{SHARED} is not there; $DSPARK_SHARED names another place"
 
 
+def _helm_missing(_config: pytest.Config) -> str | None:
+    from tests.helm_tools import install_helm_3
+
+    found = install_helm_3()
+    return found if isinstance(found, str) else None
+
+
 _REQUIREMENTS: dict[str, Callable[[pytest.Config], str | None]] = {
     "slow": _slow_missing,
     "gpu": _gpu_missing,
     "root": _root_missing,
     "netlab": _netlab_missing,
     "shared": _shared_missing,
+    "helm": _helm_missing,
 }

@@ -47,6 +47,15 @@ def test_what_is_shipped_is_valid(path: Path) -> None:
     assert config.target.num_shards >= 1
 
 
+def test_the_chart_knows_every_key() -> None:
+    """`make chart` writes helm/dspark/values.schema.json anew."""
+    chart = json.loads((DEPLOYMENTS.parent / "helm/dspark/values.schema.json").read_text())
+    schema = ClusterConfig.model_json_schema()
+    for name, section in {**schema["$defs"], "ClusterConfig": schema}.items():
+        known = chart["$defs"].get(f"config.{name}", {}).get("properties", {})
+        assert known.keys() == section["properties"].keys(), "run `make chart`"
+
+
 def test_the_local_deployment_has_two_shards_and_a_drafter() -> None:
     _, document, config = read_configuration(str(DEPLOYMENTS / "local.yaml"))
     assert config.target.num_shards == 2

@@ -1,0 +1,63 @@
+{{/* The Serve configuration: the chosen file, with `config` and what Secrets mean over its `args`. */}}
+
+{{- define "dspark.serveConfig" -}}
+{{- $path := printf "serve/%s.yaml" .Values.serveConfig }}
+{{- $text := .Files.Get $path }}
+{{- if not $text }}
+  {{- fail (printf "serveConfig: the chart has no %s" $path) }}
+{{- end }}
+{{- $document := fromYaml $text }}
+{{- $application := first $document.applications }}
+{{- $args := mergeOverwrite $application.args (deepCopy .Values.config) }}
+{{- with include "dspark.security" . | fromYaml }}
+  {{- $_ := set $args "security" (mergeOverwrite (default dict $args.security) .) }}
+{{- end }}
+{{- $_ := set $application "args" $args }}
+{{- $_ := set $document "applications" (list $application) }}
+{{- toYaml $document }}
+{{- end }}
+
+{{/* Its application's `args`, for `fromYaml`. */}}
+{{- define "dspark.args" -}}
+{{- toYaml (first (include "dspark.serveConfig" . | fromYaml).applications).args }}
+{{- end }}
+
+{{/* Whether Serve listens for HTTP: "true" or nothing. */}}
+{{- define "dspark.http" -}}
+{{- if ne (default "EveryNode" (include "dspark.serveConfig" . | fromYaml).proxy_location) "Disabled" }}true{{ end }}
+{{- end }}
+
+{{- define "dspark.httpPort" -}}
+{{- $options := default dict (include "dspark.serveConfig" . | fromYaml).http_options }}
+{{- default 8000 $options.port | int }}
+{{- end }}
+
+{{- define "dspark.grpcPort" -}}
+{{- default 50051 (default dict (include "dspark.args" . | fromYaml).router).port | int }}
+{{- end }}
+
+{{/* `args.security`, out of the Secrets that pods mount. */}}
+{{- define "dspark.security" -}}
+{{- with .Values.tls.client }}
+{{- if .existingSecret }}
+client_tls:
+  cert_file: /etc/dspark/client-tls/tls.crt
+  key_file: /etc/dspark/client-tls/tls.key
+  {{- if .requireClientCertificate }}
+  client_ca_file: /etc/dspark/client-tls/ca.crt
+  {{- end }}
+{{- end }}
+{{- end }}
+{{- with .Values.tls.internal }}
+{{- if .existingSecret }}
+internal_tls:
+  cert_file: /etc/dspark/internal-tls/tls.crt
+  key_file: /etc/dspark/internal-tls/tls.key
+  ca_file: /etc/dspark/internal-tls/ca.crt
+  server_name: {{ .serverName }}
+{{- end }}
+{{- end }}
+{{- if .Values.apiKeys.existingSecret }}
+api_keys_file: /etc/dspark/api-keys/keys
+{{- end }}
+{{- end }}

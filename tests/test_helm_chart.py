@@ -1,0 +1,547 @@
+"""The Helm chart as Helm 3 and Helm 4 render it: valid, strict, and what its parts promise."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubernetes_validate import SchemaNotFoundError
+from ray.autoscaler._private.kuberay.autoscaling_config import (
+    _generate_available_node_types_from_ray_cr_spec as node_types,
+)
+
+from cluster.config import ClusterConfig, load_serve_config
+from tests.helm_tools import (
+    CHART,
+    PROFILES,
+    ROOT,
+    Helm,
+    Helm3,
+    Helm4,
+    HelmError,
+    Object,
+    chart_copy,
+    core_problem,
+    custom_problems,
+    objects,
+    one,
+    pods,
+    selects,
+)
+
+# The oldest Kubernetes that Chart.yaml allows, and the newest that the schemas know.
+KUBERNETES_VERSIONS = ("1.25", "1.37")
+# Everything that is off by default.
+ALL_ON: Object = {
+    "gateway": {"enabled": True, "parentRefs": [{"name": "edge", "namespace": "gateways"}]},
+    "gcsFaultTolerance": {"enabled": True, "redisAddress": "redis:6379", "existingSecret": "redis"},
+    "huggingFace": {"existingSecret": "hub"},
+    "imagePullSecrets": [{"name": "registry"}],
+    "modelCache": {"enabled": True, "storageClassName": "fast"},
+    "monitoring": {
+        "podMonitor": {"enabled": True},
+        "serviceMonitor": {"enabled": True},
+        "rules": {"enabled": True},
+        "dashboards": {"enabled": True},
+    },
+    "networkPolicy": {"clients": [{"podSelector": {"matchLabels": {"app": "client"}}}]},
+    "ray": {"tokenAuth": True},
+    "router": {"minAvailable": 1},
+    "serviceAccountName": "dspark",
+    "upgradeStrategy": {
+        "type": "NewClusterWithIncrementalUpgrade",
+        "clusterUpgradeOptions": {
+            "gatewayClassName": "edge",
+            "stepSizePercent": 10,
+            "intervalSeconds": 30,
+        },
+    },
+    "extraEnv": [{"name": "NCCL_DEBUG", "value": "WARN"}],
+}
+CUSTOM_GROUPS = ("ray.io", "monitoring.coreos.com", "gateway.networking.k8s.io")
+# Kinds whose schema is nowhere to be had here, with the reason.
+WITHOUT_SCHEMA = {
+    "GRPCRoute": "Gateway API's definitions are in no package; its fields are tested by name",
+    "HTTPRoute": "the same",
+}
+
+ENGINES = [pytest.param(Helm3, marks=pytest.mark.helm, id="helm3"), pytest.param(Helm4, id="helm4")]
+VALUES = [
+    *(pytest.param(yaml.safe_load(path.read_text()), id=path.stem) for path in PROFILES),
+    pytest.param({}, id="default"),
+    pytest.param(ALL_ON, id="all-on"),
+]
+
+
+@pytest.fixture(params=ENGINES)
+def helm(request: pytest.FixtureRequest) -> Helm:
+    made: Helm = request.param()
+    return made
+
+
+@pytest.fixture
+def rendered(request: pytest.FixtureRequest) -> list[Object]:
+    """The objects of ``request.param``, a mapping of values."""
+    return render(request.param)
+
+
+def render(values: Object, chart: Path = CHART) -> list[Object]:
+    """The objects of the chart, by Helm 4."""
+    return objects(
+        _text(json.dumps(values), chart) if chart == CHART else Helm4().render(values, chart)
+    )
+
+
+@functools.cache
+def _text(values: str, chart: Path) -> str:
+    return Helm4().render(json.loads(values), chart)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_helm_4_lints_it(values: Object) -> None:
+    assert Helm4().lint(values) == []
+    assert render(values)
+
+
+@pytest.mark.helm
+@pytest.mark.parametrize("values", VALUES)
+def test_helm_3_lints_it_and_renders_the_same(values: Object) -> None:
+    helm = Helm3()
+    assert helm.lint(values) == []
+    assert _by_name(objects(helm.render(values))) == _by_name(render(values))
+
+
+@pytest.mark.parametrize("rendered", VALUES, indirect=True)
+def test_objects_of_kubernetes_are_valid(rendered: list[Object]) -> None:
+    """And no object is of a kind that nobody has checked."""
+    for loaded in rendered:
+        for version in KUBERNETES_VERSIONS:
+            try:
+                assert core_problem(loaded, version) is None
+            except SchemaNotFoundError:
+                assert loaded["apiVersion"].split("/")[0] in CUSTOM_GROUPS
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("rendered", VALUES, indirect=True)
+def test_custom_resources_are_valid(rendered: list[Object], shared_dir: Path) -> None:
+    for loaded in rendered:
+        if loaded["apiVersion"].split("/")[0] in CUSTOM_GROUPS:
+            problems = custom_problems(loaded, shared_dir / "k8s" / "crds")
+            if problems is None:
+                assert loaded["kind"] in WITHOUT_SCHEMA
+            else:
+                assert problems == []
+
+
+@pytest.mark.shared
+def test_the_checks_find_what_is_wrong(shared_dir: Path) -> None:
+    found = render(ALL_ON)
+    service = one(found, "RayService")
+    service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["tolerance"] = 1
+    service["spec"]["rayClusterConfig"]["workerGroupSpecs"][1]["numOfHosts"] = "two"
+    problems = custom_problems(service, shared_dir / "k8s" / "crds")
+    assert problems is not None
+    assert len(problems) == 2
+    assert "workerGroupSpecs.1.numOfHosts" in "".join(problems)
+    budget = one(found, "PodDisruptionBudget", "router")
+    budget["spec"]["minAvailabel"] = 1
+    assert "minAvailabel" in (core_problem(budget, "1.37") or "")
+    assert set(WITHOUT_SCHEMA) & {loaded["kind"] for loaded in found}
+
+
+@pytest.mark.parametrize(
+    ("values", "path"),
+    [
+        ({"router": {"replica": 2}}, "router"),
+        ({"target": {"replicas": "two"}}, "target.replicas"),
+        ({"target": {"resources": {"limit": {}}}}, "target.resources"),
+        ({"drafter": {"tolerations": [{"effect": 1}]}}, "drafter.tolerations.0.effect"),
+        ({"upgradeStrategy": {"type": "Rolling"}}, "upgradeStrategy.type"),
+        ({"config": {"target": {"tensor_paralel_size": 2}}}, "config.target"),
+        ({"config": {"speculative": {"method": "medusa"}}}, "config.speculative.method"),
+        ({"config": {"drafter": {"port": 70000}}}, "config.drafter.port"),
+        ({"config": {"drafter": {"port": 0}}}, "config.drafter.port"),
+        ({"serveConfig": "none"}, "serveConfig"),
+        ({"gcsFaultTolerance": {"enabled": True}}, "gcsFaultTolerance.redisAddress"),
+        ({"gateway": {"enabled": True}}, "gateway.parentRefs"),
+        ({"modelCache": {"size": "much"}}, "modelCache.size"),
+    ],
+)
+def test_a_wrong_value_is_named(helm: Helm, values: Object, path: str) -> None:
+    with pytest.raises(HelmError) as caught:
+        helm.render(values)
+    said = str(caught.value)
+    # Helm 4 names paths as /target/replicas.
+    assert path in said or f"/{path.replace('.', '/')}" in said
+
+
+def test_no_part_of_the_values_is_unchecked() -> None:
+    """Every object of the schema either names all its keys or types its values."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def visit(node: Any, path: str) -> None:
+        if isinstance(node, list):
+            for index, item in enumerate(node):
+                visit(item, f"{path}.{index}")
+        if not isinstance(node, dict):
+            return
+        types = node.get("type", ())
+        if "object" in ([types] if isinstance(types, str) else types):
+            extra = node.get("additionalProperties", True)
+            assert extra is False or (isinstance(extra, dict) and extra), path
+        for key, item in node.items():
+            visit(item, f"{path}.{key}")
+
+    visit(schema, "schema")
+
+
+def test_every_value_is_described() -> None:
+    table = (CHART / "README.md").read_text()
+    described = set(re.findall(r"^\| `([\w.]+)` \|", table, re.MULTILINE))
+
+    def visit(values: Object, path: str) -> None:
+        for key, value in values.items():
+            name = f"{path}{key}"
+            if name not in described:
+                assert isinstance(value, dict), f"{name} has no comment"
+                assert value, f"{name} has no comment"
+                visit(value, f"{name}.")
+
+    visit(yaml.safe_load((CHART / "values.yaml").read_text()), "")
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_what_is_served_is_the_file_in_deployments(path: Path, tmp_path: Path) -> None:
+    """`serveConfigV2` is that file, and what the cluster accepts."""
+    values = yaml.safe_load(path.read_text())
+    text = one(render(values), "RayService")["spec"]["serveConfigV2"]
+    source = ROOT / "deployments" / f"{values['serveConfig']}.yaml"
+    assert yaml.safe_load(text) == yaml.safe_load(source.read_text())
+    extracted = tmp_path / "serve.yaml"
+    extracted.write_text(text)
+    assert load_serve_config(extracted)[1] == load_serve_config(source)[1]
+
+
+def test_config_goes_over_the_file(tmp_path: Path) -> None:
+    """Falsy values too, and `null` takes away."""
+    values = {
+        "config": {
+            "target": {"enforce_eager": False, "max_num_waiting": 0, "model": "mine"},
+            "drafter": {"num_replicas": 0},
+            "speculative": None,
+        }
+    }
+    extracted = tmp_path / "serve.yaml"
+    extracted.write_text(one(render(values), "RayService")["spec"]["serveConfigV2"])
+    config = load_serve_config(extracted)[1]
+    assert config.target.enforce_eager is False
+    assert config.target.max_num_waiting == 0
+    assert config.target.model == "mine"
+    assert config.target.dtype == "float32"  # the file's
+    assert config.drafter.num_replicas == 0
+    assert config.speculative is None
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_every_part_has_a_place(path: Path) -> None:
+    """What Ray's own autoscaler reads from the pods covers what the parts ask of Ray."""
+    values = yaml.safe_load(path.read_text())
+    config = load_serve_config(ROOT / "deployments" / f"{values['serveConfig']}.yaml")[1]
+    cluster = one(render(values), "RayService")["spec"]["rayClusterConfig"]
+    types = node_types(cluster)
+    assert types["headgroup"]["resources"]["CPU"] == 0
+    assert not any(name.startswith("dspark-") for name in types["headgroup"]["resources"])
+    hosts = {group["groupName"]: group["numOfHosts"] for group in cluster["workerGroupSpecs"]}
+    asked = {
+        "router": (config.router.num_replicas, config.router, 1),
+        "target": (config.target.num_replicas, config.target, config.target.num_shards),
+        "drafter": (config.drafter.num_replicas, config.drafter, 1),
+    }
+    for pool, (num_replicas, part, num_actors) in asked.items():
+        offered = types[pool]["resources"]
+        assert part.resources == {f"dspark-{pool}": 1}
+        # Actors that fit a pod, by the scarcest of what it offers.
+        needs = {"CPU": part.num_cpus, "GPU": getattr(part, "num_gpus", 0), **part.resources}
+        fit = min(int(offered.get(name, 0) // need) for name, need in needs.items() if need)
+        assert fit * hosts[pool] >= num_actors, pool
+        assert num_replicas <= types[pool]["max_workers"] // hosts[pool], pool
+        # A target of several hosts fills them.
+        assert num_actors > fit * (hosts[pool] - 1)
+
+
+def test_a_new_chart_version_changes_no_pod(tmp_path: Path) -> None:
+    """KubeRay starts a new cluster for any change of them, with its GPUs."""
+    before = one(render(ALL_ON), "RayService")
+    after = one(render(ALL_ON, chart_copy(tmp_path, version="9.9.9")), "RayService")
+    assert before["metadata"]["labels"] != after["metadata"]["labels"]
+    assert before["spec"] == after["spec"]
+
+
+def test_a_change_of_the_serve_configuration_changes_no_pod() -> None:
+    changed = {"target": {"num_replicas": 7}, "drain_timeout_s": 1, "drafter": {"port": 1234}}
+    before, after = (one(render({"config": c}), "RayService")["spec"] for c in ({}, changed))
+    assert before["serveConfigV2"] != after["serveConfigV2"]
+    assert before["rayClusterConfig"] == after["rayClusterConfig"]
+
+
+def test_labels_that_kuberay_selects_by_are_left_to_it() -> None:
+    theirs = {"app.kubernetes.io/name", "app.kubernetes.io/created-by"}
+    for template in pods(render({})).values():
+        assert not theirs & template["metadata"]["labels"].keys()
+
+
+@pytest.mark.parametrize("release", ["a", "b" * 53])
+def test_names_leave_room_for_kuberays(release: str) -> None:
+    import helm_python
+
+    with helm_python.Chart.load(CHART) as chart:
+        texts = chart.render(ALL_ON, name=release)
+    texts.pop("dspark/templates/NOTES.txt")
+    found = objects("\n---\n".join(texts.values()))
+    assert all(len(loaded["metadata"]["name"]) <= 63 for loaded in found)
+    assert len(one(found, "RayService")["metadata"]["name"]) <= 40
+
+
+@pytest.mark.parametrize("rendered", VALUES, indirect=True)
+def test_selectors_find_pods_with_the_ports_they_name(rendered: list[Object]) -> None:
+    templates = pods(rendered)
+    for loaded in rendered:
+        spec = loaded.get("spec", {})
+        kind = loaded["kind"]
+        if kind == "Service":
+            selector, ports = (
+                {"matchLabels": spec["selector"]},
+                [p["targetPort"] for p in spec["ports"]],
+            )
+        elif kind == "PodDisruptionBudget":
+            selector, ports = spec["selector"], []
+        elif kind == "PodMonitor":
+            selector, ports = spec["selector"], [e["port"] for e in spec["podMetricsEndpoints"]]
+        elif kind == "NetworkPolicy":
+            rules = [port for rule in spec["ingress"] for port in rule.get("ports", ())]
+            named = [port["port"] for port in rules if isinstance(port["port"], str)]
+            selector, ports = spec["podSelector"], named
+        else:
+            continue
+        matched = [
+            pod for pod in templates.values() if selects(selector, pod["metadata"]["labels"])
+        ]
+        assert matched, loaded["metadata"]["name"]
+        for pod in matched:
+            names = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
+            assert names.issuperset(ports), loaded["metadata"]["name"]
+
+
+def test_grpc_is_headless_and_says_what_it_speaks() -> None:
+    service = one(render({}), "Service", "-grpc")["spec"]
+    assert service["clusterIP"] == "None"
+    assert service["ports"][0]["appProtocol"] == "kubernetes.io/h2c"
+    container = pods(render({}))["router"]["spec"]["containers"][0]
+    assert container["readinessProbe"]["grpc"] == {"port": 50051}
+    tls = render({"tls": {"client": {"existingSecret": "certificate"}}})
+    assert one(tls, "Service", "-grpc")["spec"]["ports"][0]["appProtocol"] == "https"
+    container = pods(tls)["router"]["spec"]["containers"][0]
+    assert container["readinessProbe"]["tcpSocket"] == {"port": "grpc"}
+
+
+def test_http_follows_the_serve_configuration(tmp_path: Path) -> None:
+    chart = chart_copy(tmp_path)
+    values = {**ALL_ON, "serveConfig": "other"}
+    document = yaml.safe_load((CHART / "serve" / "laptop.yaml").read_text())
+    document["proxy_location"] = "EveryNode"
+    document["http_options"] = {"host": "0.0.0.0", "port": 8123}
+    (chart / "serve" / "other.yaml").write_text(yaml.safe_dump(document))
+    found = render(values, chart)
+    service = one(found, "Service", "-http")["spec"]
+    assert service["ports"][0]["targetPort"] == "serve"
+    ports = pods(found)["router"]["spec"]["containers"][0]["ports"]
+    assert {"name": "serve", "containerPort": 8123} in ports
+    route = one(found, "HTTPRoute")["spec"]
+    assert route["rules"] == [{"backendRefs": [{"name": "test-dspark-http", "port": 80}]}]
+    monitor = one(found, "ServiceMonitor")["spec"]
+    labels = one(found, "Service", "-http")["metadata"]["labels"]
+    assert selects(monitor["selector"], labels)
+    document["proxy_location"] = "Disabled"
+    (chart / "serve" / "other.yaml").write_text(yaml.safe_dump(document))
+    kinds = [loaded["kind"] for loaded in render(values, chart)]
+    assert kinds.count("Service") == 1
+    assert "ServiceMonitor" not in kinds
+    assert "HTTPRoute" not in kinds
+
+
+def test_routes_lead_to_the_grpc_service() -> None:
+    found = render(ALL_ON)
+    route = one(found, "GRPCRoute")
+    assert route["apiVersion"] == "gateway.networking.k8s.io/v1"
+    assert route["spec"]["parentRefs"] == ALL_ON["gateway"]["parentRefs"]
+    (rule,) = route["spec"]["rules"]
+    (backend,) = rule["backendRefs"]
+    service = one(found, "Service", "-grpc")
+    assert backend == {
+        "name": service["metadata"]["name"],
+        "port": service["spec"]["ports"][0]["port"],
+    }
+
+
+def test_budgets_count_pods() -> None:
+    """KubeRay's pods have no scalable owner: Kubernetes hears a whole `minAvailable` only."""
+    values = yaml.safe_load((CHART / "profiles" / "deepseek-v4.yaml").read_text())
+    budgets = [loaded for loaded in render(values) if loaded["kind"] == "PodDisruptionBudget"]
+    found = {b["metadata"]["name"].rsplit("-", 1)[1]: b["spec"] for b in budgets}
+    assert {pool: spec["minAvailable"] for pool, spec in found.items()} == {
+        "router": 2,
+        "target": 2,  # of 2 replicas with 2 hosts each
+    }
+    assert not any("maxUnavailable" in spec for spec in found.values())
+    values["router"]["minAvailable"] = 0
+    names = [loaded["metadata"]["name"] for loaded in render(values)]
+    assert "test-dspark-target" in names
+    assert "test-dspark-router" not in names
+
+
+CLIENT = {"app": "client"}
+STRANGER = {"app": "other"}
+OPERATOR = {"app.kubernetes.io/name": "kuberay-operator"}
+HEAD, ROUTER, TARGET, DRAFTER = (
+    {"app.kubernetes.io/instance": "test", "app.kubernetes.io/component": component}
+    for component in ("head", "router", "target", "drafter")
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "port", "allowed"),
+    [
+        (TARGET, DRAFTER, 25100, True),
+        (TARGET, DRAFTER, 25163, True),
+        (ROUTER, DRAFTER, 25100, False),
+        (DRAFTER, DRAFTER, 25100, False),
+        (HEAD, DRAFTER, 25163, False),
+        (STRANGER, DRAFTER, 25100, False),
+        (HEAD, DRAFTER, 25099, True),  # Ray's
+        (DRAFTER, HEAD, 6379, True),
+        (ROUTER, TARGET, 40000, True),
+        (STRANGER, TARGET, 40000, False),
+        (STRANGER, HEAD, 6379, False),
+        (STRANGER, HEAD, 8265, False),
+        (OPERATOR, HEAD, 8265, True),
+        (OPERATOR, TARGET, 8265, False),
+        (CLIENT, ROUTER, 50051, True),
+        (STRANGER, ROUTER, 50051, False),
+        (CLIENT, ROUTER, 6379, False),
+        (CLIENT, TARGET, 50051, False),
+        (STRANGER, HEAD, 8080, True),  # metrics
+    ],
+)
+def test_who_may_connect_to_what(
+    source: dict[str, str], destination: dict[str, str], port: int, allowed: bool
+) -> None:
+    found = render(ALL_ON)
+    templates = pods(found)
+    container = templates[destination["app.kubernetes.io/component"]]["spec"]["containers"][0]
+    names = {named["name"]: named["containerPort"] for named in container["ports"]}
+    policies = [
+        loaded["spec"]
+        for loaded in found
+        if loaded["kind"] == "NetworkPolicy" and selects(loaded["spec"]["podSelector"], destination)
+    ]
+    assert policies, "an unselected pod is open to all"
+
+    def matches(rule: Object) -> bool:
+        peers = rule.get("from")
+        if peers and not any(selects(peer["podSelector"], source) for peer in peers):
+            return False
+        if "ports" not in rule:
+            return True
+        for entry in rule["ports"]:
+            first = (
+                names.get(entry["port"], -1) if isinstance(entry["port"], str) else entry["port"]
+            )
+            if first <= port <= entry.get("endPort", first):
+                return True
+        return False
+
+    assert any(matches(rule) for policy in policies for rule in policy["ingress"]) is allowed
+
+
+def test_secrets_are_mounted_where_they_are_used() -> None:
+    values = {
+        "tls": {
+            "client": {"existingSecret": "door", "requireClientCertificate": True},
+            "internal": {"existingSecret": "inside"},
+        },
+        "apiKeys": {"existingSecret": "keys"},
+        "huggingFace": {"existingSecret": "hub"},
+    }
+    found = render(values)
+    mounted = {
+        component: {
+            volume["secret"]["secretName"]
+            for volume in pod["spec"]["volumes"]
+            if "secret" in volume
+        }
+        for component, pod in pods(found).items()
+    }
+    assert mounted == {
+        "head": set(),
+        "router": {"door", "inside", "keys"},
+        "target": {"inside"},
+        "drafter": {"inside"},
+    }
+    served = yaml.safe_load(one(found, "RayService")["spec"]["serveConfigV2"])
+    security = served["applications"][0]["args"]["security"]
+    paths = [
+        path
+        for part in (security["client_tls"], security["internal_tls"])
+        for key, path in part.items()
+        if key != "server_name"
+    ]
+    router = pods(found)["router"]["spec"]["containers"][0]
+    folders = tuple(mount["mountPath"] + "/" for mount in router["volumeMounts"])
+    assert all(path.startswith(folders) for path in [*paths, security["api_keys_file"]])
+    if "security" in ClusterConfig.model_fields:
+        ClusterConfig.parse(served["applications"][0]["args"])
+
+
+def test_no_pod_is_root_or_has_a_token() -> None:
+    for component, pod in pods(render({})).items():
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        for container in spec["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        # The head's autoscaler asks Kubernetes for pods.
+        assert component == "head" or spec["automountServiceAccountToken"] is False
+
+
+def test_dashboards_and_rules_are_those_of_the_folder(tmp_path: Path) -> None:
+    chart = chart_copy(tmp_path)
+    for folder in ("dashboards", "rules"):
+        (chart / folder).mkdir(exist_ok=True)
+    dashboard = {"title": "Speculation", "panels": [{"legendFormat": "{{ replica }}"}]}
+    (chart / "dashboards" / "speculation.json").write_text(json.dumps(dashboard, indent=2))
+    rule = {"alert": "Slow", "expr": "up == 0", "annotations": {"summary": "{{ $labels.pod }}"}}
+    group = {"name": "dspark", "rules": [rule]}
+    (chart / "rules" / "zz.yaml").write_text(yaml.safe_dump({"groups": [group]}))
+    found = render(ALL_ON, chart)
+    data = one(found, "ConfigMap", "-dashboard-speculation")["data"]
+    assert json.loads(data["speculation.json"]) == dashboard
+    assert one(found, "PrometheusRule")["spec"]["groups"][-1] == group
+
+
+def test_generated_parts_are_fresh() -> None:
+    command = [sys.executable, str(ROOT / "helm" / "generate.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"run `make chart`: {done.stdout}{done.stderr}"
+
+
+def _by_name(found: list[Object]) -> dict[tuple[str, str], Object]:
+    by_name = {(loaded["kind"], loaded["metadata"]["name"]): loaded for loaded in found}
+    assert len(by_name) == len(found)
+    return by_name
