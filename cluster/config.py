@@ -7,21 +7,19 @@ configuration format), and what every part receives.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from cluster.errors import ConfigError
+from cluster.section import Section, parse_section, resolve_files, resolve_path
 
 DType = Literal["float32", "bfloat16", "float16"]
 DraftMethodName = Literal["dspark", "dflash", "eagle3", "draft_model", "ngram"]
@@ -43,15 +41,6 @@ CustomResources = Annotated[dict[str, float], AfterValidator(_check_resources)]
 
 # As in vLLM, where neither bound of prompt lookup is given.
 _DEFAULT_PROMPT_LOOKUP = 5
-
-
-class Section(BaseModel):
-    """A part of a configuration file: frozen, and without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-SectionT = TypeVar("SectionT", bound=Section)
 
 
 class TargetConfig(Section):
@@ -259,6 +248,44 @@ class RouterConfig(Section):
         default=60.0, ge=0, description="how long a request waits for a ready target replica"
     )
     max_message_mb: int = Field(default=16, ge=1)
+    max_metadata_kb: int = Field(default=16, ge=1, description="headers of one call")
+    max_streams_per_connection: int = Field(default=1024, ge=1, description="further ones wait")
+    slow_reader_timeout_s: float = Field(
+        default=60.0, gt=0, description="a client that takes no chunk for so long is cut off"
+    )
+
+
+class ClientTlsConfig(Section):
+    """TLS of the clients' door; the files are PEM, and are read again when they change."""
+
+    cert_file: str = Field(description="the router's certificate, intermediates behind it")
+    key_file: str
+    client_ca_file: str | None = Field(
+        default=None, description="clients need a certificate that it has signed; unset: none"
+    )
+
+
+class InternalTlsConfig(Section):
+    """Mutual TLS between routers, replicas and drafters; files as in ``ClientTlsConfig``."""
+
+    cert_file: str = Field(description="names server_name; for both ends of a connection")
+    key_file: str
+    ca_file: str = Field(description="signs nothing but the cluster's own certificates")
+    server_name: str = Field(
+        default="dspark-internal",
+        min_length=1,
+        description="DNS name in every internal certificate, whatever the part's address is",
+    )
+
+
+class SecurityConfig(Section):
+    """Who may connect, and how; unset parts are open. ``docs/security.md`` says more."""
+
+    client_tls: ClientTlsConfig | None = Field(default=None, description="unset: plaintext")
+    internal_tls: InternalTlsConfig | None = Field(default=None, description="unset: plaintext")
+    api_keys_file: str | None = Field(
+        default=None, description="of `dspark keys create`; unset: no key is asked for"
+    )
 
 
 class ClusterConfig(Section):
@@ -271,6 +298,7 @@ class ClusterConfig(Section):
     )
     drafter: DrafterConfig = Field(default_factory=DrafterConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
+    security: SecurityConfig = Field(default_factory=SecurityConfig)
     drain_timeout_s: float = Field(
         default=30.0, ge=0, description="longest wait for running streams when a part stops"
     )
@@ -312,7 +340,10 @@ class ClusterConfig(Section):
             speculative = speculative.model_copy(
                 update={"model": resolve_path(speculative.model, base_dir)}
             )
-        return config.model_copy(update={"target": target, "speculative": speculative})
+        security = resolve_files(config.security, base_dir)
+        return config.model_copy(
+            update={"target": target, "speculative": speculative, "security": security}
+        )
 
 
 def load_serve_config(path: Path) -> tuple[dict[str, Any], ClusterConfig]:
@@ -340,45 +371,3 @@ def load_serve_config(path: Path) -> tuple[dict[str, Any], ClusterConfig]:
     config = ClusterConfig.parse(application.get("args"), base_dir=path.resolve().parent)
     application["args"] = config.model_dump(mode="json", exclude_unset=True)
     return document, config
-
-
-def parse_section(section: type[SectionT], values: Any) -> SectionT:
-    """Validates ``values`` (a mapping as read from YAML) as one ``section``.
-
-    Raises:
-        ConfigError: naming the key's dotted path, and for an unknown key the nearest right one.
-    """
-    if not isinstance(values, dict):
-        raise ConfigError("args", f"must be a mapping, got {type(values).__name__}")
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        raise _as_config_error(section, error) from None
-
-
-def resolve_path(model: str, base_dir: Path) -> str:
-    """``model`` as a path beside the file that named it where there is one, else as it is."""
-    candidate = base_dir / model
-    return str(candidate.resolve()) if candidate.exists() else model
-
-
-def _as_config_error(root: type[BaseModel], error: ValidationError) -> ConfigError:
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(location) or "args"
-    if first["type"] == "extra_forbidden":
-        return ConfigError(key, "unknown key", _known_keys(root, location[:-1]))
-    if first["type"] == "missing":
-        return ConfigError(key, "is required")
-    message = first["msg"].removeprefix("Value error, ")
-    if first["loc"]:
-        message = f"{message}, got {first['input']!r}"
-    return ConfigError(key, message)
-
-
-def _known_keys(model: Any, path: list[str]) -> list[str]:
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)

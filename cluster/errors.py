@@ -8,6 +8,8 @@
     ├── DataError                 a file to learn or measure from (names file and line)
     ├── InvalidRequestError       a client's request (names the field)
     ├── QueueFullError            admission refused; carries when to retry
+    ├── UnauthenticatedError      no API key, or one that is not known
+    ├── PermissionDeniedError     known, but not allowed to do this
     ├── RequestCancelledError     the client went away
     ├── DeadlineExceededError     the request's own deadline passed
     ├── ReplicaLostError          the target replica that ran the request is gone
@@ -125,6 +127,14 @@ class QueueFullError(DsparkError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (QueueFullError, (self.message, self.retry_after_s))
+
+
+class UnauthenticatedError(DsparkError):
+    """The call carries no API key, or none that is known; never quotes what it carried."""
+
+
+class PermissionDeniedError(DsparkError):
+    """Who calls is known, and may not do this."""
 
 
 class RequestCancelledError(DsparkError):

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from cluster.config import parse_section
 from cluster.errors import ConfigError
 from cluster.models.eagle3_checkpoint import load_eagle3
 from cluster.models.eagle3_config import LLAMA, QWEN3
+from cluster.section import parse_section
 from cluster.training.config import TrainConfig
 from cluster.training.dataset import Batch
 from cluster.training.eagle3_method import Eagle3Method

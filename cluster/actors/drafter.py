@@ -38,6 +38,7 @@ class Drafter:
         engine, digests = await in_own_thread(lambda: _load(config, speculative))
         # Imported here: whoever builds or starts the application needs neither torch nor gRPC.
         from cluster.rpc.drafter_server import DrafterServer
+        from cluster.rpc.tls import load_security
 
         self._server = DrafterServer(
             engine,
@@ -45,6 +46,7 @@ class Drafter:
             digests=digests,
             config=config.drafter,
             method=speculative.method,
+            tls=load_security(config.security).internal.server,
         )
         host = config.drafter.host or ray.util.get_node_ip_address()
         port = await self._server.start(host)

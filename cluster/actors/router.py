@@ -9,7 +9,7 @@ import ray
 from ray import serve
 
 from cluster.actors.discovery import ReplicaAddress, watch_replicas
-from cluster.actors.names import TARGET_REPLICA
+from cluster.actors.names import ROUTER, TARGET_REPLICA
 from cluster.config import ClusterConfig
 
 if TYPE_CHECKING:
@@ -35,25 +35,33 @@ class Router:
         port = await self._server.start(config.router.host, config.router.port)
         host = config.router.host
         self._address = f"{ray.util.get_node_ip_address() if host in _ANY_ADDRESS else host}:{port}"
-        self._watch = asyncio.create_task(
-            watch_replicas(context.app_name, TARGET_REPLICA, self._on_replicas)
-        )
+        self._watches = [
+            asyncio.create_task(
+                watch_replicas(context.app_name, TARGET_REPLICA, self._on_replicas)
+            ),
+            asyncio.create_task(watch_replicas(context.app_name, ROUTER, self._on_routers)),
+        ]
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Where this router listens."""
         return {"address": self._address}
 
     def check_health(self) -> None:
-        """Raises what ended the watch, if anything did."""
-        if self._watch.done():
-            self._watch.result()
+        """Raises what ended a watch, if anything did."""
+        for watch in self._watches:
+            if watch.done():
+                watch.result()
 
     async def __del__(self) -> None:
-        self._watch.cancel()
+        for watch in self._watches:
+            watch.cancel()
         await self._server.stop(self._config.drain_timeout_s)
 
     def _on_replicas(self, replicas: list[ReplicaAddress]) -> None:
         self._server.set_replicas([(replica.replica_id, replica.address) for replica in replicas])
+
+    def _on_routers(self, routers: list[ReplicaAddress]) -> None:
+        self._server.key_limits.set_num_routers(len(routers))
 
 
 def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
@@ -62,7 +70,10 @@ def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
     from cluster.engine.worker import eos_token_ids, load_tokenizer
     from cluster.models.checkpoint import tokenizer_digest
     from cluster.rpc.router import RouterServer
+    from cluster.rpc.tls import load_security
+    from cluster.security.authenticator import Authenticator
 
+    security = load_security(config.security, is_router=True)
     target = config.target
     trust = target.trust_remote_code
     model_config = load_text_config(target.model, trust_remote_code=trust)
@@ -80,4 +91,10 @@ def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
         max_message_bytes=config.router.max_message_mb << 20,
         max_connection_age_s=config.router.max_connection_age_s,
         max_connection_age_grace_s=config.router.max_connection_age_grace_s,
+        max_metadata_bytes=config.router.max_metadata_kb << 10,
+        max_streams=config.router.max_streams_per_connection,
+        slow_reader_timeout_s=config.router.slow_reader_timeout_s,
+        authenticator=Authenticator(config.security.api_keys_file, security.refusals),
+        tls=security.client,
+        replica_tls=security.internal.channel,
     )

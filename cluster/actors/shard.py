@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cluster.engine.worker import ShardWorker
     from cluster.rpc.drafter_client import GrpcDraftClient
     from cluster.rpc.replica_server import ReplicaServer
+    from cluster.rpc.tls import InternalTls
     from cluster.speculation.calibration import Calibration
 
 _FAILURE_POLL_S = 0.1
@@ -78,6 +79,7 @@ class Shard:
         self._drafters: list[tuple[str, str]] = []
         self._loop: EngineLoop | None = None
         self._server: ReplicaServer | None = None
+        self._internal_tls: InternalTls | None = None
 
     async def prepare(self) -> None:
         """Before any rank starts: builds what this node lacks, which may take a minute."""
@@ -148,6 +150,7 @@ class Shard:
             vocab_size=engine.vocab_size,
             model_digests=self._digests,
             describe=self._describe,
+            tls=self._tls().server,
         )
         self._loop = EngineLoop(engine, self._server.on_outputs)
         self._loop.start()
@@ -280,7 +283,15 @@ class Shard:
             vocab_size=model.vocab_size,
             config=config.speculative,
             event_loop=asyncio.get_running_loop(),
+            tls=self._tls().channel,
         )
+
+    def _tls(self) -> InternalTls:
+        if self._internal_tls is None:
+            from cluster.rpc.tls import load_security
+
+            self._internal_tls = load_security(self._config.security).internal
+        return self._internal_tls
 
     def _describe(self) -> ReplicaParts:
         speculative, client = self._config.speculative, self._draft_client

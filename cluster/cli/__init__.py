@@ -17,6 +17,7 @@ from cluster.cli import (
     down,
     eval,
     generate,
+    keys,
     profile,
     status,
     swap,
@@ -25,6 +26,20 @@ from cluster.cli import (
 )
 from cluster.errors import CheckpointError, ConfigError, DataError, DsparkError, InvalidRequestError
 
+_COMMANDS = (
+    up,
+    down,
+    generate,
+    status,
+    demo,
+    bench,
+    train,
+    profile,
+    swap,
+    eval,
+    calibrate,
+    keys,
+)
 _EXIT_FAILURE = 1
 _EXIT_USAGE = 2
 _USAGE_ERRORS = (ConfigError, CheckpointError, DataError, InvalidRequestError)
@@ -41,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"dspark {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (up, down, generate, status, demo, bench, train, profile, swap, eval, calibrate):
+    for module in _COMMANDS:
         command = module.add_parser(commands)
         command.add_argument(
             "--json", action="store_true", help="print exactly one JSON object on standard output"

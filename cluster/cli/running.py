@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.cli.processes import end_processes, find_descendants, wait_gone
 from cluster.config import ClusterConfig
-from cluster.errors import ClusterStateError, DeadlineExceededError, ReplicaLostError
+from cluster.errors import ClusterStateError, ConfigError, DeadlineExceededError, ReplicaLostError
 
 if TYPE_CHECKING:
     from cluster.actors.launch import LaunchedCluster
@@ -64,6 +64,7 @@ class RunningCluster:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> RunningCluster:
+        check_credentials(self._config)
         self._started = time.monotonic()
         deadline = self._started + self._timeout_s
         if threading.current_thread() is threading.main_thread():
@@ -157,6 +158,32 @@ def wait_ready(address: str, config: ClusterConfig, deadline: float) -> None:
             )
             time.sleep(_POLL_S)
     raise ClusterStateError(f"not every part was ready in time: {missing}")
+
+
+def check_credentials(config: ClusterConfig) -> None:
+    """Looks whether this process will be let in by the cluster, before that is started.
+
+    Raises:
+        ConfigError: the environment (``Credentials.from_environment``) lacks what ``security``
+            asks for, or a file of either cannot be used.
+        UnauthenticatedError: the API key in it is not one of the cluster's.
+    """
+    security = config.security
+    if security.client_tls is None and security.api_keys_file is None:
+        return
+    from cluster.rpc.credentials import Credentials
+    from cluster.security.authenticator import Authenticator
+
+    credentials = Credentials.from_environment()
+    if security.client_tls is not None and credentials.tls is None:
+        raise ConfigError(
+            "DSPARK_TLS_CA_FILE", "must name the authority of security.client_tls' certificate"
+        )
+    # On another machine's Ray cluster the file is there and not here.
+    if security.api_keys_file is not None and Path(security.api_keys_file).exists():
+        if not credentials.api_key:
+            raise ConfigError("DSPARK_API_KEY", "must hold one of security.api_keys_file's keys")
+        Authenticator(security.api_keys_file).authenticate(f"Bearer {credentials.api_key}")
 
 
 def report_to_stderr(line: str) -> None:

@@ -7,7 +7,13 @@ connection with another one: what is sent in bulk never stands in front of what 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import grpc
 from grpc import aio
+
+if TYPE_CHECKING:
+    from cluster.rpc.tls import ChannelTls
 
 # Raised when a message of an internal stream changes its meaning; both sides must be equal.
 PROTOCOL_VERSION = 2
@@ -16,6 +22,9 @@ KEEPALIVE_TIME_S = 10.0
 KEEPALIVE_TIMEOUT_S = 5.0
 MIN_RECONNECT_S = 0.1
 MAX_RECONNECT_S = 2.0
+
+# A connection that has not finished its handshake by then is closed.
+HANDSHAKE_TIMEOUT_S = 10.0
 
 MIB = 1 << 20
 DEFAULT_MAX_MESSAGE_BYTES = 64 * MIB
@@ -50,6 +59,8 @@ def server_options(
     reuse_port: bool = False,
     max_connection_age_s: float | None = None,
     max_connection_age_grace_s: float = 0.0,
+    max_metadata_bytes: int | None = None,
+    max_streams: int | None = None,
 ) -> Options:
     """Options of a server.
 
@@ -59,15 +70,26 @@ def server_options(
         max_connection_age_s: older connections take no new calls; clients then look the name up
             again, and find servers that are new. ``None``: they live as long as the client likes.
         max_connection_age_grace_s: when their running calls are cut off, after that.
+        max_metadata_bytes: the largest headers of a call; ``None``: gRPC's own limit.
+        max_streams: calls of one connection at a time, more wait at the client; ``None``: any.
     """
-    ages: Options = []
+    limits: Options = []
     if max_connection_age_s is not None:
-        ages = [
+        limits += [
             ("grpc.max_connection_age_ms", int(max_connection_age_s * 1000)),
             ("grpc.max_connection_age_grace_ms", int(max_connection_age_grace_s * 1000)),
         ]
+    if max_metadata_bytes is not None:
+        # Between a soft limit and the absolute one gRPC refuses at random.
+        limits += [
+            ("grpc.max_metadata_size", max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", max_metadata_bytes),
+        ]
+    if max_streams is not None:
+        limits.append(("grpc.max_concurrent_streams", max_streams))
     return [
-        *ages,
+        *limits,
+        ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_TIMEOUT_S * 1000)),
         *_common_options(max_message_bytes),
         ("grpc.keepalive_permit_without_calls", 1),
         # Clients ping as often as above; without this they are cut off for too many pings.
@@ -77,12 +99,39 @@ def server_options(
     ]
 
 
-def open_channel(address: str, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> aio.Channel:
+def open_channel(
+    address: str,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    *,
+    tls: ChannelTls | None = None,
+    options: Options | None = None,
+) -> aio.Channel:
     """A channel to ``address`` (``host:port``) with a TCP connection of its own.
 
     Must be called in the running event loop that will use it.
+
+    Args:
+        max_message_bytes: the largest message sent or received.
+        tls: unset: plaintext.
+        options: more of them.
     """
-    return aio.insecure_channel(address, options=channel_options(max_message_bytes))
+    options = [*channel_options(max_message_bytes), *(options or [])]
+    if tls is None:
+        return aio.insecure_channel(address, options=options)
+    return aio.secure_channel(address, tls.credentials(), options=[*options, *tls.options()])
+
+
+def open_blocking_channel(
+    address: str,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    *,
+    tls: ChannelTls | None = None,
+) -> grpc.Channel:
+    """``open_channel`` for threads instead of an event loop."""
+    options = channel_options(max_message_bytes)
+    if tls is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, tls.credentials(), options=[*options, *tls.options()])
 
 
 def _common_options(max_message_bytes: int) -> Options:

@@ -19,7 +19,11 @@ from cluster.request import (
     TokenSource,
     Usage,
 )
-from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, channel_options, open_channel
+from cluster.rpc.channels import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    open_blocking_channel,
+    open_channel,
+)
 from cluster.rpc.cluster_status import ClusterStatus, cluster_status_from_proto
 from cluster.rpc.convert import (
     GenerateCall,
@@ -29,6 +33,7 @@ from cluster.rpc.convert import (
     token_sources_from_proto,
     usage_from_proto,
 )
+from cluster.rpc.credentials import Credentials
 from cluster.rpc.status import from_rpc_error, has_details
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 
@@ -92,16 +97,29 @@ class Client:
 
     and raises:
         InvalidRequestError, QueueFullError, ReplicaLostError, DeadlineExceededError: the answer.
+        UnauthenticatedError: no API key, or an unknown one.
         ClusterStateError: no cluster answers at the address.
 
     Args:
         address: ``host:port`` of a router.
+        credentials: API key and TLS; unset: ``Credentials.from_environment()``.
         max_message_bytes: the largest message sent or received.
+
+    Raises:
+        ConfigError: the environment names a file that cannot be used.
     """
 
-    def __init__(self, address: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        credentials: Credentials | None = None,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
         self._address = address
-        self._channel = grpc.insecure_channel(address, options=channel_options(max_message_bytes))
+        credentials = credentials or Credentials.from_environment()
+        self._metadata = credentials.metadata
+        self._channel = open_blocking_channel(address, max_message_bytes, tls=credentials.tls)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     def generate(
@@ -122,7 +140,9 @@ class Client:
         call = _call(
             prompt, sampling, sampling_fields, speculation, n, resume_token_ids, request_id, attempt
         )
-        stream = self._stub.Generate(generate_call_to_proto(call), timeout=timeout_s)
+        stream = self._stub.Generate(
+            generate_call_to_proto(call), timeout=timeout_s, metadata=self._metadata
+        )
         started = False
         try:
             for message in stream:
@@ -143,7 +163,9 @@ class Client:
     def status(self, *, timeout_s: float = STATUS_TIMEOUT_S) -> ClusterStatus:
         """The cluster as the router sees it."""
         try:
-            answer = self._stub.GetStatus(inference_pb2.GetStatusRequest(), timeout=timeout_s)
+            answer = self._stub.GetStatus(
+                inference_pb2.GetStatusRequest(), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise _error(error, self._address, False) from None
         return cluster_status_from_proto(answer)
@@ -162,9 +184,17 @@ class Client:
 class AsyncClient:
     """``Client`` for asyncio: the same arguments and errors; belongs to one event loop."""
 
-    def __init__(self, address: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        credentials: Credentials | None = None,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
         self._address = address
-        self._channel = open_channel(address, max_message_bytes)
+        credentials = credentials or Credentials.from_environment()
+        self._metadata = credentials.metadata
+        self._channel = open_channel(address, max_message_bytes, tls=credentials.tls)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def generate(
@@ -186,7 +216,7 @@ class AsyncClient:
             prompt, sampling, sampling_fields, speculation, n, resume_token_ids, request_id, attempt
         )
         stream: aio.UnaryStreamCall = self._stub.Generate(
-            generate_call_to_proto(call), timeout=timeout_s
+            generate_call_to_proto(call), timeout=timeout_s, metadata=self._metadata
         )
         started = False
         try:
@@ -208,7 +238,9 @@ class AsyncClient:
     async def status(self, *, timeout_s: float = STATUS_TIMEOUT_S) -> ClusterStatus:
         """The cluster as the router sees it."""
         try:
-            answer = await self._stub.GetStatus(inference_pb2.GetStatusRequest(), timeout=timeout_s)
+            answer = await self._stub.GetStatus(
+                inference_pb2.GetStatusRequest(), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise _error(error, self._address, False) from None
         return cluster_status_from_proto(answer)

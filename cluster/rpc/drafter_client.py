@@ -29,6 +29,7 @@ from cluster.rpc.draft_messages import (
 )
 from cluster.rpc.draft_session import ClientSession, DraftClientStats, RoundHandle
 from cluster.rpc.drafter_connection import DrafterConnection
+from cluster.rpc.tls import ChannelTls
 
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -54,6 +55,7 @@ class GrpcDraftClient:
         event_loop: where the streams run. A process that serves gRPC already passes the loop it
             serves in, since events of two loops in a process wait for each other; without one a
             thread of its own is started.
+        tls: unset: plaintext.
     """
 
     def __init__(
@@ -64,10 +66,12 @@ class GrpcDraftClient:
         vocab_size: int,
         config: SpeculativeConfig,
         event_loop: asyncio.AbstractEventLoop | None = None,
+        tls: ChannelTls | None = None,
     ) -> None:
         self._replica_id = replica_id
         self._digests = digests
         self._vocab_size = vocab_size
+        self._tls = tls
         self._max_tokens = config.num_speculative_tokens
         self._changed = threading.Condition()
         self._stats = DraftClientStats()
@@ -279,6 +283,7 @@ class GrpcDraftClient:
                     vocab_size=self._vocab_size,
                     changed=self._changed,
                     stats=self._stats,
+                    tls=self._tls,
                 )
                 self._connections[drafter_id, address] = connection
                 self._tasks[drafter_id, address] = asyncio.create_task(connection.run())

@@ -24,6 +24,7 @@ from cluster.rpc.draft_messages import decode_answer, encode_session
 from cluster.rpc.draft_session import ClientSession, DraftClientStats, RoundHandle
 from cluster.rpc.drafter_handshake import MismatchError, greet_draft, greet_feed, read_message
 from cluster.rpc.tasks import run_until_first_ends
+from cluster.rpc.tls import ChannelTls
 from cluster.v1 import drafter_pb2, drafter_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class DrafterConnection:
         vocab_size: the target's; the drafter's must be equal.
         changed: guards this connection's state, and is notified when it changes.
         stats: counted into.
+        tls: unset: plaintext.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class DrafterConnection:
         vocab_size: int,
         changed: threading.Condition,
         stats: DraftClientStats,
+        tls: ChannelTls | None = None,
     ) -> None:
         self.drafter_id = drafter_id
         self.address = address
@@ -112,6 +115,7 @@ class DrafterConnection:
         self._vocab_size = vocab_size
         self._changed = changed
         self._stats = stats
+        self._tls = tls
         self._state = DrafterState.CONNECTING
         self._reason = ""
         self._generation = 0
@@ -270,8 +274,8 @@ class DrafterConnection:
 
     async def _serve(self) -> None:
         async with (
-            open_channel(self.address) as draft_channel,
-            open_channel(self.address) as feed_channel,
+            open_channel(self.address, tls=self._tls) as draft_channel,
+            open_channel(self.address, tls=self._tls) as feed_channel,
         ):
             draft = drafter_pb2_grpc.DrafterServiceStub(draft_channel).Draft()
             feed = drafter_pb2_grpc.DrafterServiceStub(feed_channel).Feed()

@@ -27,9 +27,11 @@ from cluster.errors import (
 from cluster.rpc.channels import PROTOCOL_VERSION, server_options
 from cluster.rpc.draft_messages import encode_digests, mismatched_digests
 from cluster.rpc.draft_streams import DraftStream, FeedStream
+from cluster.rpc.guard import internal_guard
 from cluster.rpc.serving import ServingState, bind
 from cluster.rpc.status import DOMAIN, abort
 from cluster.rpc.tasks import run_until_first_ends
+from cluster.rpc.tls import ServerTls
 from cluster.v1 import drafter_pb2, drafter_pb2_grpc
 
 SERVICE_NAME = "cluster.v1.DrafterService"
@@ -85,6 +87,7 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         digests: hex SHA-256 by name (``target``, ``tokenizer``, ``drafter``, ``projection``).
         config: port range.
         method: how it drafts, for the replicas' information.
+        tls: unset: plaintext, and any replica.
     """
 
     def __init__(
@@ -97,7 +100,9 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         method: str = "dspark",
         feed_credit_bytes: int = FEED_CREDIT_BYTES,
         session_grace_s: float = SESSION_GRACE_S,
+        tls: ServerTls | None = None,
     ) -> None:
+        self._tls = tls
         self._drafter_id = drafter_id
         self._config = config
         self._session_grace_s = session_grace_s
@@ -122,7 +127,7 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         Raises:
             ConfigError: no port of the range can be bound.
         """
-        self._server = aio.server(options=server_options())
+        self._server = aio.server(options=server_options(), interceptors=internal_guard(self._tls))
         drafter_pb2_grpc.add_DrafterServiceServicer_to_server(self, self._server)
         self._serving = ServingState(self._server, SERVICE_NAME)
         port = self._bind(host)
@@ -219,11 +224,11 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
     def _bind(self, host: str) -> int:
         first = self._config.port
         if first == 0:
-            return bind(self._server, host, 0, key="drafter.port")
+            return bind(self._server, host, 0, key="drafter.port", tls=self._tls)
         last = min(first + self._config.num_ports - 1, 65535)
         for port in range(first, last + 1):
             with contextlib.suppress(ConfigError):  # taken: the next one may be free
-                return bind(self._server, host, port, key="drafter.port")
+                return bind(self._server, host, port, key="drafter.port", tls=self._tls)
         raise ConfigError("drafter.port", f"no port from {first} to {last} can be bound on {host}")
 
     def _enter(self, replica_id: str) -> None:

@@ -17,9 +17,11 @@ from cluster.rpc.channels import (
     MAX_RECONNECT_S,
     MIN_RECONNECT_S,
     PROTOCOL_VERSION,
-    channel_options,
+    Options,
+    open_channel,
 )
 from cluster.rpc.convert import submit_to_proto
+from cluster.rpc.tls import ChannelTls
 from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class ReplicaConnection:
         on_closed: called once when a retired connection has closed itself.
         tokenizer_digest: hex SHA-256 of the router's tokenizer; empty: the replica's may be any.
         max_message_bytes: the largest message sent or received.
+        tls: unset: plaintext.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class ReplicaConnection:
         on_closed: Callable[[ReplicaConnection], None],
         tokenizer_digest: str = "",
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        tls: ChannelTls | None = None,
     ) -> None:
         self.replica_id = replica_id
         self.address = address
@@ -79,6 +83,7 @@ class ReplicaConnection:
         self._on_ready = on_ready
         self._on_closed = on_closed
         self._tokenizer_digest = tokenizer_digest
+        self._tls = tls
         self._max_message_bytes = max_message_bytes
         self._load = inference_pb2.ReplicaStatus()
         self._state = "connecting"
@@ -205,11 +210,12 @@ class ReplicaConnection:
         return was_ready
 
     def _open_channel(self) -> aio.Channel:
-        options = channel_options(self._max_message_bytes)
         # A fixed window (64 KiB): what a slow router has not read waits merged on the replica, and
         # not step by step in a window that grows with the delay.
-        options.append(("grpc.http2.bdp_probe", 0))
-        return aio.insecure_channel(self.address, options=options)
+        fixed_window: Options = [("grpc.http2.bdp_probe", 0)]
+        return open_channel(
+            self.address, self._max_message_bytes, tls=self._tls, options=fixed_window
+        )
 
     async def _handshake(self, call: aio.StreamStreamCall) -> replica_pb2.ConnectResponse.Welcome:
         hello = replica_pb2.ConnectRequest.Hello(

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES
 from cluster.rpc.replica_connection import ReplicaConnection
+from cluster.rpc.tls import ChannelTls
 from cluster.v1 import inference_pb2
 
 
@@ -40,6 +41,7 @@ class ReplicaPool:
         wait_s: seconds that ``place`` waits for a ready replica.
         tokenizer_digest: hex SHA-256 that replicas must share; empty: any.
         max_message_bytes: the largest message sent or received.
+        tls: of connections to replicas; unset: plaintext.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class ReplicaPool:
         wait_s: float,
         tokenizer_digest: str = "",
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        tls: ChannelTls | None = None,
     ) -> None:
         self._router_id = router_id
         self._wait_s = wait_s
         self._tokenizer_digest = tokenizer_digest
         self._max_message_bytes = max_message_bytes
+        self._tls = tls
         self._connections: dict[tuple[str, str], ReplicaConnection] = {}
         self._retired: set[ReplicaConnection] = set()
         self._waiting: dict[Placeable, _Wait] = {}
@@ -74,6 +78,7 @@ class ReplicaPool:
                 on_closed=self._retired.discard,
                 tokenizer_digest=self._tokenizer_digest,
                 max_message_bytes=self._max_message_bytes,
+                tls=self._tls,
             )
 
     def place(

@@ -21,8 +21,10 @@ from cluster.request import Request, RequestOutput
 from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, PROTOCOL_VERSION, server_options
 from cluster.rpc.cluster_status import ReplicaParts, drafter_to_proto, shard_to_proto
 from cluster.rpc.convert import add_output, stats_to_proto, submit_from_proto
+from cluster.rpc.guard import internal_guard
 from cluster.rpc.serving import ServingState, bind
 from cluster.rpc.status import abort, to_request_error
+from cluster.rpc.tls import ServerTls
 from cluster.v1 import common_pb2, inference_pb2, replica_pb2, replica_pb2_grpc
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         model_digests: hex SHA-256 by name (``target``, ``tokenizer``, ``drafter``, ``projection``).
         describe: called in the event loop for each load report: shards and drafters of now.
         max_message_bytes: the largest message sent or received.
+        tls: unset: plaintext, and any router.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         model_digests: dict[str, str] | None = None,
         describe: Callable[[], ReplicaParts] = ReplicaParts,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        tls: ServerTls | None = None,
     ) -> None:
         self._replica_id = replica_id
         self._max_model_len = max_model_len
@@ -85,6 +89,7 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         self._digests = common_pb2.ModelDigests(**(model_digests or {}))
         self._describe = describe
         self._max_message_bytes = max_message_bytes
+        self._tls = tls
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._streams: set[_RouterStream] = set()
         self._stream_numbers = itertools.count()
@@ -106,10 +111,12 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         """
         self._loop = loop
         self._event_loop = asyncio.get_running_loop()
-        self._server = aio.server(options=server_options(self._max_message_bytes))
+        self._server = aio.server(
+            options=server_options(self._max_message_bytes), interceptors=internal_guard(self._tls)
+        )
         replica_pb2_grpc.add_ReplicaServiceServicer_to_server(self, self._server)
         self._serving = ServingState(self._server, SERVICE_NAME)
-        port = bind(self._server, host, port, key="ReplicaService")
+        port = bind(self._server, host, port, key="ReplicaService", tls=self._tls)
         await self._server.start()
         await self._serving.set_serving(True)
         self._ticker = asyncio.create_task(self._tick())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
@@ -12,15 +13,21 @@ from grpc import aio
 from transformers import PreTrainedTokenizerFast
 
 import cluster
-from cluster.errors import InvalidRequestError, QueueFullError
+from cluster.errors import InvalidRequestError, QueueFullError, RequestCancelledError
 from cluster.request import Request
 from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, server_options
 from cluster.rpc.convert import GenerateCall, generate_call_from_proto
 from cluster.rpc.generation import Generation
+from cluster.rpc.guard import Guard, caller, key_check
 from cluster.rpc.prompt import PromptEncoder
 from cluster.rpc.replica_pool import ReplicaPool
 from cluster.rpc.serving import ServingState, bind
 from cluster.rpc.status import abort
+from cluster.rpc.tls import ChannelTls, ServerTls
+from cluster.security.api_keys import ApiKey
+from cluster.security.authenticator import Authenticator
+from cluster.security.key_limits import KeyLimits
+from cluster.security.refusals import Refusal
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE_NAME = "cluster.v1.InferenceService"
@@ -49,6 +56,12 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         wait_s: seconds that a request waits for a ready replica.
         max_message_bytes: the largest message sent or received.
         max_connection_age_s, max_connection_age_grace_s: as in ``server_options``.
+        max_metadata_bytes: the largest headers of a call.
+        max_streams: calls of one connection at a time; more wait at the client.
+        slow_reader_timeout_s: a client that takes no chunk for so long loses its request.
+        authenticator: who may call; unset: everybody.
+        tls: of the clients' door; unset: plaintext.
+        replica_tls: of the connections to replicas; unset: plaintext.
     """
 
     def __init__(
@@ -66,7 +79,16 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         max_connection_age_s: float | None = None,
         max_connection_age_grace_s: float = 0.0,
+        max_metadata_bytes: int = 16 << 10,
+        max_streams: int = 1024,
+        slow_reader_timeout_s: float = 60.0,
+        authenticator: Authenticator | None = None,
+        tls: ServerTls | None = None,
+        replica_tls: ChannelTls | None = None,
     ) -> None:
+        self.authenticator = authenticator or Authenticator()
+        self.key_limits = KeyLimits(self.authenticator.refusals)
+        self._tls = tls
         self.router_id = router_id or f"router-{uuid.uuid4().hex[:12]}"
         self._tokenizer = tokenizer
         self._encoder = PromptEncoder(tokenizer, max_model_len)
@@ -80,7 +102,10 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             reuse_port=True,
             max_connection_age_s=max_connection_age_s,
             max_connection_age_grace_s=max_connection_age_grace_s,
+            max_metadata_bytes=max_metadata_bytes,
+            max_streams=max_streams,
         )
+        self._slow_reader_timeout_s = slow_reader_timeout_s
         self._num_queued_tokens = 0
         self._active: dict[str, Generation] = {}
         self._pool = ReplicaPool(
@@ -88,6 +113,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             wait_s=wait_s,
             tokenizer_digest=tokenizer_digest,
             max_message_bytes=max_message_bytes,
+            tls=replica_tls,
         )
 
     @property
@@ -109,10 +135,13 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
 
         The port may be shared with other routers of this machine (SO_REUSEPORT).
         """
-        self._server = aio.server(options=self._options)
+        guard = Guard(
+            key_check(self.authenticator), handshakes=self._tls.handshakes if self._tls else None
+        )
+        self._server = aio.server(options=self._options, interceptors=[guard])
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
         self._serving = ServingState(self._server, SERVICE_NAME)
-        port = bind(self._server, host, port, key="router.port")
+        port = bind(self._server, host, port, key="router.port", tls=self._tls)
         await self._server.start()
         await self._serving.set_serving(True)
         return port
@@ -128,9 +157,10 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         """Streams the request's chunks."""
         try:
-            async with aclosing(self._generate(request, context.time_remaining())) as chunks:
+            timeout_s = context.time_remaining()
+            async with aclosing(self._generate(request, timeout_s, caller())) as chunks:
                 async for chunk in chunks:
-                    await context.write(chunk)
+                    await self._write(context, chunk)
         except Exception as error:
             await abort(context, error)
 
@@ -147,18 +177,33 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         )
 
     async def _generate(
-        self, message: inference_pb2.GenerateRequest, timeout_s: float | None
+        self, message: inference_pb2.GenerateRequest, timeout_s: float | None, key: ApiKey
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        call = generate_call_from_proto(message)
-        request = await self._to_request(call, deadline)
-        generation = Generation(
-            request, call.num_choices, self._tokenizer, self._pool, self._eos_token_ids
-        )
-        with self._admitted(generation, call.num_choices):
-            async with aclosing(generation.chunks()) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+        with self.key_limits.begin(key) as limited:
+            call = generate_call_from_proto(message)
+            request = await self._to_request(call, deadline)
+            limited.take_tokens(_num_tokens(request, call.num_choices))
+            generation = Generation(
+                request, call.num_choices, self._tokenizer, self._pool, self._eos_token_ids
+            )
+            with self._admitted(generation, call.num_choices):
+                async with aclosing(generation.chunks()) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+
+    async def _write(
+        self, context: aio.ServicerContext, chunk: inference_pb2.GenerateResponse
+    ) -> None:
+        """Sends a chunk. Raises: RequestCancelledError: the client does not read."""
+        try:
+            async with asyncio.timeout(self._slow_reader_timeout_s):
+                await context.write(chunk)
+        except TimeoutError:
+            self.authenticator.refusals.count(Refusal.SLOW_READER, context.peer())
+            raise RequestCancelledError(
+                f"the client has read nothing for {self._slow_reader_timeout_s:g} s"
+            ) from None
 
     async def _to_request(self, call: GenerateCall, deadline: float | None) -> Request:
         """The tokenised, validated request of the first choice. Raises: InvalidRequestError."""
@@ -194,8 +239,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             raise InvalidRequestError(
                 "request_id", "is in use; a retry that takes over has a higher attempt"
             )
-        per_choice = len(request.prompt_token_ids) + request.sampling.max_tokens
-        num_tokens = num_choices * per_choice
+        num_tokens = _num_tokens(request, num_choices)
         if self._num_queued_tokens + num_tokens > self._max_queued_tokens:
             raise QueueFullError(
                 f"the request needs {num_tokens} tokens; {self._num_queued_tokens} of "
@@ -212,3 +256,8 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             self._num_queued_tokens -= num_tokens
             if self._active.get(request.request_id) is generation:
                 del self._active[request.request_id]
+
+
+def _num_tokens(request: Request, num_choices: int) -> int:
+    """What a request may take in all: the prompt and the longest output of every choice."""
+    return num_choices * (len(request.prompt_token_ids) + request.sampling.max_tokens)

@@ -7,6 +7,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.errors import ConfigError
+from cluster.rpc.tls import ServerTls
 
 
 class ServingState:
@@ -31,14 +32,21 @@ class ServingState:
             await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
 
-def bind(server: aio.Server, host: str, port: int, *, key: str) -> int:
+def bind(
+    server: aio.Server, host: str, port: int, *, key: str, tls: ServerTls | None = None
+) -> int:
     """Binds ``host:port`` and returns the port, which is another one where ``port`` is 0.
+
+    Args:
+        tls: unset: plaintext.
 
     Raises:
         ConfigError: naming ``key``, the address cannot be bound.
     """
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
+        if tls is not None:
+            return server.add_secure_port(address, tls.credentials())
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise ConfigError(key, f"cannot listen on {address}: {error}") from None

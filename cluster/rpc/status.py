@@ -8,6 +8,8 @@ error                   code                  reason
 ======================  ====================  ==================
 InvalidRequestError     INVALID_ARGUMENT      INVALID_REQUEST
 QueueFullError          RESOURCE_EXHAUSTED    QUEUE_FULL
+UnauthenticatedError    UNAUTHENTICATED       UNAUTHENTICATED
+PermissionDeniedError   PERMISSION_DENIED     PERMISSION_DENIED
 ReplicaLostError        UNAVAILABLE           REPLICA_LOST
 DeadlineExceededError   DEADLINE_EXCEEDED     DEADLINE_EXCEEDED
 RequestCancelledError   CANCELLED             CANCELLED
@@ -34,9 +36,11 @@ from cluster.errors import (
     DeadlineExceededError,
     DsparkError,
     InvalidRequestError,
+    PermissionDeniedError,
     QueueFullError,
     ReplicaLostError,
     RequestCancelledError,
+    UnauthenticatedError,
 )
 from cluster.v1 import replica_pb2
 
@@ -64,6 +68,18 @@ _KINDS = (
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "QUEUE_FULL",
         lambda message, _, retry_after_s: QueueFullError(message, retry_after_s),
+    ),
+    _Kind(
+        UnauthenticatedError,
+        grpc.StatusCode.UNAUTHENTICATED,
+        "UNAUTHENTICATED",
+        lambda message, _, __: UnauthenticatedError(message),
+    ),
+    _Kind(
+        PermissionDeniedError,
+        grpc.StatusCode.PERMISSION_DENIED,
+        "PERMISSION_DENIED",
+        lambda message, _, __: PermissionDeniedError(message),
     ),
     _Kind(
         ReplicaLostError,

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, Field
 
-from cluster.config import DType, Section, parse_section, resolve_path
+from cluster.config import DType
 from cluster.errors import ConfigError
+from cluster.section import Section, parse_section, resolve_path
 
 Method = Literal["dspark", "dflash", "eagle3", "draft_model"]
 
