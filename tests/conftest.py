@@ -29,6 +29,10 @@ for name, value in {
 if "DSPARK_CACHE_DIR" not in os.environ:
     os.environ["DSPARK_CACHE_DIR"] = tempfile.mkdtemp(prefix="dspark-cache-")
     atexit.register(shutil.rmtree, os.environ["DSPARK_CACHE_DIR"], ignore_errors=True)
+    # But kernels are named by all that they are made of, and take a minute to compile.
+    _kernels = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark/kernels"
+    _kernels.mkdir(parents=True, exist_ok=True)
+    (Path(os.environ["DSPARK_CACHE_DIR"]) / "kernels").symlink_to(_kernels)
 
 SHARED = Path(os.environ.get("DSPARK_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 
