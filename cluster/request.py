@@ -27,6 +27,22 @@ class SpeculationMode(enum.Enum):
     OFF = "off"
 
 
+class Priority(enum.IntEnum):
+    """Who may wait for whom (values as in ``cluster.v1.Priority``)."""
+
+    INTERACTIVE = 1
+    DEFAULT = 2
+    BATCH = 3
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds by which a queue takes a request for younger than it is."""
+        return _PATIENCE_S[self]
+
+
+_PATIENCE_S = {Priority.INTERACTIVE: 0.0, Priority.DEFAULT: 5.0, Priority.BATCH: 60.0}
+
+
 class TokenSource(enum.IntEnum):
     """Where an output token came from (values as in ``cluster.v1.TokenSource``)."""
 
@@ -176,6 +192,9 @@ class Request:
         choice_index: which of ``n`` choices this is; part of the coupled noise.
         deadline: ``time.monotonic()`` value of this process, or ``None``.
         attempt: raised by the client on each retry; older attempts are fenced by the router.
+        priority: who may wait for whom.
+        queue_deadline: ``time.monotonic()`` value of this process at which the request is refused
+            if nothing of it was computed, or ``None``.
     """
 
     request_id: str
@@ -187,6 +206,14 @@ class Request:
     deadline: float | None = None
     attempt: int = 0
     arrival_time: float = field(default_factory=time.monotonic)
+    priority: Priority = Priority.DEFAULT
+    queue_deadline: float | None = None
+
+    @property
+    def turn(self) -> float:
+        """Queues are in this order, which nothing can stay at the end of: what comes later than
+        the longest patience behind a request has a later turn."""
+        return self.arrival_time + self.priority.patience_s
 
     def validate(
         self, *, vocab_size: int, max_model_len: int, eos_token_ids: Collection[int] = ()

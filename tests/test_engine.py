@@ -459,6 +459,26 @@ def test_a_full_queue_refuses(pair: tuple[str, str]) -> None:
     assert caught.value.retry_after_s > 0
 
 
+def test_what_waits_too_long_is_refused_and_what_has_begun_is_not(pair: tuple[str, str]) -> None:
+    engine = make_engine(make_config(pair[0], max_num_seqs=1))
+    for name in ("first", "second"):
+        engine.add_request(
+            Request(
+                request_id=name,
+                prompt_token_ids=(1, 2),
+                sampling=GREEDY,
+                queue_deadline=time.monotonic() + 0.1,
+            )
+        )
+    errors: dict[str, Exception | None] = {}
+    while engine.has_work:
+        errors |= {o.request_id: o.error for o in engine.step() if o.is_last}
+        time.sleep(0.02)  # 24 tokens take longer than the deadline
+    assert errors["first"] is None
+    assert isinstance(errors["second"], QueueFullError)
+    engine.check()
+
+
 def test_mismatched_drafter_is_refused_by_name(pair: tuple[str, str], tmp_path: Path) -> None:
     other_target = save_tiny_target(tmp_path / "t", vocab_size=80)
     drafter = save_tiny_drafter(tmp_path / "d", other_target)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.config import TargetConfig
 from cluster.engine.pages import PagePool
 from cluster.engine.prefix_cache import PrefixCache
 from cluster.engine.scheduler import ScheduledSequence, Scheduler
 from cluster.engine.sequence import Sequence
-from cluster.request import Request
+from cluster.request import Priority, Request
 from cluster.speculation.proposal import DraftProposal
 
 PAGE_SIZE = 4
@@ -132,3 +134,84 @@ def test_a_prompt_counts_as_far_as_it_fits_and_samples_at_its_end(
     scheduler.schedule(0, {})  # admits it; nothing of it is computed
     scheduler._config = scheduler._config.model_copy(update={"max_num_batched_tokens": max_tokens})
     assert scheduler.base_load(0) == load
+
+
+def waiting(name: str, arrival_time: float, priority: Priority, length: int = 8) -> Sequence:
+    """A sequence that nothing was done for yet."""
+    request = Request(
+        request_id=name,
+        prompt_token_ids=(0,) * length,
+        arrival_time=arrival_time,
+        priority=priority,
+    )
+    return Sequence.of(request, max_model_len=100, tokenizer=None)
+
+
+def begun(scheduler: Scheduler) -> list[str]:
+    """Who is begun, one after the other, when each ends before the next."""
+    names = []
+    while scheduler.waiting:
+        (entry,) = scheduler.schedule(0, {})
+        names.append(entry.sequence.request.request_id)
+        scheduler.remove(entry.sequence)
+    return names
+
+
+def test_the_more_urgent_goes_first_and_nobody_starves() -> None:
+    scheduler, _ = make_scheduler(max_tokens=8)
+    for name, arrival_time, priority in [
+        ("batch", 0.0, Priority.BATCH),
+        ("default", 1.0, Priority.DEFAULT),
+        ("urgent", 2.0, Priority.INTERACTIVE),
+        ("urgent too", 5.9, Priority.INTERACTIVE),
+        ("late", 6.1, Priority.INTERACTIVE),  # more than 5 s behind the default one
+        ("default at last", 54.9, Priority.DEFAULT),
+        ("urgent at last", 60.1, Priority.INTERACTIVE),  # more than a minute behind the batch
+    ]:
+        scheduler.add(waiting(name, arrival_time, priority))
+    assert begun(scheduler) == [
+        "urgent",
+        "urgent too",
+        "default",
+        "late",
+        "default at last",
+        "batch",
+        "urgent at last",
+    ]
+
+
+@given(
+    arrivals=st.lists(
+        st.tuples(st.floats(0, 200), st.sampled_from(Priority)), min_size=1, max_size=30
+    )
+)
+def test_nobody_is_overtaken_by_what_comes_a_minute_later(
+    arrivals: list[tuple[float, Priority]],
+) -> None:
+    scheduler, _ = make_scheduler(max_tokens=8)
+    arrivals.sort(key=lambda arrival: arrival[0])
+    for index, (arrival_time, priority) in enumerate(arrivals):
+        scheduler.add(waiting(str(index), arrival_time, priority))
+    order = [int(name) for name in begun(scheduler)]
+    assert sorted(order) == list(range(len(arrivals)))
+    for place, index in enumerate(order):
+        arrival_time, priority = arrivals[index]
+        for later in order[:place]:
+            if later > index:  # has overtaken it
+                assert arrivals[later][1] < priority
+                assert arrivals[later][0] - arrival_time <= 60.0
+
+
+def test_the_least_urgent_gives_its_pages_back() -> None:
+    scheduler, pages = make_scheduler(num_pages=5)
+    urgent = waiting("urgent", 1.0, Priority.INTERACTIVE)
+    batch = waiting("batch", 0.0, Priority.BATCH, length=4)
+    for sequence in (batch, urgent):
+        scheduler.add(sequence)
+    for entry in scheduler.schedule(0, {}):
+        entry.sequence.num_computed_tokens += entry.num_tokens
+        entry.sequence.token_ids.append(0)
+    pages.grow([], pages.num_free * PAGE_SIZE)
+    (entry,) = scheduler.schedule(0, {})
+    assert entry.sequence is urgent
+    assert scheduler.waiting == [batch]

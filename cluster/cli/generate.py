@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.cli.rendering import TokenText, legend
 from cluster.cli.state import DEFAULT_ADDRESS, default_address
-from cluster.request import SamplingParams, SpeculationMode, SpeculationParams, Usage
+from cluster.request import Priority, SamplingParams, SpeculationMode, SpeculationParams, Usage
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -32,6 +32,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--no-speculation", action="store_true", help="decode with the target alone"
+    )
+    parser.add_argument(
+        "--priority",
+        choices=[priority.name.lower() for priority in Priority],
+        default="default",
+        help="who may wait for whom (default)",
     )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="deadline of the request")
     return parser
@@ -71,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             sampling=sampling,
             speculation=SpeculationParams(mode=mode),
             timeout_s=args.timeout,
+            priority=Priority[args.priority.upper()],
         ):
             if args.json:
                 gathered["text"] += chunk.text

@@ -30,7 +30,7 @@ from cluster.engine.scheduler import ScheduledSequence, Scheduler, flatten
 from cluster.engine.sequence import Sequence
 from cluster.engine.speculator import Speculator
 from cluster.engine.step_input import StepInput
-from cluster.errors import DeadlineExceededError, InvalidRequestError
+from cluster.errors import DeadlineExceededError, InvalidRequestError, QueueFullError
 from cluster.request import FinishReason, Request, RequestOutput, SpeculationStats
 from cluster.speculation.calibration import Calibration
 from cluster.speculation.cost_model import CostModel
@@ -266,6 +266,14 @@ class Engine:
             deadline = sequence.request.deadline
             if sequence.end_error is None and deadline is not None and now >= deadline:
                 sequence.end_error = DeadlineExceededError("the request's deadline passed")
+            queue_deadline = sequence.request.queue_deadline
+            if (
+                sequence.end_error is None
+                and not sequence.has_started
+                and queue_deadline is not None
+                and now >= queue_deadline
+            ):
+                sequence.end_error = QueueFullError("the request waited too long", 1.0)
             if sequence.end_error is not None and not sequence.is_in_flight:
                 outputs.append(self._end(sequence, error=sequence.end_error))
         return outputs

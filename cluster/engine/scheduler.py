@@ -3,13 +3,17 @@
 There is no prefill or decode phase: every sequence's computed tokens catch up with its committed
 ones, guesses included. Decoding sequences go first, prompts fill what is left of the token budget
 in chunks, so a long prompt never stalls the rest. Guesses only get what every decoding sequence
-leaves of tokens and pages. When pages still run out, the youngest sequence that is not in flight
+leaves of tokens and pages. When pages still run out, the sequence of the latest turn not in flight
 gives its pages back and is computed again later, but for what the prefix cache still has of it.
+
+Who waits, waits in the order of turns (``Request.turn``): first come, first served within a
+priority, and nobody is overtaken by what comes more than a minute behind it. What is at the front
+and does not fit yet keeps all others waiting, so that large requests are not passed over either.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort_left, insort_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +73,7 @@ class Scheduler:
         self._pages = pages
         self._prefixes = prefixes
         self._num_groups = num_groups
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []  # in the order of turns
         self.running: dict[Sequence, None] = {}  # a set that keeps its order
         self.num_preemptions = 0
 
@@ -83,7 +87,7 @@ class Scheduler:
             raise QueueFullError(
                 f"{len(self.waiting)} requests wait on this replica", retry_after_s=1.0
             )
-        self.waiting.append(sequence)
+        insort_right(self.waiting, sequence, key=_turn)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out and frees its pages; it must not be in flight."""
@@ -168,7 +172,7 @@ class Scheduler:
             self._prefixes.start(sequence, found)
             num_tokens = min(sequence.num_missing_tokens, budget)
             self._pages.grow(sequence.pages, len(sequence.token_ids))
-            self.waiting.popleft()
+            self.waiting.pop(0)
             sequence.group = group
             sizes[group] += 1
             self.running[sequence] = None
@@ -199,13 +203,13 @@ class Scheduler:
         budget: int,
         scheduled: list[ScheduledSequence],
     ) -> ScheduledSequence | None:
-        """Gets pages for a running sequence, preempting younger ones if it must."""
+        """Gets pages for a running sequence, preempting those of later turns if it must."""
         num_tokens = min(sequence.num_missing_tokens, budget)
         end = sequence.num_computed_tokens + num_tokens + len(drafts)
         while not self._pages.grow(sequence.pages, end):
             busy = {entry.sequence for entry in scheduled}
             candidates = [s for s in self.running if not s.is_in_flight and s not in busy]
-            victim = max(candidates, key=lambda s: s.request.arrival_time)
+            victim = max(candidates, key=_turn)
             self.preempt(victim)
             if victim is sequence:
                 return None
@@ -223,7 +227,7 @@ class Scheduler:
         return max(needed - len(sequence.pages), 0)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Frees a running sequence's pages; it is computed again from the front of the queue.
+        """Frees a running sequence's pages; it is computed again when it is its turn.
 
         It must not be in flight. Its full pages can be found until somebody needs them.
         """
@@ -232,8 +236,12 @@ class Scheduler:
         sequence.num_computed_tokens = 0
         sequence.has_outdated_features = False
         sequence.proposal = None
-        self.waiting.appendleft(sequence)
+        insort_left(self.waiting, sequence, key=_turn)
         self.num_preemptions += 1
+
+
+def _turn(sequence: Sequence) -> float:
+    return sequence.request.turn
 
 
 def flatten(entries: list[ScheduledSequence], page_size: int) -> StepInput:

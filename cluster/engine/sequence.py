@@ -92,6 +92,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def has_started(self) -> bool:
+        """Whether anything of it was ever computed, or found."""
+        return self.num_cached_tokens is not None
+
+    @property
     def room(self) -> int:
         """Output tokens that may still follow."""
         return self.max_output_tokens - self.num_output_tokens

@@ -13,6 +13,7 @@ from cluster.errors import ClusterStateError, DsparkError, InvalidRequestError, 
 from cluster.request import (
     FinishReason,
     PositionLogprobs,
+    Priority,
     SamplingParams,
     SpeculationMode,
     SpeculationParams,
@@ -94,6 +95,7 @@ class Client:
         resume_token_ids: with n = 1, the tokens of a broken stream; the answer goes on behind them.
         request_id: unset: the router makes one.
         attempt: to be raised with each retry of the same request id.
+        priority: who may wait for whom; see ``Priority``.
 
     and raises:
         InvalidRequestError, QueueFullError, ReplicaLostError, DeadlineExceededError: the answer.
@@ -133,12 +135,21 @@ class Client:
         resume_token_ids: Sequence[int] = (),
         request_id: str = "",
         attempt: int = 0,
+        priority: Priority = Priority.DEFAULT,
         **sampling_fields: Any,
     ) -> Generator[Chunk, None, None]:
         """Streams the chunks of all choices. The request starts with the first ``next``; closing
         the iterator cancels it."""
         call = _call(
-            prompt, sampling, sampling_fields, speculation, n, resume_token_ids, request_id, attempt
+            prompt,
+            sampling,
+            sampling_fields,
+            speculation,
+            num_choices=n,
+            resume_token_ids=tuple(resume_token_ids),
+            request_id=request_id,
+            attempt=attempt,
+            priority=priority,
         )
         stream = self._stub.Generate(
             generate_call_to_proto(call), timeout=timeout_s, metadata=self._metadata
@@ -208,12 +219,21 @@ class AsyncClient:
         resume_token_ids: Sequence[int] = (),
         request_id: str = "",
         attempt: int = 0,
+        priority: Priority = Priority.DEFAULT,
         **sampling_fields: Any,
     ) -> AsyncGenerator[Chunk, None]:
         """Streams the chunks of all choices. The request starts with the first ``anext``; closing
         the iterator (``contextlib.aclosing``) or cancelling the task cancels it."""
         call = _call(
-            prompt, sampling, sampling_fields, speculation, n, resume_token_ids, request_id, attempt
+            prompt,
+            sampling,
+            sampling_fields,
+            speculation,
+            num_choices=n,
+            resume_token_ids=tuple(resume_token_ids),
+            request_id=request_id,
+            attempt=attempt,
+            priority=priority,
         )
         stream: aio.UnaryStreamCall = self._stub.Generate(
             generate_call_to_proto(call), timeout=timeout_s, metadata=self._metadata
@@ -294,10 +314,7 @@ def _call(
     sampling: SamplingParams | None,
     sampling_fields: dict[str, Any],
     speculation: SpeculationParams | bool,
-    n: int,
-    resume_token_ids: Sequence[int],
-    request_id: str,
-    attempt: int,
+    **fields: Any,
 ) -> GenerateCall:
     stop = sampling_fields.get("stop")
     if isinstance(stop, str):  # else each of its characters would be a stop string
@@ -310,13 +327,10 @@ def _call(
         mode = SpeculationMode.AUTO if speculation else SpeculationMode.OFF
         speculation = SpeculationParams(mode=mode)
     return GenerateCall(
-        request_id=request_id,
         prompt=prompt if isinstance(prompt, str) else tuple(prompt),
         sampling=sampling,
         speculation=speculation,
-        num_choices=n,
-        resume_token_ids=tuple(resume_token_ids),
-        attempt=attempt,
+        **fields,
     )
 
 

@@ -17,6 +17,7 @@ from cluster.request import (
     MAX_CHOICES,
     FinishReason,
     PositionLogprobs,
+    Priority,
     Request,
     RequestOutput,
     SamplingParams,
@@ -55,6 +56,7 @@ _MODE_FROM_PROTO = {
     common_pb2.SPECULATION_MODE_AUTO: SpeculationMode.AUTO,
     common_pb2.SPECULATION_MODE_OFF: SpeculationMode.OFF,
 }
+_PRIORITIES = {int(priority): priority for priority in Priority}
 _SOURCES = {int(source): source for source in TokenSource}
 
 
@@ -76,6 +78,7 @@ class GenerateCall:
     num_choices: int
     resume_token_ids: tuple[int, ...]
     attempt: int
+    priority: Priority = Priority.DEFAULT
 
 
 def generate_call_from_proto(message: inference_pb2.GenerateRequest) -> GenerateCall:
@@ -105,6 +108,7 @@ def generate_call_from_proto(message: inference_pb2.GenerateRequest) -> Generate
         num_choices=num_choices,
         resume_token_ids=resume_token_ids,
         attempt=message.attempt,
+        priority=priority_from_proto(message.priority),
     )
 
 
@@ -127,7 +131,17 @@ def generate_call_to_proto(call: GenerateCall) -> inference_pb2.GenerateRequest:
     if call.resume_token_ids:
         _extend(message.resume_token_ids.ids, call.resume_token_ids, name="resume_token_ids")
     _assign(message, "attempt", call.attempt)
+    _assign(message, "priority", int(call.priority))
     return message
+
+
+def priority_from_proto(priority: int) -> Priority:
+    """Reads a priority. Raises: InvalidRequestError for one of a later version."""
+    if priority == common_pb2.PRIORITY_UNSPECIFIED:
+        return Priority.DEFAULT
+    if priority not in _PRIORITIES:
+        raise InvalidRequestError("priority", f"unknown value {priority}")
+    return _PRIORITIES[priority]
 
 
 def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
@@ -188,6 +202,9 @@ def submit_to_proto(request: Request) -> replica_pb2.ConnectRequest:
     submit.speculation.CopyFrom(speculation_to_proto(request.speculation))
     if request.deadline is not None:
         submit.timeout_seconds = max(request.deadline - time.monotonic(), 0.0)
+    submit.priority = int(request.priority)  # type: ignore[assignment]
+    if request.queue_deadline is not None:
+        submit.queue_timeout_seconds = max(request.queue_deadline - time.monotonic(), 0.0)
     return message
 
 
@@ -196,6 +213,9 @@ def submit_from_proto(submit: replica_pb2.ConnectRequest.Submit, request_id: str
     deadline = None
     if submit.HasField("timeout_seconds"):
         deadline = time.monotonic() + submit.timeout_seconds
+    queue_deadline = None
+    if submit.HasField("queue_timeout_seconds"):
+        queue_deadline = time.monotonic() + submit.queue_timeout_seconds
     return Request(
         request_id=request_id,
         prompt_token_ids=tuple(submit.prompt_token_ids),
@@ -205,6 +225,8 @@ def submit_from_proto(submit: replica_pb2.ConnectRequest.Submit, request_id: str
         choice_index=submit.choice_index,
         deadline=deadline,
         attempt=submit.attempt,
+        priority=priority_from_proto(submit.priority),
+        queue_deadline=queue_deadline,
     )
 
 

@@ -222,6 +222,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             resume_token_ids=call.resume_token_ids,
             deadline=deadline,
             attempt=call.attempt,
+            priority=call.priority,
         )
         request.validate(
             vocab_size=vocab_size,

@@ -13,6 +13,13 @@ class SpeculationMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SPECULATION_MODE_AUTO: _ClassVar[SpeculationMode]
     SPECULATION_MODE_OFF: _ClassVar[SpeculationMode]
 
+class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRIORITY_UNSPECIFIED: _ClassVar[Priority]
+    PRIORITY_INTERACTIVE: _ClassVar[Priority]
+    PRIORITY_DEFAULT: _ClassVar[Priority]
+    PRIORITY_BATCH: _ClassVar[Priority]
+
 class TokenSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     TOKEN_SOURCE_UNSPECIFIED: _ClassVar[TokenSource]
@@ -29,6 +36,10 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 SPECULATION_MODE_UNSPECIFIED: SpeculationMode
 SPECULATION_MODE_AUTO: SpeculationMode
 SPECULATION_MODE_OFF: SpeculationMode
+PRIORITY_UNSPECIFIED: Priority
+PRIORITY_INTERACTIVE: Priority
+PRIORITY_DEFAULT: Priority
+PRIORITY_BATCH: Priority
 TOKEN_SOURCE_UNSPECIFIED: TokenSource
 TOKEN_SOURCE_TARGET: TokenSource
 TOKEN_SOURCE_ACCEPTED: TokenSource

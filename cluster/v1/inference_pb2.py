@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.v1 import common_pb2 as cluster_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63luster/v1/inference.proto\x12\ncluster.v1\x1a\x17\x63luster/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xb4\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.cluster.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.cluster.v1.SamplingParams\x12\x32\n\x0bspeculation\x18\x05 \x01(\x0b\x32\x1d.cluster.v1.SpeculationParams\x12\x0e\n\x01n\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12.\n\x10resume_token_ids\x18\x07 \x01(\x0b\x32\x14.cluster.v1.TokenIds\x12\x14\n\x07\x61ttempt\x18\x08 \x01(\x05H\x02\x88\x01\x01\x42\x08\n\x06promptB\x04\n\x02_nB\n\n\x08_attempt\"\xcd\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x14\n\x0ctoken_offset\x18\x04 \x01(\x05\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x12.\n\rtoken_sources\x18\x06 \x03(\x0e\x32\x17.cluster.v1.TokenSource\x12\x0c\n\x04text\x18\x07 \x01(\t\x12.\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\t \x01(\x0e\x32\x18.cluster.v1.FinishReason\x12 \n\x05usage\x18\n \x01(\x0b\x32\x11.cluster.v1.Usage\x12\x14\n\x0ctext_lengths\x18\x0b \x03(\x05\"\x12\n\x10GetStatusRequest\"c\n\x0bShardStatus\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x05\x12\x16\n\x0epipeline_stage\x18\x04 \x01(\x05\x12\x13\n\x0btensor_rank\x18\x05 \x01(\x05\"j\n\rDrafterStatus\x12\x12\n\ndrafter_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rround_trip_ms\x18\x05 \x01(\x01\"{\n\x10PrefixCacheStats\x12\x1a\n\x12num_queried_tokens\x18\x01 \x01(\x03\x12\x16\n\x0enum_hit_tokens\x18\x02 \x01(\x03\x12\x18\n\x10num_cached_pages\x18\x03 \x01(\x05\x12\x19\n\x11num_evicted_pages\x18\x04 \x01(\x03\"\xc7\x04\n\rReplicaStatus\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x13\n\x0bnum_running\x18\x04 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\x05\x12\x16\n\x0ekv_cache_usage\x18\x06 \x01(\x01\x12\x19\n\x11speculation_state\x18\x07 \x01(\t\x12\x1a\n\x12speculation_reason\x18\x08 \x01(\t\x12\'\n\x06shards\x18\t \x03(\x0b\x32\x17.cluster.v1.ShardStatus\x12+\n\x08\x64rafters\x18\n \x03(\x0b\x32\x19.cluster.v1.DrafterStatus\x12\x31\n\x0bspeculation\x18\x0b \x01(\x0b\x32\x1c.cluster.v1.SpeculationStats\x12\x19\n\x11num_output_tokens\x18\x0c \x01(\x03\x12\x0e\n\x06reason\x18\r \x01(\t\x12\x1e\n\x11\x63\x61libration_error\x18\x0e \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11\x63\x61libration_drift\x18\x0f \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\x12speculation_method\x18\x10 \x01(\t\x12\x19\n\x11speculation_model\x18\x11 \x01(\t\x12\x32\n\x0cprefix_cache\x18\x12 \x01(\x0b\x32\x1c.cluster.v1.PrefixCacheStatsB\x14\n\x12_calibration_errorB\x14\n\x12_calibration_drift\"\x90\x01\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12+\n\x08replicas\x18\x03 \x03(\x0b\x32\x19.cluster.v1.ReplicaStatus\x12\x1b\n\x13num_active_requests\x18\x04 \x01(\x05\x12\x0f\n\x07version\x18\x05 \x01(\t2\xa5\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.cluster.v1.GenerateRequest\x1a\x1c.cluster.v1.GenerateResponse0\x01\x12H\n\tGetStatus\x12\x1c.cluster.v1.GetStatusRequest\x1a\x1d.cluster.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63luster/v1/inference.proto\x12\ncluster.v1\x1a\x17\x63luster/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xdc\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.cluster.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.cluster.v1.SamplingParams\x12\x32\n\x0bspeculation\x18\x05 \x01(\x0b\x32\x1d.cluster.v1.SpeculationParams\x12\x0e\n\x01n\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12.\n\x10resume_token_ids\x18\x07 \x01(\x0b\x32\x14.cluster.v1.TokenIds\x12\x14\n\x07\x61ttempt\x18\x08 \x01(\x05H\x02\x88\x01\x01\x12&\n\x08priority\x18\x1e \x01(\x0e\x32\x14.cluster.v1.PriorityB\x08\n\x06promptB\x04\n\x02_nB\n\n\x08_attempt\"\xcd\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x14\n\x0ctoken_offset\x18\x04 \x01(\x05\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x12.\n\rtoken_sources\x18\x06 \x03(\x0e\x32\x17.cluster.v1.TokenSource\x12\x0c\n\x04text\x18\x07 \x01(\t\x12.\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\t \x01(\x0e\x32\x18.cluster.v1.FinishReason\x12 \n\x05usage\x18\n \x01(\x0b\x32\x11.cluster.v1.Usage\x12\x14\n\x0ctext_lengths\x18\x0b \x03(\x05\"\x12\n\x10GetStatusRequest\"c\n\x0bShardStatus\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x05\x12\x16\n\x0epipeline_stage\x18\x04 \x01(\x05\x12\x13\n\x0btensor_rank\x18\x05 \x01(\x05\"j\n\rDrafterStatus\x12\x12\n\ndrafter_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rround_trip_ms\x18\x05 \x01(\x01\"{\n\x10PrefixCacheStats\x12\x1a\n\x12num_queried_tokens\x18\x01 \x01(\x03\x12\x16\n\x0enum_hit_tokens\x18\x02 \x01(\x03\x12\x18\n\x10num_cached_pages\x18\x03 \x01(\x05\x12\x19\n\x11num_evicted_pages\x18\x04 \x01(\x03\"\x8f\x05\n\rReplicaStatus\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x13\n\x0bnum_running\x18\x04 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\x05\x12\x16\n\x0ekv_cache_usage\x18\x06 \x01(\x01\x12\x19\n\x11speculation_state\x18\x07 \x01(\t\x12\x1a\n\x12speculation_reason\x18\x08 \x01(\t\x12\'\n\x06shards\x18\t \x03(\x0b\x32\x17.cluster.v1.ShardStatus\x12+\n\x08\x64rafters\x18\n \x03(\x0b\x32\x19.cluster.v1.DrafterStatus\x12\x31\n\x0bspeculation\x18\x0b \x01(\x0b\x32\x1c.cluster.v1.SpeculationStats\x12\x19\n\x11num_output_tokens\x18\x0c \x01(\x03\x12\x0e\n\x06reason\x18\r \x01(\t\x12\x1e\n\x11\x63\x61libration_error\x18\x0e \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11\x63\x61libration_drift\x18\x0f \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\x12speculation_method\x18\x10 \x01(\t\x12\x19\n\x11speculation_model\x18\x11 \x01(\t\x12\x32\n\x0cprefix_cache\x18\x12 \x01(\x0b\x32\x1c.cluster.v1.PrefixCacheStats\x12\x19\n\x11num_queued_tokens\x18\x1e \x01(\x03\x12\x16\n\x0enum_free_pages\x18\x1f \x01(\x05\x12\x13\n\x0bnum_routers\x18  \x01(\x05\x42\x14\n\x12_calibration_errorB\x14\n\x12_calibration_drift\"\x90\x01\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12+\n\x08replicas\x18\x03 \x03(\x0b\x32\x19.cluster.v1.ReplicaStatus\x12\x1b\n\x13num_active_requests\x18\x04 \x01(\x05\x12\x0f\n\x07version\x18\x05 \x01(\t2\xa5\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.cluster.v1.GenerateRequest\x1a\x1c.cluster.v1.GenerateResponse0\x01\x12H\n\tGetStatus\x12\x1c.cluster.v1.GetStatusRequest\x1a\x1d.cluster.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,21 +35,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=67
   _globals['_TOKENIDS']._serialized_end=90
   _globals['_GENERATEREQUEST']._serialized_start=93
-  _globals['_GENERATEREQUEST']._serialized_end=401
-  _globals['_GENERATERESPONSE']._serialized_start=404
-  _globals['_GENERATERESPONSE']._serialized_end=737
-  _globals['_GETSTATUSREQUEST']._serialized_start=739
-  _globals['_GETSTATUSREQUEST']._serialized_end=757
-  _globals['_SHARDSTATUS']._serialized_start=759
-  _globals['_SHARDSTATUS']._serialized_end=858
-  _globals['_DRAFTERSTATUS']._serialized_start=860
-  _globals['_DRAFTERSTATUS']._serialized_end=966
-  _globals['_PREFIXCACHESTATS']._serialized_start=968
-  _globals['_PREFIXCACHESTATS']._serialized_end=1091
-  _globals['_REPLICASTATUS']._serialized_start=1094
-  _globals['_REPLICASTATUS']._serialized_end=1677
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1680
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1824
-  _globals['_INFERENCESERVICE']._serialized_start=1827
-  _globals['_INFERENCESERVICE']._serialized_end=1992
+  _globals['_GENERATEREQUEST']._serialized_end=441
+  _globals['_GENERATERESPONSE']._serialized_start=444
+  _globals['_GENERATERESPONSE']._serialized_end=777
+  _globals['_GETSTATUSREQUEST']._serialized_start=779
+  _globals['_GETSTATUSREQUEST']._serialized_end=797
+  _globals['_SHARDSTATUS']._serialized_start=799
+  _globals['_SHARDSTATUS']._serialized_end=898
+  _globals['_DRAFTERSTATUS']._serialized_start=900
+  _globals['_DRAFTERSTATUS']._serialized_end=1006
+  _globals['_PREFIXCACHESTATS']._serialized_start=1008
+  _globals['_PREFIXCACHESTATS']._serialized_end=1131
+  _globals['_REPLICASTATUS']._serialized_start=1134
+  _globals['_REPLICASTATUS']._serialized_end=1789
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1792
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1936
+  _globals['_INFERENCESERVICE']._serialized_start=1939
+  _globals['_INFERENCESERVICE']._serialized_end=2104
 # @@protoc_insertion_point(module_scope)

@@ -18,7 +18,7 @@ class ConnectRequest(_message.Message):
         protocol_version: int
         def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
     class Submit(_message.Message):
-        __slots__ = ("request_id", "attempt", "choice_index", "prompt_token_ids", "resume_token_ids", "sampling", "speculation", "timeout_seconds")
+        __slots__ = ("request_id", "attempt", "choice_index", "prompt_token_ids", "resume_token_ids", "sampling", "speculation", "timeout_seconds", "priority", "queue_timeout_seconds")
         REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
         ATTEMPT_FIELD_NUMBER: _ClassVar[int]
         CHOICE_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,8 @@ class ConnectRequest(_message.Message):
         SAMPLING_FIELD_NUMBER: _ClassVar[int]
         SPECULATION_FIELD_NUMBER: _ClassVar[int]
         TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+        PRIORITY_FIELD_NUMBER: _ClassVar[int]
+        QUEUE_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
         request_id: str
         attempt: int
         choice_index: int
@@ -35,7 +37,9 @@ class ConnectRequest(_message.Message):
         sampling: _common_pb2.SamplingParams
         speculation: _common_pb2.SpeculationParams
         timeout_seconds: float
-        def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., choice_index: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationParams, _Mapping]] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
+        priority: _common_pb2.Priority
+        queue_timeout_seconds: float
+        def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., choice_index: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationParams, _Mapping]] = ..., timeout_seconds: _Optional[float] = ..., priority: _Optional[_Union[_common_pb2.Priority, str]] = ..., queue_timeout_seconds: _Optional[float] = ...) -> None: ...
     class Cancel(_message.Message):
         __slots__ = ("request_id", "reason")
         REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -54,27 +58,44 @@ class ConnectRequest(_message.Message):
 class ConnectResponse(_message.Message):
     __slots__ = ("welcome", "step")
     class Welcome(_message.Message):
-        __slots__ = ("replica_id", "protocol_version", "max_model_len", "vocab_size", "digests")
+        __slots__ = ("replica_id", "protocol_version", "max_model_len", "vocab_size", "digests", "page_size", "prefix_stride")
         REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
         PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
         MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
         VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
         DIGESTS_FIELD_NUMBER: _ClassVar[int]
+        PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+        PREFIX_STRIDE_FIELD_NUMBER: _ClassVar[int]
         replica_id: str
         protocol_version: int
         max_model_len: int
         vocab_size: int
         digests: _common_pb2.ModelDigests
-        def __init__(self, replica_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., digests: _Optional[_Union[_common_pb2.ModelDigests, _Mapping]] = ...) -> None: ...
+        page_size: int
+        prefix_stride: int
+        def __init__(self, replica_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., digests: _Optional[_Union[_common_pb2.ModelDigests, _Mapping]] = ..., page_size: _Optional[int] = ..., prefix_stride: _Optional[int] = ...) -> None: ...
     class StepUpdate(_message.Message):
-        __slots__ = ("step", "deltas", "load")
+        __slots__ = ("step", "deltas", "load", "num_counted_submissions", "prefixes")
         STEP_FIELD_NUMBER: _ClassVar[int]
         DELTAS_FIELD_NUMBER: _ClassVar[int]
         LOAD_FIELD_NUMBER: _ClassVar[int]
+        NUM_COUNTED_SUBMISSIONS_FIELD_NUMBER: _ClassVar[int]
+        PREFIXES_FIELD_NUMBER: _ClassVar[int]
         step: int
         deltas: _containers.RepeatedCompositeFieldContainer[ConnectResponse.Delta]
         load: _inference_pb2.ReplicaStatus
-        def __init__(self, step: _Optional[int] = ..., deltas: _Optional[_Iterable[_Union[ConnectResponse.Delta, _Mapping]]] = ..., load: _Optional[_Union[_inference_pb2.ReplicaStatus, _Mapping]] = ...) -> None: ...
+        num_counted_submissions: int
+        prefixes: ConnectResponse.PrefixReport
+        def __init__(self, step: _Optional[int] = ..., deltas: _Optional[_Iterable[_Union[ConnectResponse.Delta, _Mapping]]] = ..., load: _Optional[_Union[_inference_pb2.ReplicaStatus, _Mapping]] = ..., num_counted_submissions: _Optional[int] = ..., prefixes: _Optional[_Union[ConnectResponse.PrefixReport, _Mapping]] = ...) -> None: ...
+    class PrefixReport(_message.Message):
+        __slots__ = ("is_full", "added", "removed")
+        IS_FULL_FIELD_NUMBER: _ClassVar[int]
+        ADDED_FIELD_NUMBER: _ClassVar[int]
+        REMOVED_FIELD_NUMBER: _ClassVar[int]
+        is_full: bool
+        added: _containers.RepeatedScalarFieldContainer[int]
+        removed: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, is_full: _Optional[bool] = ..., added: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ...) -> None: ...
     class Delta(_message.Message):
         __slots__ = ("request_id", "token_offset", "token_ids", "token_sources", "logprobs", "finish_reason", "usage", "error")
         REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
