@@ -243,7 +243,18 @@ class RouterConfig(Section):
     max_connection_age_grace_s: float = Field(
         default=600.0, ge=0, description="how long their running streams may go on"
     )
-    max_queued_tokens: int = Field(default=1_000_000, ge=1)
+    replica_choice: Literal["prefix", "queue", "random"] = Field(
+        default="prefix",
+        description="least queued and missing tokens; without regard to prefixes; at random",
+    )
+    max_queued_tokens: int = Field(
+        default=1_000_000,
+        ge=1,
+        description="of a router's admitted requests; default priority up to 90%, batch 50%",
+    )
+    queue_timeout_s: float | None = Field(
+        default=60.0, gt=0, description="longest wait on a replica before anything is computed"
+    )
     replica_wait_s: float = Field(
         default=60.0, ge=0, description="how long a request waits for a ready target replica"
     )

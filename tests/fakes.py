@@ -21,6 +21,7 @@ from cluster.request import (
     TokenSource,
     Usage,
 )
+from cluster.routing.prefix_journal import PrefixJournal
 
 OnOutputs = Callable[[list[RequestOutput]], None]
 
@@ -68,6 +69,7 @@ class FakeEngineLoop:
         self._active: dict[str, _Active] = {}
         self._ended: list[RequestOutput] = []
         self._num_output_tokens = 0
+        self.prefix_journal = PrefixJournal(num_pages=0, page_size=4)
         self._stopping = False
         self._lock = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
@@ -101,6 +103,12 @@ class FakeEngineLoop:
     def load(self) -> EngineLoad:
         return EngineLoad(
             num_running=len(self._active),
+            num_free_tokens=1_000_000,
+            num_queued_tokens=sum(
+                len(a.request.prompt_token_ids) + len(a.token_ids) - a.offset
+                for a in list(self._active.values())
+            ),
+            num_taken_in=len(self.submitted),
             num_output_tokens=self._num_output_tokens,
             kv_cache_usage=len(self._active) / self._max_num_seqs,
             prefix_cache=PrefixCacheStats(100, 60, 7, 2),

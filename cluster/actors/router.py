@@ -69,6 +69,7 @@ def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
     from cluster.engine.target_model import load_text_config
     from cluster.engine.worker import eos_token_ids, load_tokenizer
     from cluster.models.checkpoint import tokenizer_digest
+    from cluster.routing.replica_choice import POLICIES
     from cluster.rpc.router import RouterServer
     from cluster.rpc.tls import load_security
     from cluster.security.authenticator import Authenticator
@@ -87,6 +88,8 @@ def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
         tokenizer_digest=tokenizer_digest(target.model),
         router_id=router_id,
         max_queued_tokens=config.router.max_queued_tokens,
+        queue_timeout_s=config.router.queue_timeout_s,
+        policy=POLICIES[config.router.replica_choice],
         wait_s=config.router.replica_wait_s,
         max_message_bytes=config.router.max_message_mb << 20,
         max_connection_age_s=config.router.max_connection_age_s,

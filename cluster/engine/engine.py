@@ -30,7 +30,7 @@ from cluster.engine.scheduler import ScheduledSequence, Scheduler, flatten
 from cluster.engine.sequence import Sequence
 from cluster.engine.speculator import Speculator
 from cluster.engine.step_input import StepInput
-from cluster.errors import DeadlineExceededError, InvalidRequestError, QueueFullError
+from cluster.errors import InvalidRequestError
 from cluster.request import FinishReason, Request, RequestOutput, SpeculationStats
 from cluster.speculation.calibration import Calibration
 from cluster.speculation.cost_model import CostModel
@@ -91,6 +91,7 @@ class Engine:
         self._prefixes = PrefixCache(
             self._pages, config.target.enable_prefix_caching and shard.cache.keeps_pages
         )
+        self.prefix_journal = self._prefixes.journal  # for any thread
         self._num_groups = runner.num_stages
         self._scheduler = Scheduler(config.target, self._pages, self._prefixes, self._num_groups)
         speculative = config.speculative
@@ -164,6 +165,9 @@ class Engine:
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
             kv_cache_usage=self._pages.usage,
+            num_free_tokens=self._pages.num_free * self._pages.page_size,
+            num_queued_tokens=self._scheduler.num_queued_tokens,
+            mean_output_tokens=self._scheduler.mean_output_tokens,
             num_output_tokens=self._num_output_tokens,
             num_preemptions=self._scheduler.num_preemptions,
             prefix_cache=self._prefixes.stats(),
@@ -263,17 +267,8 @@ class Engine:
         now = time.monotonic()
         outputs = []
         for sequence in list(self._sequences.values()):
-            deadline = sequence.request.deadline
-            if sequence.end_error is None and deadline is not None and now >= deadline:
-                sequence.end_error = DeadlineExceededError("the request's deadline passed")
-            queue_deadline = sequence.request.queue_deadline
-            if (
-                sequence.end_error is None
-                and not sequence.has_started
-                and queue_deadline is not None
-                and now >= queue_deadline
-            ):
-                sequence.end_error = QueueFullError("the request waited too long", 1.0)
+            if sequence.end_error is None:
+                sequence.end_error = sequence.overdue_error(now)
             if sequence.end_error is not None and not sequence.is_in_flight:
                 outputs.append(self._end(sequence, error=sequence.end_error))
         return outputs

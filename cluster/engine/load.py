@@ -35,6 +35,10 @@ class EngineLoad:
 
     Attributes:
         kv_cache_usage: share of pages that running requests hold; what is only cached is free.
+        num_free_tokens: that fit into the pages nobody holds.
+        num_queued_tokens: to be computed for what runs and waits, expected outputs included.
+        mean_output_tokens: of requests that ended lately.
+        num_taken_in: requests that were submitted before this report, refused ones included.
         calibration_error: of the confidences as served (``OnlineCalibration.error``); ``None``
             before enough was verified.
         calibration_drift: largest factor of a temperature in force, or of odds, over its fit.
@@ -43,6 +47,10 @@ class EngineLoad:
     num_running: int = 0
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
+    num_free_tokens: int = 0
+    num_queued_tokens: int = 0
+    mean_output_tokens: float = 0.0
+    num_taken_in: int = 0
     num_output_tokens: int = 0
     num_preemptions: int = 0
     prefix_cache: PrefixCacheStats = field(default_factory=PrefixCacheStats)

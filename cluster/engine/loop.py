@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.config import SpeculativeConfig
 from cluster.engine.draft_client import DraftClient
@@ -16,6 +16,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.load import EngineLoad
 from cluster.errors import DsparkError, ReplicaLostError
 from cluster.request import Request, RequestOutput
+from cluster.routing.prefix_journal import PrefixJournal
 from cluster.speculation.calibration import Calibration
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class EngineLoop:
         self._wake = threading.Condition()
         self._stopping = False
         self._end_reason: str | None = None
+        self._num_taken_in = 0
         self._load = engine.load()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -130,6 +132,11 @@ class EngineLoop:
         """The load after the last step."""
         return self._load
 
+    @property
+    def prefix_journal(self) -> PrefixJournal:
+        """What the prefix cache can find."""
+        return self.engine.prefix_journal
+
     def predicted_step_s(self) -> float:
         """Seconds that the longest step is expected to take, for watchdogs."""
         return self.engine.predicted_step_s()
@@ -151,7 +158,7 @@ class EngineLoop:
             self._deliver(self._take_in(self._inbox.popleft()))
         if self.engine.has_work:
             outputs = self.engine.step()
-            self._load = self.engine.load()
+            self._update_load()
             self.last_progress = time.monotonic()
             self._deliver(outputs)
         else:
@@ -169,7 +176,7 @@ class EngineLoop:
         pause_s = 0.0
         while not self._is_posted(pause_s):
             pause_s = 0.0 if self.engine.work_idle() else _IDLE_WAIT_S
-            self._load = self.engine.load()  # drafters come and go without any step
+            self._update_load()  # drafters come and go without any step
             self.last_progress = time.monotonic()
             if self.last_progress - last_sign > _KEEP_ALIVE_S:
                 self.engine.keep_alive()
@@ -186,12 +193,16 @@ class EngineLoop:
         if isinstance(message, _Cancellation):
             self.engine.cancel(message.request_id, message.error)
             return []
+        self._num_taken_in += 1
         try:
             self.engine.add_request(message)
         except DsparkError as error:
             return [RequestOutput(request_id=message.request_id, token_offset=0, error=error)]
         self._active.add(message.request_id)
         return []
+
+    def _update_load(self) -> None:
+        self._load = replace(self.engine.load(), num_taken_in=self._num_taken_in)
 
     def _swap(self, swap: _Swap) -> list[RequestOutput]:
         if not swap.done.set_running_or_notify_cancel():

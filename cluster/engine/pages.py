@@ -24,6 +24,9 @@ class PagePool:
         page_size: tokens of a page.
         on_release: called with each page that its last holder gives back.
 
+    Attributes:
+        on_evict: called with each key that is taken from a page because the page is needed.
+
     Raises:
         ConfigError: there is no page but page 0.
     """
@@ -36,6 +39,7 @@ class PagePool:
         self.page_size = page_size
         self.num_pages = num_pages - 1
         self.num_evictions = 0
+        self.on_evict: Callable[[bytes], None] | None = None
         self._on_release = on_release
         self._num_holders = [0] * num_pages
         self._free = list(range(num_pages - 1, 0, -1))  # without a key
@@ -174,6 +178,9 @@ class PagePool:
     def _evict(self) -> int:
         """Takes the key of the page that was given back longest ago."""
         page, _ = self._idle.popitem(last=False)
-        del self._by_key[self._keys.pop(page)]
+        key = self._keys.pop(page)
+        del self._by_key[key]
         self.num_evictions += 1
+        if self.on_evict is not None:
+            self.on_evict(key)
         return page

@@ -11,29 +11,13 @@ to write the cache.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence as Tokens
-
-import numpy as np
-
 from cluster.engine.load import PrefixCacheStats
 from cluster.engine.pages import PagePool
 from cluster.engine.sequence import Sequence
+from cluster.routing.page_digests import page_digest
+from cluster.routing.prefix_journal import PrefixJournal
 
 _NO_PAGE = b""
-
-
-def page_digest(parent: bytes, token_ids: Tokens[int]) -> bytes:
-    """Digest of a page and all before it; the same on every machine.
-
-    Args:
-        parent: digest of the page before it, empty for the first.
-        token_ids: of the page, all of them.
-
-    Returns:
-        32 bytes. Collisions would hand one request another one's context, hence SHA-256.
-    """
-    return hashlib.sha256(parent + np.asarray(token_ids, dtype="<i4").tobytes()).digest()
 
 
 class PrefixCache:
@@ -54,11 +38,15 @@ class PrefixCache:
         pages: of the engine's cache.
         is_enabled: ``False`` finds and keeps nothing.
 
+    Attributes:
+        journal: what can be found, for those who want to know from elsewhere.
     """
 
     def __init__(self, pages: PagePool, is_enabled: bool) -> None:
         self._pages = pages
         self._is_enabled = is_enabled
+        self.journal = PrefixJournal(pages.num_pages if is_enabled else 0, pages.page_size)
+        pages.on_evict = self.journal.remove
         self._num_queried_tokens = 0
         self._num_hit_tokens = 0
 
@@ -106,12 +94,15 @@ class PrefixCache:
             return
         num_full = num_tokens // self._pages.page_size
         for index in range(sequence.num_kept_pages, num_full):
-            self._pages.set_key(sequence.pages[index], self._digest(sequence, index))
+            digest = self._digest(sequence, index)
+            self._pages.set_key(sequence.pages[index], digest)
+            self.journal.add(index, digest)
         sequence.num_kept_pages = num_full
 
     def clear(self) -> None:
         """Lets nothing be found that was computed until now."""
         self._pages.forget_keys()
+        self.journal.clear()
 
     def _digest(self, sequence: Sequence, index: int) -> bytes:
         """Of the page at ``index``, at most one behind those that were asked for before."""

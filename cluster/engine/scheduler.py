@@ -26,6 +26,9 @@ from cluster.engine.sequence import Sequence
 from cluster.engine.step_input import StepInput
 from cluster.errors import QueueFullError
 
+_FIRST_MEAN_OUTPUT_TOKENS = 128.0
+_MEAN_OUTPUT_WEIGHT = 0.05  # of each output that ends
+
 
 @dataclass(frozen=True)
 class ScheduledSequence:
@@ -76,6 +79,17 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # in the order of turns
         self.running: dict[Sequence, None] = {}  # a set that keeps its order
         self.num_preemptions = 0
+        self.mean_output_tokens = _FIRST_MEAN_OUTPUT_TOKENS
+        self._num_waiting_tokens = 0
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens to be computed for the sequences that are here: what is missing of them, and the
+        outputs to come. Those are taken to be as long as others were, however much of one is there.
+        """
+        mean = self.mean_output_tokens
+        running = sum(s.num_missing_tokens + min(s.room, mean) for s in self.running)
+        return round(running + self._num_waiting_tokens + mean * len(self.waiting))
 
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence.
@@ -87,14 +101,21 @@ class Scheduler:
             raise QueueFullError(
                 f"{len(self.waiting)} requests wait on this replica", retry_after_s=1.0
             )
+        sequence.num_waiting_tokens = len(sequence.token_ids) - self._pages.page_size * len(
+            self._prefixes.match(sequence)
+        )
+        self._num_waiting_tokens += sequence.num_waiting_tokens
         insort_right(self.waiting, sequence, key=_turn)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out and frees its pages; it must not be in flight."""
         if sequence in self.running:
             del self.running[sequence]
+            change = sequence.num_output_tokens - self.mean_output_tokens
+            self.mean_output_tokens += change * _MEAN_OUTPUT_WEIGHT
         else:
             self.waiting.remove(sequence)
+            self._num_waiting_tokens -= sequence.num_waiting_tokens
         self._pages.shrink(sequence.pages, 0)
 
     def group_members(self, group: int) -> list[Sequence]:
@@ -173,6 +194,7 @@ class Scheduler:
             num_tokens = min(sequence.num_missing_tokens, budget)
             self._pages.grow(sequence.pages, len(sequence.token_ids))
             self.waiting.pop(0)
+            self._num_waiting_tokens -= sequence.num_waiting_tokens
             sequence.group = group
             sizes[group] += 1
             self.running[sequence] = None
@@ -236,6 +258,8 @@ class Scheduler:
         sequence.num_computed_tokens = 0
         sequence.has_outdated_features = False
         sequence.proposal = None
+        sequence.num_waiting_tokens = len(sequence.token_ids)
+        self._num_waiting_tokens += sequence.num_waiting_tokens
         insort_left(self.waiting, sequence, key=_turn)
         self.num_preemptions += 1
 

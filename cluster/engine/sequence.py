@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.engine.draft_client import SessionKey
 from cluster.engine.text import TextStream
-from cluster.errors import InvalidRequestError
+from cluster.errors import DeadlineExceededError, InvalidRequestError, QueueFullError
 from cluster.request import FinishReason, Request, SpeculationStats, Usage
 from cluster.speculation.proposal import DraftProposal
 
@@ -26,6 +26,7 @@ class Sequence:
         page_digests: of its full pages, from the first on (``PrefixCache``).
         num_kept_pages: how many of its pages others can find, or others of the same content.
         num_cached_tokens: found in the prefix cache when it first started; ``None`` before.
+        num_waiting_tokens: while it waits: what will have to be computed of it, as far as is known.
         group: which of the groups in flight it belongs to while it runs.
         is_in_flight: part of a pass that is under way (its pages must not be touched).
         has_outdated_features: those in the cache are a former drafter's.
@@ -42,6 +43,7 @@ class Sequence:
     page_digests: list[bytes] = field(default_factory=list)
     num_kept_pages: int = 0
     num_cached_tokens: int | None = None
+    num_waiting_tokens: int = 0
     group: int = 0
     is_in_flight: bool = False
     end_error: Exception | None = None
@@ -100,6 +102,15 @@ class Sequence:
     def room(self) -> int:
         """Output tokens that may still follow."""
         return self.max_output_tokens - self.num_output_tokens
+
+    def overdue_error(self, now: float) -> Exception | None:
+        """Why it must end without finishing, where its time is over."""
+        request = self.request
+        if request.deadline is not None and now >= request.deadline:
+            return DeadlineExceededError("the request's deadline passed")
+        if self.has_started or request.queue_deadline is None or now < request.queue_deadline:
+            return None
+        return QueueFullError("the request waited too long", retry_after_s=1.0)
 
     def append(
         self, token_ids: Iterable[int], eos_token_ids: Collection[int]

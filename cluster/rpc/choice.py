@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerFast
 
 from cluster.engine.text import TextStream
-from cluster.errors import InvalidRequestError, ReplicaLostError
+from cluster.errors import InvalidRequestError, QueueFullError, ReplicaLostError
 from cluster.request import FinishReason, Request
+from cluster.routing.replica_picker import Prompt
 from cluster.rpc.replica_connection import ReplicaConnection
 from cluster.rpc.replica_pool import ReplicaPool
 from cluster.rpc.status import from_request_error
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # A request that makes engines fail must not take down replica after replica.
 MAX_LOSSES_WITHOUT_PROGRESS = 3
+# Replicas that are asked before a client is told that all queues are full.
+MAX_REFUSALS = 3
 
 _submission_numbers = itertools.count()
 
@@ -30,7 +34,8 @@ class Choice:
 
     Guarantees: the client's tokens are a single unbroken sequence. When its replica is lost, the
     choice goes on elsewhere behind the tokens that were received, on the same target unless there
-    are none; the third loss in a row without a new token ends it. Each submission has an id of its
+    are none; the third loss in a row without a new token ends it. Where one replica's queue is
+    full, two others are tried. Each submission has an id of its
     own, and a token offset that repeats or skips anything is never passed on. Holds at most one
     chunk for the client, whose tokens are merged while it does not read. The speculation statistics
     at the end are those of the last replica alone.
@@ -41,6 +46,8 @@ class Choice:
         pool: where to run.
         on_change: called when ``take`` has something new, or the choice has ended.
         eos_token_ids: tokens that end an output, unless the request ignores them.
+        prompt: of the request with the tokens that it resumes, where somebody has it already.
+        queue_timeout_s: unset, or how long a replica may leave it waiting before its first token.
 
     Raises:
         InvalidRequestError: the resumed tokens hold a stop string already.
@@ -53,11 +60,18 @@ class Choice:
         pool: ReplicaPool,
         on_change: Callable[[], None],
         eos_token_ids: Collection[int] = (),
+        *,
+        prompt: Prompt | None = None,
+        queue_timeout_s: float | None = None,
     ) -> None:
         self.error: Exception | None = None
         self.done = False
         self._request = request
         self._pool = pool
+        self._prompt = prompt
+        self._queue_timeout_s = queue_timeout_s
+        self._queue_deadline: float | None = None
+        self._refused_by: list[ReplicaConnection] = []  # since the last new token
         self._on_change = on_change
         self._ending_token_ids = request.sampling.ending_token_ids(eos_token_ids)
         self._num_losses = 0  # since the last new token
@@ -70,6 +84,20 @@ class Choice:
         self._chunk: inference_pb2.GenerateResponse | None = None
         self._connection: ReplicaConnection | None = None
         self._submission_id = ""
+
+    @property
+    def prompt(self) -> Prompt:
+        """What a replica needs to have computed to go on with it."""
+        if self._prompt is None:
+            token_ids = [*self._request.prompt_token_ids, *self._token_ids]
+            max_tokens = self._request.sampling.max_tokens
+            self._prompt = Prompt(token_ids, max_tokens - len(self._token_ids))
+        return self._prompt
+
+    @property
+    def turn(self) -> float:
+        """When it is to be placed, where others wait too."""
+        return self._request.turn
 
     def start(self) -> None:
         """Runs the choice on a replica, now or as soon as one is ready."""
@@ -100,7 +128,9 @@ class Choice:
                 request,
                 request_id=self._submission_id,
                 resume_token_ids=tuple(self._token_ids),
+                queue_deadline=self._next_queue_deadline(),
             ),
+            self.prompt,
             self,
         )
 
@@ -119,6 +149,7 @@ class Choice:
     def on_lost(self) -> None:
         """Goes on elsewhere, from the tokens received."""
         lost, self._connection = self._connection, None
+        self._queue_deadline = None  # the time there was not spent in a queue
         if self._is_complete():
             self._finish_without_replica()
             return
@@ -129,9 +160,8 @@ class Choice:
             self._fail(ReplicaLostError(message))
             return
         logger.info("request %s goes on elsewhere", self._submission_id)
-        # What another target says does not continue what this one said.
-        target = lost.target_digest if lost is not None and self._token_ids else None
-        self._pool.place(self, avoid=lost, target_digest=target)
+        avoid = [lost] if lost is not None else []
+        self._pool.place(self, avoid=avoid, target_digest=self._target_digest(lost))
 
     def _take_delta(self, delta: replica_pb2.ConnectResponse.Delta) -> None:
         num_known = len(self._token_ids) - delta.token_offset if delta.token_ids else 0
@@ -147,7 +177,9 @@ class Choice:
             if isinstance(error, ReplicaLostError):
                 self.on_lost()
                 return
-            self._connection = None
+            refused_by, self._connection = self._connection, None
+            if isinstance(error, QueueFullError) and self._goes_elsewhere(refused_by):
+                return
             self._fail(error)
             return
         if delta.finish_reason:
@@ -155,12 +187,41 @@ class Choice:
             self.done = True
         self._on_change()
 
+    def _goes_elsewhere(self, refused_by: ReplicaConnection | None) -> bool:
+        """Tries another replica at once, if there is one and there is time."""
+        if refused_by is None:
+            return False
+        self._pool.refused(refused_by)
+        self._refused_by.append(refused_by)
+        late = self._queue_deadline is not None and time.monotonic() >= self._queue_deadline
+        if late or len(self._refused_by) == MAX_REFUSALS:
+            return False
+        return self._pool.place_now(
+            self, avoid=self._refused_by, target_digest=self._target_digest(refused_by)
+        )
+
+    def _target_digest(self, former: ReplicaConnection | None) -> str | None:
+        """What another target says does not continue what the former one said."""
+        return former.target_digest if former is not None and self._token_ids else None
+
+    def _next_queue_deadline(self) -> float | None:
+        """Of a submission that is about to be sent; none once there is a token."""
+        if self._queue_timeout_s is None:
+            return None
+        if len(self._token_ids) > len(self._request.resume_token_ids):
+            return None
+        if self._queue_deadline is None:
+            self._queue_deadline = time.monotonic() + self._queue_timeout_s
+        return self._queue_deadline
+
     def _add(self, delta: replica_pb2.ConnectResponse.Delta, num_known: int) -> None:
         chunk = self._open_chunk()
         token_ids = delta.token_ids[num_known:]
         if token_ids:
             self._token_ids += token_ids
             self._num_losses = 0
+            self._refused_by.clear()
+            self._prompt = None
         chunk.token_ids.extend(token_ids)
         chunk.token_sources.extend(delta.token_sources[num_known:])
         chunk.logprobs.extend(delta.logprobs[num_known:])

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import RequestCancelledError
 from cluster.request import Request
+from cluster.routing.replica_picker import Prompt
 from cluster.rpc.choice import Choice
 from cluster.rpc.replica_pool import ReplicaPool
 from cluster.v1 import inference_pb2
@@ -29,6 +30,7 @@ class Generation:
         tokenizer: turns tokens into the client's text.
         pool: where to run.
         eos_token_ids: tokens that end an output, unless the request ignores them.
+        queue_timeout_s: unset, or how long a choice may wait on replicas before its first token.
 
     Raises:
         InvalidRequestError: the resumed tokens hold a stop string already.
@@ -41,10 +43,15 @@ class Generation:
         tokenizer: PreTrainedTokenizerFast,
         pool: ReplicaPool,
         eos_token_ids: Collection[int] = (),
+        queue_timeout_s: float | None = None,
     ) -> None:
         self.request = request
         self._changed = asyncio.Event()
         self._superseded = False
+        resumed = request.resume_token_ids
+        prompt = Prompt(
+            [*request.prompt_token_ids, *resumed], request.sampling.max_tokens - len(resumed)
+        )
         self._choices: Sequence[Choice] = [
             Choice(
                 replace(request, choice_index=index),
@@ -52,6 +59,8 @@ class Generation:
                 pool,
                 self._changed.set,
                 eos_token_ids,
+                prompt=prompt,
+                queue_timeout_s=queue_timeout_s,
             )
             for index in range(num_choices)
         ]

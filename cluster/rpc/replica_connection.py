@@ -12,6 +12,10 @@ import grpc
 from grpc import aio
 
 from cluster.request import Request
+from cluster.routing.page_digests import PrefixLayout
+from cluster.routing.prefix_journal import PrefixChanges
+from cluster.routing.replica_loads import ReplicaLoad
+from cluster.routing.replica_picker import Prompt, ReplicaPicker
 from cluster.rpc.channels import (
     DEFAULT_MAX_MESSAGE_BYTES,
     MAX_RECONNECT_S,
@@ -56,6 +60,7 @@ class ReplicaConnection:
         replica_id: the replica's name.
         address: ``host:port`` of its ``ReplicaService``.
         router_id: who connects.
+        picker: is told what the replica reports, and what is sent there.
         on_ready: called whenever the replica has become ready for submissions.
         on_closed: called once when a retired connection has closed itself.
         tokenizer_digest: hex SHA-256 of the router's tokenizer; empty: the replica's may be any.
@@ -69,6 +74,7 @@ class ReplicaConnection:
         address: str,
         router_id: str,
         *,
+        picker: ReplicaPicker,
         on_ready: Callable[[ReplicaConnection], None],
         on_closed: Callable[[ReplicaConnection], None],
         tokenizer_digest: str = "",
@@ -79,6 +85,8 @@ class ReplicaConnection:
         self.address = address
         self.welcome: replica_pb2.ConnectResponse.Welcome | None = None
         self.reason = ""  # why it is mismatched
+        self.slot = picker.add()
+        self._picker = picker
         self._router_id = router_id
         self._on_ready = on_ready
         self._on_closed = on_closed
@@ -127,8 +135,11 @@ class ReplicaConnection:
         status.reason = self.reason
         return status
 
-    def submit(self, request: Request, submission: Submission) -> None:
+    def submit(self, request: Request, prompt: Prompt, submission: Submission) -> None:
         """Sends a request; ``request.request_id`` must be new on this connection.
+
+        Args:
+            prompt: of the request, as it was given to the picker.
 
         Raises:
             RuntimeError: the connection is not ready.
@@ -139,6 +150,7 @@ class ReplicaConnection:
         self._submissions[request.request_id] = submission
         self._queued[request.request_id] = num_tokens
         self._num_queued_tokens += num_tokens
+        self._picker.sent(self.slot, request.request_id, prompt)
         self._send(submit_to_proto(request))
 
     def cancel(self, request_id: str, reason: str) -> None:
@@ -152,6 +164,7 @@ class ReplicaConnection:
     def retire(self) -> None:
         """Takes nothing new, and closes when the last submission has ended."""
         self._retired = True
+        self._picker.set_ready(self.slot, False)
         if not self._submissions:
             self._task.cancel()
 
@@ -170,6 +183,7 @@ class ReplicaConnection:
                 delay_s = min(delay_s * 2, MAX_RECONNECT_S)
         finally:
             self._lose()
+            self._picker.remove(self.slot)
             self._on_closed(self)
 
     async def _connect(self) -> bool:
@@ -183,6 +197,8 @@ class ReplicaConnection:
                     self.welcome = await self._handshake(call)
                 was_ready = True
                 self._state = "ready"
+                self._picker.connect(self.slot, _layout(self.welcome))
+                self._picker.set_ready(self.slot, self.is_ready)
                 self.reason = ""
                 logger.info("replica %s at %s is ready", self.replica_id, self.address)
                 writer = asyncio.create_task(self._write(call))
@@ -250,6 +266,13 @@ class ReplicaConnection:
         if step.HasField("load"):
             was_ready = self.is_ready
             self._load = step.load
+            self._picker.report(
+                self.slot,
+                _load(step.load),
+                num_counted=step.num_counted_submissions,
+                prefixes=_prefix_changes(step.prefixes),
+            )
+            self._picker.set_ready(self.slot, self.is_ready)
             if self.is_ready and not was_ready:
                 self._on_ready(self)
         for delta in step.deltas:
@@ -261,17 +284,21 @@ class ReplicaConnection:
             else:
                 self._queued[delta.request_id] -= len(delta.token_ids)
                 self._num_queued_tokens -= len(delta.token_ids)
+                if delta.token_ids:
+                    self._picker.started(self.slot, delta.request_id)
             submission.on_delta(delta)
 
     def _forget(self, request_id: str) -> None:
         del self._submissions[request_id]
         self._num_queued_tokens -= self._queued.pop(request_id)
+        self._picker.ended(self.slot, request_id)
         if self._retired and not self._submissions:
             self._task.cancel()
 
     def _lose(self) -> None:
         self._state = "lost"
         self._load.state = ""
+        self._picker.disconnect(self.slot)
         self._outbox.clear()
         self._wake.clear()
         lost = list(self._submissions.values())
@@ -280,3 +307,24 @@ class ReplicaConnection:
         self._num_queued_tokens = 0
         for submission in lost:
             submission.on_lost()
+
+
+def _layout(welcome: replica_pb2.ConnectResponse.Welcome) -> PrefixLayout | None:
+    """Which pages the replica reports; ``None``: none, as one of an earlier version does."""
+    if welcome.page_size < 1 or welcome.prefix_stride < 1:
+        return None
+    return PrefixLayout(welcome.page_size, welcome.prefix_stride)
+
+
+def _load(status: inference_pb2.ReplicaStatus) -> ReplicaLoad:
+    return ReplicaLoad(
+        num_queued_tokens=status.num_queued_tokens,
+        num_free_tokens=status.num_free_tokens,
+        num_routers=status.num_routers,
+        mean_output_tokens=status.mean_output_tokens,
+    )
+
+
+def _prefix_changes(report: replica_pb2.ConnectResponse.PrefixReport) -> PrefixChanges:
+    # The version stays on the replica, which knows what this stream was told.
+    return PrefixChanges(0, report.is_full, tuple(report.added), tuple(report.removed))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple, Protocol
 
+from cluster.routing.replica_choice import ChoicePolicy
+from cluster.routing.replica_picker import Prompt, ReplicaPicker
 from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES
 from cluster.rpc.replica_connection import ReplicaConnection
 from cluster.rpc.tls import ChannelTls
@@ -14,7 +15,18 @@ from cluster.v1 import inference_pb2
 
 
 class Placeable(Protocol):
-    """Something that runs on a replica; hashable by identity."""
+    """Something that runs on a replica; hashable by identity.
+
+    Attributes:
+        prompt: what has to be computed for it.
+        turn: what waits is placed in this order.
+    """
+
+    @property
+    def prompt(self) -> Prompt: ...
+
+    @property
+    def turn(self) -> float: ...
 
     def on_placed(self, connection: ReplicaConnection) -> None:
         """Run it there; the connection is ready."""
@@ -38,6 +50,7 @@ class ReplicaPool:
 
     Args:
         router_id: who connects.
+        policy: how replicas are scored.
         wait_s: seconds that ``place`` waits for a ready replica.
         tokenizer_digest: hex SHA-256 that replicas must share; empty: any.
         max_message_bytes: the largest message sent or received.
@@ -49,6 +62,7 @@ class ReplicaPool:
         router_id: str,
         *,
         wait_s: float,
+        policy: ChoicePolicy | None = None,
         tokenizer_digest: str = "",
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         tls: ChannelTls | None = None,
@@ -58,8 +72,12 @@ class ReplicaPool:
         self._tokenizer_digest = tokenizer_digest
         self._max_message_bytes = max_message_bytes
         self._tls = tls
+        self._picker = ReplicaPicker(policy)
         self._connections: dict[tuple[str, str], ReplicaConnection] = {}
         self._retired: set[ReplicaConnection] = set()
+        self._limits: tuple[int | None, int | None] = None, None
+        self._limits_at = -1
+        self._by_slot: dict[int, ReplicaConnection] = {}
         self._waiting: dict[Placeable, _Wait] = {}
 
     def set_replicas(self, replicas: Iterable[tuple[str, str]]) -> None:
@@ -70,41 +88,61 @@ class ReplicaPool:
             self._retired.add(connection)
             connection.retire()
         for replica_id, address in wanted - self._connections.keys():
-            self._connections[replica_id, address] = ReplicaConnection(
+            connection = ReplicaConnection(
                 replica_id,
                 address,
                 self._router_id,
+                picker=self._picker,
                 on_ready=self._place_waiting,
-                on_closed=self._retired.discard,
+                on_closed=self._on_closed,
                 tokenizer_digest=self._tokenizer_digest,
                 max_message_bytes=self._max_message_bytes,
                 tls=self._tls,
             )
+            self._connections[replica_id, address] = connection
+            self._by_slot[connection.slot] = connection
 
     def place(
         self,
         placeable: Placeable,
         *,
-        avoid: ReplicaConnection | None = None,
+        avoid: Collection[ReplicaConnection] = (),
         target_digest: str | None = None,
     ) -> None:
-        """Puts it on the least loaded ready replica, or waits for one.
+        """Puts it on the ready replica that suits it best, or waits for one.
 
         Args:
-            avoid: not on this one, unless it becomes ready anew.
+            avoid: not on these, unless one becomes ready anew.
             target_digest: only where this target runs; unset: anywhere.
         """
-        ready = [
-            c
-            for c in self._connections.values()
-            if c is not avoid and _is_ready_for(c, target_digest)
-        ]
-        if ready:
-            placeable.on_placed(_least_loaded(ready))
+        if self.place_now(placeable, avoid=avoid, target_digest=target_digest):
             return
         event_loop = asyncio.get_running_loop()
         timer = event_loop.call_later(self._wait_s, self._give_up, placeable)
         self._waiting[placeable] = _Wait(timer, target_digest)
+
+    def place_now(
+        self,
+        placeable: Placeable,
+        *,
+        avoid: Collection[ReplicaConnection] = (),
+        target_digest: str | None = None,
+    ) -> bool:
+        """As ``place`` without waiting. Returns whether a replica was ready."""
+        among = None
+        if target_digest is not None:
+            among = [s for s, c in self._by_slot.items() if c.target_digest == target_digest]
+        # The slot of one that is gone may be another's by now.
+        avoided = [c.slot for c in avoid if self._by_slot.get(c.slot) is c]
+        slot = self._picker.pick(placeable.prompt, avoid=avoided, among=among)
+        if slot is None:
+            return False
+        placeable.on_placed(self._by_slot[slot])
+        return True
+
+    def refused(self, connection: ReplicaConnection) -> None:
+        """The replica has answered that its queue is full: others are tried first for a while."""
+        self._picker.refused(connection.slot)
 
     def withdraw(self, placeable: Placeable) -> None:
         """Waits no longer; what does not wait is ignored."""
@@ -114,11 +152,16 @@ class ReplicaPool:
 
     def limits(self, vocab_size: int, max_model_len: int) -> tuple[int, int]:
         """The least (vocabulary, context) over the given ones and the ready replicas'."""
-        for connection in self._connections.values():
-            if connection.is_ready and connection.welcome is not None:
-                vocab_size = min(vocab_size, connection.welcome.vocab_size)
-                max_model_len = min(max_model_len, connection.welcome.max_model_len)
-        return vocab_size, max_model_len
+        if self._limits_at != self._picker.num_changes:
+            self._limits_at = self._picker.num_changes
+            ready = [c.welcome for c in self._connections.values() if c.is_ready and c.welcome]
+            vocab_sizes, lengths = [w.vocab_size for w in ready], [w.max_model_len for w in ready]
+            self._limits = min(vocab_sizes, default=None), min(lengths, default=None)
+        least_vocab, least_len = self._limits
+        return (
+            vocab_size if least_vocab is None else min(vocab_size, least_vocab),
+            max_model_len if least_len is None else min(max_model_len, least_len),
+        )
 
     def statuses(self) -> list[inference_pb2.ReplicaStatus]:
         """Every replica's status, retired ones included, by id."""
@@ -133,8 +176,12 @@ class ReplicaPool:
         for placeable in list(self._waiting):
             self._give_up(placeable)
 
+    def _on_closed(self, connection: ReplicaConnection) -> None:
+        self._retired.discard(connection)
+        del self._by_slot[connection.slot]
+
     def _place_waiting(self, connection: ReplicaConnection) -> None:
-        for placeable, waited in list(self._waiting.items()):
+        for placeable, waited in sorted(self._waiting.items(), key=lambda item: item[0].turn):
             if _is_ready_for(connection, waited.target_digest):
                 self.withdraw(placeable)
                 placeable.on_placed(connection)
@@ -162,7 +209,3 @@ def _is_ready_for(connection: ReplicaConnection, target_digest: str | None) -> b
 
 def _short(digest: str) -> str:
     return digest[:12] or "an unnamed target"
-
-
-def _least_loaded(connections: list[ReplicaConnection]) -> ReplicaConnection:
-    return min(connections, key=lambda c: (c.num_queued_tokens, random.random()))

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,6 +30,7 @@ from cluster.v1 import common_pb2, inference_pb2, replica_pb2, replica_pb2_grpc
 
 if TYPE_CHECKING:
     from cluster.engine.load import EngineLoad
+    from cluster.routing.prefix_journal import PrefixJournal
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,11 @@ class EngineLoop(Protocol):
         """Ends a request with ``error``; unknown ids are ignored."""
 
     def load(self) -> EngineLoad:
-        """How busy the engine is."""
+        """How busy the engine is; requests count in the order of ``submit``."""
+
+    @property
+    def prefix_journal(self) -> PrefixJournal:
+        """What the prefix cache can find."""
 
 
 class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
@@ -94,6 +100,9 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         self._streams: set[_RouterStream] = set()
         self._stream_numbers = itertools.count()
         self._owners: dict[str, tuple[_RouterStream, str]] = {}  # by the engine's request id
+        # Whose requests the engine has not counted into a load report yet, in its order.
+        self._uncounted: deque[_RouterStream] = deque()
+        self._num_counted = 0
         self._num_steps = 0
         self._draining = False
 
@@ -196,7 +205,7 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             if stream.load_due or now - stream.last_load_time >= LOAD_INTERVAL_S:
                 stream.load_due = False
                 stream.last_load_time = now
-                step.load.CopyFrom(self._load())
+                self._report(stream, step)
             await context.write(replica_pb2.ConnectResponse(step=step))
 
     def _submit(self, stream: _RouterStream, submit: replica_pb2.ConnectRequest.Submit) -> None:
@@ -207,8 +216,10 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
                 raise InvalidRequestError("request_id", "is already running")
             request = submit_from_proto(submit, request_id)
         except DsparkError as error:
+            stream.num_counted += 1
             stream.fail(submit.request_id, error)
             return
+        self._uncounted.append(stream)
         self._owners[request_id] = (stream, submit.request_id)
         stream.request_ids.add(request_id)
         self._loop.submit(request)
@@ -240,7 +251,22 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         for stream in self._streams:
             stream.request_load()
 
+    def _report(self, stream: _RouterStream, step: replica_pb2.ConnectResponse.StepUpdate) -> None:
+        """Adds what a router chooses replicas by."""
+        load = self._loop.load()
+        while self._num_counted < load.num_taken_in and self._uncounted:
+            self._uncounted.popleft().num_counted += 1
+            self._num_counted += 1
+        changes = self._loop.prefix_journal.changes(stream.prefix_version)
+        stream.prefix_version = changes.version
+        step.load.CopyFrom(self._status(load))
+        step.num_counted_submissions = stream.num_counted
+        step.prefixes.is_full = changes.is_full
+        step.prefixes.added.extend(changes.added)
+        step.prefixes.removed.extend(changes.removed)
+
     def _welcome(self) -> replica_pb2.ConnectResponse:
+        layout = self._loop.prefix_journal.layout
         return replica_pb2.ConnectResponse(
             welcome=replica_pb2.ConnectResponse.Welcome(
                 replica_id=self._replica_id,
@@ -248,11 +274,12 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
                 max_model_len=self._max_model_len,
                 vocab_size=self._vocab_size,
                 digests=self._digests,
+                page_size=layout.page_size if layout is not None else 0,
+                prefix_stride=layout.stride if layout is not None else 0,
             )
         )
 
-    def _load(self) -> inference_pb2.ReplicaStatus:
-        load = self._loop.load()
+    def _status(self, load: EngineLoad) -> inference_pb2.ReplicaStatus:
         parts = self._describe()
         speculation = stats_to_proto(load.stats)
         speculation.num_malformed_proposals += parts.num_malformed_proposals
@@ -262,6 +289,10 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             kv_cache_usage=load.kv_cache_usage,
+            num_queued_tokens=load.num_queued_tokens,
+            num_free_tokens=load.num_free_tokens,
+            mean_output_tokens=load.mean_output_tokens,
+            num_routers=len(self._streams),
             num_output_tokens=load.num_output_tokens,
             prefix_cache=inference_pb2.PrefixCacheStats(**vars(load.prefix_cache)),
             speculation_state=load.speculation_state,
@@ -284,6 +315,8 @@ class _RouterStream:
         self.request_ids: set[str] = set()  # the engine's ids
         self.load_due = True
         self.last_load_time = 0.0
+        self.num_counted = 0  # submissions that are in load reports
+        self.prefix_version = -1
         self._deltas: dict[str, replica_pb2.ConnectResponse.Delta] = {}
         self._ended = False
         self._wake = asyncio.Event()

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 import cluster
 from cluster.errors import InvalidRequestError, QueueFullError, RequestCancelledError
 from cluster.request import Request
+from cluster.routing.admission import Admission, Admitted
+from cluster.routing.replica_choice import ChoicePolicy
 from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, server_options
 from cluster.rpc.convert import GenerateCall, generate_call_from_proto
 from cluster.rpc.generation import Generation
@@ -31,17 +33,16 @@ from cluster.security.refusals import Refusal
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE_NAME = "cluster.v1.InferenceService"
-RETRY_AFTER_S = 1.0
 
 
 class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
     """Takes clients' requests and runs them on target replicas.
 
     Guarantees: a request is checked completely before it costs a replica anything. What is admitted
-    is bounded by ``max_queued_tokens`` (prompts and longest outputs of all active requests), and
-    what is too much is refused at once. A client that leaves, or whose deadline passes, frees its
-    pages. A lost replica is invisible to clients while another one with the same target is ready
-    within ``wait_s``.
+    is bounded by ``max_queued_tokens``, and what is too much is refused at once; so is what full
+    replicas refuse, or leave waiting for ``queue_timeout_s``, each time with a delay for the retry.
+    A client that leaves, or whose deadline passes, frees its pages. A lost replica is invisible to
+    clients while another one with the same target is ready within ``wait_s``.
 
     All methods belong to one event loop.
 
@@ -52,7 +53,10 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         eos_token_ids: the target's tokens that end an output.
         tokenizer_digest: hex SHA-256; replicas that name another are not used. Empty: all are.
         router_id: unique in the cluster; unset: a random one.
-        max_queued_tokens: bound on admitted work.
+        max_queued_tokens: bound on admitted work (``Admission``).
+        queue_timeout_s: a request that a replica has not begun after so long is refused; unset:
+            never.
+        policy: how replicas are chosen.
         wait_s: seconds that a request waits for a ready replica.
         max_message_bytes: the largest message sent or received.
         max_connection_age_s, max_connection_age_grace_s: as in ``server_options``.
@@ -75,6 +79,8 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         tokenizer_digest: str = "",
         router_id: str | None = None,
         max_queued_tokens: int = 1_000_000,
+        queue_timeout_s: float | None = None,
+        policy: ChoicePolicy | None = None,
         wait_s: float = 30.0,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         max_connection_age_s: float | None = None,
@@ -96,7 +102,8 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._max_queued_tokens = max_queued_tokens
+        self._admission = Admission(max_queued_tokens)
+        self._queue_timeout_s = queue_timeout_s
         self._options = server_options(
             max_message_bytes,
             reuse_port=True,
@@ -106,10 +113,10 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             max_streams=max_streams,
         )
         self._slow_reader_timeout_s = slow_reader_timeout_s
-        self._num_queued_tokens = 0
         self._active: dict[str, Generation] = {}
         self._pool = ReplicaPool(
             self.router_id,
+            policy=policy,
             wait_s=wait_s,
             tokenizer_digest=tokenizer_digest,
             max_message_bytes=max_message_bytes,
@@ -123,8 +130,8 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
 
     @property
     def num_queued_tokens(self) -> int:
-        """Prompt tokens and most output tokens of the active requests."""
-        return self._num_queued_tokens
+        """Prompt tokens and most output tokens that the active requests still need."""
+        return self._admission.num_queued_tokens
 
     def set_replicas(self, replicas: Iterable[tuple[str, str]]) -> None:
         """Names all replicas, as (id, ``host:port``), that requests may run on from now on."""
@@ -185,11 +192,17 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             request = await self._to_request(call, deadline)
             limited.take_tokens(_num_tokens(request, call.num_choices))
             generation = Generation(
-                request, call.num_choices, self._tokenizer, self._pool, self._eos_token_ids
+                request,
+                call.num_choices,
+                self._tokenizer,
+                self._pool,
+                self._eos_token_ids,
+                self._queue_timeout_s,
             )
-            with self._admitted(generation, call.num_choices):
+            with self._admitted(generation, call.num_choices) as admitted:
                 async with aclosing(generation.chunks()) as chunks:
                     async for chunk in chunks:
+                        admitted.advance(chunk.choice_index, len(chunk.token_ids))
                         yield chunk
 
     async def _write(
@@ -232,7 +245,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         return request
 
     @contextmanager
-    def _admitted(self, generation: Generation, num_choices: int) -> Iterator[None]:
+    def _admitted(self, generation: Generation, num_choices: int) -> Iterator[Admitted]:
         """Holds the request's share of the queue. Raises: QueueFullError, InvalidRequestError."""
         request = generation.request
         running = self._active.get(request.request_id)
@@ -240,21 +253,25 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             raise InvalidRequestError(
                 "request_id", "is in use; a retry that takes over has a higher attempt"
             )
-        num_tokens = _num_tokens(request, num_choices)
-        if self._num_queued_tokens + num_tokens > self._max_queued_tokens:
-            raise QueueFullError(
-                f"the request needs {num_tokens} tokens; {self._num_queued_tokens} of "
-                f"{self._max_queued_tokens} are taken",
-                RETRY_AFTER_S,
-            )
+        num_resumed = len(request.resume_token_ids)
+        admitted = self._admission.admit(
+            prompt_tokens=len(request.prompt_token_ids) + num_resumed,
+            output_tokens=request.sampling.max_tokens - num_resumed,
+            num_choices=num_choices,
+            priority=request.priority,
+        )
         if running is not None:
             running.supersede()
         self._active[request.request_id] = generation
-        self._num_queued_tokens += num_tokens
         try:
-            yield
+            with admitted:
+                yield admitted
+        except QueueFullError as error:  # a replica's; how busy all are is known here
+            delay_s = self._admission.retry_after_s(
+                len(request.prompt_token_ids), at_least_s=error.retry_after_s
+            )
+            raise QueueFullError(str(error), delay_s) from None
         finally:
-            self._num_queued_tokens -= num_tokens
             if self._active.get(request.request_id) is generation:
                 del self._active[request.request_id]
 
