@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from cluster.errors import ConfigError
+from cluster.pace_config import PaceConfig
 from cluster.section import Section, parse_section, resolve_files, resolve_path
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -87,6 +88,9 @@ class TargetConfig(Section):
     verify_curve: str | None = Field(
         default=None,
         description="file of `dspark profile`; unset: measured at start, or cached from earlier",
+    )
+    pace: PaceConfig | None = Field(
+        default=None, description="unset: steps take as long as they do; set: it brings the curve"
     )
     trust_remote_code: bool = False
     collective_timeout_s: float = Field(
@@ -223,6 +227,7 @@ class DrafterConfig(Section):
         default=False,
         description="run layer by layer: starts sooner, and each round takes longer",
     )
+    pace: PaceConfig | None = Field(default=None, description="as `target.pace`, of each round")
 
 
 class RouterConfig(Section):
@@ -321,6 +326,11 @@ class ClusterConfig(Section):
                 "target.max_num_batched_tokens must be at least target.max_num_seqs, "
                 f"got {self.target.max_num_batched_tokens} < {self.target.max_num_seqs}"
             )
+        if self.target.pace is not None and self.target.verify_curve is not None:
+            raise ValueError("target.verify_curve must be unset where target.pace brings a curve")
+        scales = {pace.time_scale for pace in (self.target.pace, self.drafter.pace) if pace}
+        if len(scales) > 1:
+            raise ValueError("target.pace and drafter.pace must have the same time_scale")
         return self
 
     @property
@@ -342,10 +352,15 @@ class ClusterConfig(Section):
         config = parse_section(cls, values)
         if base_dir is None:
             return config
-        paths = {"model": resolve_path(config.target.model, base_dir)}
+        paths: dict[str, Any] = {"model": resolve_path(config.target.model, base_dir)}
         if config.target.verify_curve is not None:
             paths["verify_curve"] = resolve_path(config.target.verify_curve, base_dir)
+        if config.target.pace is not None:
+            paths["pace"] = config.target.pace.resolved(base_dir)
         target = config.target.model_copy(update=paths)
+        drafter = config.drafter
+        if drafter.pace is not None:
+            drafter = drafter.model_copy(update={"pace": drafter.pace.resolved(base_dir)})
         speculative = config.speculative
         if speculative is not None and speculative.model is not None:
             speculative = speculative.model_copy(
@@ -353,7 +368,12 @@ class ClusterConfig(Section):
             )
         security = resolve_files(config.security, base_dir)
         return config.model_copy(
-            update={"target": target, "speculative": speculative, "security": security}
+            update={
+                "target": target,
+                "speculative": speculative,
+                "drafter": drafter,
+                "security": security,
+            }
         )
 
 

@@ -52,15 +52,14 @@ def make_drafter(*, head: str = "vanilla", max_positions: int = 128) -> DSparkDr
 def make_engine(
     drafter: DSparkDrafter, *, draft_top_k: int = 16, seed: int = 1, **options: Any
 ) -> DraftEngine:
-    """A block engine with one MiB of pages; ``clock`` and keys of DrafterConfig as options.
+    """A block engine with one MiB of pages; ``clock``, ``pace``, keys of DrafterConfig as options.
 
     The drafter is the engine's from then on.
     """
-    clock = options.pop("clock", None)
+    extra = {name: options.pop(name) for name in ("clock", "pace") if name in options}
     config = DrafterConfig(
         **{"kv_cache_memory_mb": 1, "page_size": 4, "enforce_eager": True, **options}
     )
-    extra = {} if clock is None else {"clock": clock}
     generator = torch.Generator().manual_seed(seed)
     return DraftEngine(BlockMethod(drafter, config, draft_top_k, generator), config, **extra)
 

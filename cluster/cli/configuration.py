@@ -9,6 +9,7 @@ import cluster
 from cluster.config import ClusterConfig, load_serve_config
 from cluster.engine.curve_files import read_curve
 from cluster.engine.layout import check_split
+from cluster.engine.pace import draft_pace, target_pace
 from cluster.errors import ConfigError
 from cluster.models.drafter_check import check_drafter
 from cluster.models.json_files import read_json
@@ -49,6 +50,8 @@ def check_checkpoints(config: ClusterConfig) -> None:
     """
     if config.target.verify_curve is not None:
         read_curve(config.target.verify_curve)
+    target_pace(config.target.pace, config.target.pipeline_parallel_size)
+    draft_pace(config.drafter.pace)
     target = Path(config.target.model)
     if not target.is_dir():
         if target.is_absolute() or config.target.model.startswith("."):

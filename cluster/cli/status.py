@@ -14,6 +14,7 @@ from cluster.cli.generate import add_address
 from cluster.cli.state import default_address
 
 if TYPE_CHECKING:
+    from cluster.engine.pace import PaceStats
     from cluster.rpc.cluster_status import ClusterStatus, ReplicaStatus
 
 
@@ -56,6 +57,8 @@ def _print(address: str, status: ClusterStatus) -> None:
             f"  load: {replica.num_running} running, {replica.num_waiting} waiting, "
             f"KV cache {replica.kv_cache_usage:.0%} full, {replica.num_output_tokens} tokens so far"
         )
+        if replica.paced is not None:
+            console.print(f"  {_pace(replica.paced)}")
         cache = replica.prefix_cache
         if cache.num_queried_tokens:
             console.print(
@@ -77,6 +80,13 @@ def _print(address: str, status: ClusterStatus) -> None:
         console.print(_parts_table(replica))
 
 
+def _pace(paced: PaceStats) -> str:
+    return (
+        f"PACED as {paced.profile}, time x {paced.time_scale:g}: {paced.num_overruns} of "
+        f"{paced.num_passes} passes took longer, the worst {paced.worst_overrun:.2f} times as long"
+    )
+
+
 def _parts_table(replica: ReplicaStatus) -> Table:
     table = Table(box=None, pad_edge=True)
     for heading in ("part", "where", "state", "detail"):
@@ -90,5 +100,7 @@ def _parts_table(replica: ReplicaStatus) -> Table:
         )
     for drafter in replica.drafters:
         detail = drafter.reason or f"round trip {drafter.round_trip_ms:.1f} ms"
+        if drafter.paced is not None:
+            detail += f"; {_pace(drafter.paced)}"
         table.add_row(f"drafter {drafter.drafter_id}", drafter.address, drafter.state, detail)
     return table

@@ -16,9 +16,10 @@ logger = logging.getLogger(__name__)
 class CurveKeeper:
     """Has a curve at once, and a thorough one later.
 
-    A configured file is used as it is. Otherwise a curve of this target, layout and machine is
-    taken from the cache; where there is none, a quick profile of about a second is made. Then every
-    point of the grid is measured while the engine is idle, pass by pass, and the result is cached.
+    A paced target keeps to a curve: it is that one. A configured file is used as it is. Otherwise a
+    curve of this target, layout and machine is taken from the cache; where there is none, a quick
+    profile of about a second is made. Then every point of the grid is measured while the engine is
+    idle, pass by pass, and the result is cached.
 
     Args:
         probe: measures steps; none may be under way.
@@ -34,6 +35,11 @@ class CurveKeeper:
             CurveCache(cache_folder("verify-curves")) if target_digest is not None else None
         )
         self._profiler: CurveProfiler | None = None
+        if probe.pace is not None:
+            self.curve = probe.pace.curve
+            probe.warm_up()
+            probe.pace.pace.forget()
+            return
         if config.verify_curve is not None:
             self.curve = read_curve(config.verify_curve)
             probe.warm_up()

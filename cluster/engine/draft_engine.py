@@ -20,6 +20,7 @@ from cluster.engine.draft_client import (
 )
 from cluster.engine.draft_method import Draft, DraftMethod, DraftRows
 from cluster.engine.draft_sessions import DraftSession, DraftSessions
+from cluster.engine.pace import DraftPace, PaceStats
 from cluster.engine.pages import PagePool
 from cluster.errors import ConfigError, InvalidRequestError
 from cluster.speculation.proposal import DraftProposal
@@ -65,6 +66,8 @@ class DraftEngine:
         method: how drafts are made; used by nobody else.
         config: bounds.
         clock: monotonic seconds.
+        pace: rounds end when the paced device would have drafted them. Features are taken in as
+            fast as they are.
 
     Raises:
         ConfigError: the memory does not hold one session, however short.
@@ -76,6 +79,7 @@ class DraftEngine:
         config: DrafterConfig,
         *,
         clock: Callable[[], float] = time.monotonic,
+        pace: DraftPace | None = None,
     ) -> None:
         shortest = method.num_kept(method.min_length)
         if (method.num_pages - 1) * method.page_size < max(shortest, 1):
@@ -83,6 +87,7 @@ class DraftEngine:
         self._method = method
         self._config = config
         self._clock = clock
+        self._pace = pace
         self._sessions = DraftSessions(config.max_sessions)
         self._pages = PagePool(method.num_pages, method.page_size)
 
@@ -100,6 +105,11 @@ class DraftEngine:
     def feature_size(self) -> int:
         """Values of one position's features; 0: token ids are enough."""
         return self._method.feature_size
+
+    @property
+    def paced(self) -> PaceStats | None:
+        """How well rounds keep their pace, if they are paced."""
+        return None if self._pace is None else self._pace.pace.stats
 
     @property
     def num_sessions(self) -> int:
@@ -222,7 +232,7 @@ class DraftEngine:
         if idle_rows:
             self._method.write(idle_rows)
         if drafts:
-            proposals = self._method.run(drafts)
+            proposals = self._run(drafts)
             for draft, place, proposal in zip(drafts, places, proposals, strict=True):
                 result = replace(place.answers[place.position], proposal=proposal)
                 draft.session.last_result = result
@@ -264,6 +274,15 @@ class DraftEngine:
                     f"draft session {session.key} has {len(session.pages)} pages "
                     f"for {session.length} positions"
                 )
+
+    def _run(self, drafts: list[Draft]) -> Sequence[DraftProposal]:
+        if self._pace is None:
+            return self._method.run(drafts)
+        num_tokens = max(draft.sequence.num_speculative_tokens for draft in drafts)
+        paced = self._pace.pace.begin(float(self._pace.curve.seconds(len(drafts), num_tokens)))
+        proposals = self._method.run(drafts)
+        self._pace.pace.end(paced)
+        return proposals
 
     def _can_draft(self, sequence: DraftSequence) -> bool:
         length = sequence.committed_length - 1

@@ -15,6 +15,7 @@ from cluster.engine.draft_eagle3 import Eagle3Network
 from cluster.engine.draft_engine import DraftEngine
 from cluster.engine.draft_method import DraftMethod
 from cluster.engine.draft_ngram import NgramMethod
+from cluster.engine.pace import draft_pace
 from cluster.engine.target_model import load_text_config
 from cluster.errors import ConfigError
 from cluster.models.checkpoint import load_drafter
@@ -40,7 +41,12 @@ def build_draft_engine(
         CheckpointError: a file is missing or broken, or was made for another target.
         ConfigError: method and checkpoint do not belong together, or memory does not suffice.
     """
-    return DraftEngine(build_draft_method(config, seed=seed), config.drafter, clock=clock)
+    return DraftEngine(
+        build_draft_method(config, seed=seed),
+        config.drafter,
+        clock=clock,
+        pace=draft_pace(config.drafter.pace),
+    )
 
 
 def build_draft_method(config: ClusterConfig, *, seed: int | None = None) -> DraftMethod:

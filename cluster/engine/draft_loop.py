@@ -14,6 +14,7 @@ import torch
 
 from cluster.engine.draft_client import DraftResult, DraftRound, DraftSampling, SessionKey
 from cluster.engine.draft_engine import Addition, DraftEngine
+from cluster.engine.pace import PaceStats
 from cluster.errors import QueueFullError
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,15 @@ _EXPIRE_PERIOD_S = 5.0
 class RoundAnswer:
     """A round's results, or the ``error`` that kept it from having any.
 
-    ``queue_s`` passed between submission and the pass, ``compute_s`` in the pass.
+    ``queue_s`` passed between submission and the pass, ``compute_s`` in the pass. ``paced`` is the
+    engine's.
     """
 
     results: list[DraftResult]
     queue_s: float
     compute_s: float
     error: Exception | None = None
+    paced: PaceStats | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +209,7 @@ class DraftLoop:
                     queue_s=started_at - queued.submitted_at,
                     compute_s=compute_s,
                     error=error,
+                    paced=self._engine.paced,
                 )
             )
 

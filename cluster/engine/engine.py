@@ -176,6 +176,7 @@ class Engine:
             stats=self._stats,
             calibration_error=speculator.calibration_error if speculator is not None else None,
             calibration_drift=speculator.calibration_drift if speculator is not None else 1.0,
+            paced=self._runner.pace.pace.stats if self._runner.pace is not None else None,
         )
 
     def observe_rounds(self, observer: RecordObserver) -> None:

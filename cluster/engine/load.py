@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cluster.engine.pace import PaceStats
 from cluster.request import SpeculationStats
 
 
@@ -42,6 +43,7 @@ class EngineLoad:
         calibration_error: of the confidences as served (``OnlineCalibration.error``); ``None``
             before enough was verified.
         calibration_drift: largest factor of a temperature in force, or of odds, over its fit.
+        paced: how well steps keep a device profile's time; ``None``: they take what they take.
     """
 
     num_running: int = 0
@@ -59,3 +61,4 @@ class EngineLoad:
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     calibration_error: float | None = None
     calibration_drift: float = 1.0
+    paced: PaceStats | None = None

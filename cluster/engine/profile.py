@@ -16,6 +16,7 @@ from itertools import islice
 import numpy as np
 
 from cluster.config import TargetConfig
+from cluster.engine.pace import TargetPace
 from cluster.engine.pages import PagePool
 from cluster.engine.runner import Runner
 from cluster.engine.sampler import Sampler
@@ -72,6 +73,11 @@ class StepProbe:
     def execution(self) -> str:
         """How the target's shards run their layers."""
         return self._runner.shard.execution
+
+    @property
+    def pace(self) -> TargetPace | None:
+        """What the target's passes keep to, if they are paced."""
+        return self._runner.pace
 
     def token_sizes(self) -> list[int]:
         """Batch tokens worth measuring: powers of two and the largest step."""

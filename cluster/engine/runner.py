@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cluster.engine.mesh import Mesh
+from cluster.engine.pace import PacedPass, TargetPace
 from cluster.engine.step_input import StepInput
 from cluster.engine.target import TargetShard
 
@@ -25,13 +27,27 @@ class _Command(enum.IntEnum):
     USE_FEATURES = 5
 
 
-class Runner:
-    """Rank 0's side. ``launch`` and ``collect`` raise when the group is broken."""
+class _UnderWay(NamedTuple):
+    """A pass that was launched; ``hidden`` is there already where there is one stage."""
 
-    def __init__(self, shard: TargetShard) -> None:
+    step: StepInput
+    hidden: torch.Tensor | None
+    paced: PacedPass | None
+
+
+class Runner:
+    """Rank 0's side. ``launch`` and ``collect`` raise when the group is broken.
+
+    Args:
+        shard: rank 0's.
+        pace: ``collect`` returns when the paced device, all stages of it, would have done the pass.
+    """
+
+    def __init__(self, shard: TargetShard, pace: TargetPace | None = None) -> None:
         self.shard = shard
+        self.pace = pace
         self._mesh = shard.mesh
-        self._under_way: deque[tuple[StepInput, torch.Tensor | None]] = deque()
+        self._under_way: deque[_UnderWay] = deque()
 
     @property
     def num_stages(self) -> int:
@@ -40,10 +56,14 @@ class Runner:
 
     def launch(self, step: StepInput) -> None:
         """Starts a pass; with one stage it is computed here and now."""
+        paced = None
+        if self.pace is not None:
+            seconds = self.pace.curve.seconds(step.num_tokens, step.num_context_tokens)
+            paced = self.pace.pace.begin(float(seconds))
         if self._mesh is not None:
             self._tell(_Command.FORWARD, step.pack(), range(1, self._mesh.world_size))
         hidden = self.shard.forward(step)
-        self._under_way.append((step, hidden if self.num_stages == 1 else None))
+        self._under_way.append(_UnderWay(step, hidden if self.num_stages == 1 else None, paced))
 
     def collect(self) -> torch.Tensor:
         """Waits for the oldest pass under way.
@@ -51,15 +71,19 @@ class Runner:
         Returns:
             ``[R, vocab_size]`` float32 logits of its ``logit_rows``.
         """
-        step, hidden = self._under_way.popleft()
+        step, hidden, paced = self._under_way.popleft()
         if hidden is None:
             mesh = self._mesh
             if mesh is not None:
                 self._tell(_Command.COLLECT, None, range(1, mesh.tensor_parallel_size))
             hidden = self.shard.receive_rows(step)
         if len(step.logit_rows) == 0:
-            return torch.zeros(0, self.shard.vocab_size)
-        return self.shard.logits(hidden)
+            logits = torch.zeros(0, self.shard.vocab_size)
+        else:
+            logits = self.shard.logits(hidden)
+        if self.pace is not None and paced is not None:
+            self.pace.pace.end(paced)
+        return logits
 
     def use_staged_features(self) -> bool:
         """Has all shards go over to what is staged on each of them; no pass may be under way.

@@ -19,6 +19,7 @@ from cluster.engine.cpu.kernels import has_kernels
 from cluster.engine.draft_client import DraftClient
 from cluster.engine.engine import Engine
 from cluster.engine.mesh import Mesh, open_store
+from cluster.engine.pace import target_pace
 from cluster.engine.runner import Runner, follow
 from cluster.engine.target import TargetShard
 from cluster.engine.target_model import load_text_config
@@ -44,6 +45,9 @@ class ShardWorker:
         self._store: dist.Store | None = None
         self._mesh: Mesh | None = None
         self._shard: TargetShard | None = None
+        target = config.target
+        is_paced = rank == 0 and target.pace is not None
+        self._pace = target_pace(target.pace, target.pipeline_parallel_size) if is_paced else None
 
     def prepare(self) -> None:
         """Before any rank starts: builds what this machine lacks, for which no other rank waits."""
@@ -92,7 +96,7 @@ class ShardWorker:
         """Rank 0: what runs passes through all shards, while all other ranks follow."""
         if self._shard is None:
             raise RuntimeError("make_runner before start")
-        return Runner(self._shard)
+        return Runner(self._shard, self._pace)
 
     def build_engine(
         self,

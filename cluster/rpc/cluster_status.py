@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cluster.engine.load import PrefixCacheStats
+from cluster.engine.pace import PaceStats
 from cluster.request import SpeculationStats
-from cluster.rpc.convert import stats_from_proto
+from cluster.rpc.convert import pace_from_proto, pace_to_proto, stats_from_proto
 from cluster.v1 import inference_pb2
 
 
@@ -30,6 +31,7 @@ class DrafterStatus:
         state: connecting, ready, quarantined, mismatched or lost.
         reason: why it is not ready, else empty.
         round_trip_ms: moving average over rounds.
+        paced: how well its rounds keep a device profile's time; ``None``: they take what they take.
     """
 
     drafter_id: str
@@ -37,6 +39,7 @@ class DrafterStatus:
     state: str
     reason: str = ""
     round_trip_ms: float = 0.0
+    paced: PaceStats | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ class ReplicaStatus:
         speculation_method, speculation_model: as in ``ReplicaParts``.
         calibration_error: 0..1, by how much confidences as served are off; ``None``: not known yet.
         calibration_drift: largest factor of a temperature in force, or of odds, over its fit.
+        paced: how well steps keep a device profile's time; ``None``: they take what they take.
     """
 
     replica_id: str
@@ -88,6 +92,7 @@ class ReplicaStatus:
     speculation_model: str = ""
     calibration_error: float | None = None
     calibration_drift: float = 1.0
+    paced: PaceStats | None = None
     shards: tuple[ShardStatus, ...] = ()
     drafters: tuple[DrafterStatus, ...] = ()
 
@@ -121,7 +126,8 @@ def shard_to_proto(shard: ShardStatus) -> inference_pb2.ShardStatus:
 
 def drafter_to_proto(drafter: DrafterStatus) -> inference_pb2.DrafterStatus:
     """Writes one drafter."""
-    return inference_pb2.DrafterStatus(**vars(drafter))
+    paced = None if drafter.paced is None else pace_to_proto(drafter.paced)
+    return inference_pb2.DrafterStatus(**{**vars(drafter), "paced": paced})
 
 
 def _replica_from_proto(message: inference_pb2.ReplicaStatus) -> ReplicaStatus:
@@ -151,6 +157,7 @@ def _replica_from_proto(message: inference_pb2.ReplicaStatus) -> ReplicaStatus:
         calibration_drift=(
             message.calibration_drift if message.HasField("calibration_drift") else 1.0
         ),
+        paced=pace_from_proto(message),
         shards=tuple(
             ShardStatus(
                 rank=shard.rank,
@@ -168,6 +175,7 @@ def _replica_from_proto(message: inference_pb2.ReplicaStatus) -> ReplicaStatus:
                 state=drafter.state,
                 reason=drafter.reason,
                 round_trip_ms=drafter.round_trip_ms,
+                paced=pace_from_proto(drafter),
             )
             for drafter in message.drafters
         ),

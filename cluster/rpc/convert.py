@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
+from cluster.engine.pace import PaceStats
 from cluster.errors import InvalidRequestError
 from cluster.request import (
     MAX_CHOICES,
@@ -291,6 +292,25 @@ def stats_from_proto(message: common_pb2.SpeculationStats) -> SpeculationStats:
         num_late_proposals=message.num_late_proposals,
         num_stale_proposals=message.num_stale_proposals,
         num_malformed_proposals=message.num_malformed_proposals,
+    )
+
+
+def pace_to_proto(stats: PaceStats) -> common_pb2.Pace:
+    """Writes what is paced, and how well."""
+    return common_pb2.Pace(**vars(stats))
+
+
+def pace_from_proto(message: Message) -> PaceStats | None:
+    """Reads the field ``paced`` of a message, if it is set."""
+    if not message.HasField("paced"):
+        return None
+    paced: common_pb2.Pace = message.paced  # type: ignore[attr-defined]
+    return PaceStats(
+        profile=paced.profile,
+        time_scale=paced.time_scale,
+        num_passes=paced.num_passes,
+        num_overruns=paced.num_overruns,
+        worst_overrun=paced.worst_overrun,
     )
 
 

@@ -22,6 +22,7 @@ from cluster.engine.draft_client import (
 )
 from cluster.engine.draft_loop import FeatureChunk, RoundAnswer
 from cluster.errors import InvalidRequestError, MalformedProposalError
+from cluster.rpc.convert import pace_to_proto
 from cluster.rpc.tensors import FLOAT_DTYPES, decode_tensor, encode_tensor
 from cluster.speculation.proposal import DraftProposal
 from cluster.v1 import common_pb2, drafter_pb2
@@ -124,6 +125,7 @@ def encode_answer(round_id: int, answer: RoundAnswer) -> drafter_pb2.DraftRespon
             proposals=[_encode_result(result) for result in answer.results],
             queue_seconds=answer.queue_s,
             compute_seconds=answer.compute_s,
+            paced=None if answer.paced is None else pace_to_proto(answer.paced),
         )
     )
 

@@ -17,9 +17,11 @@ from grpc import aio
 
 from cluster.engine.draft_client import DraftOutcome, DraftResult, DraftSequence, SessionKey
 from cluster.engine.draft_loop import MAX_QUEUED_CHUNKS_PER_REPLICA
+from cluster.engine.pace import PaceStats
 from cluster.errors import DsparkError, MalformedProposalError
 from cluster.rpc.channels import MAX_RECONNECT_S, MIN_RECONNECT_S, open_channel
 from cluster.rpc.cluster_status import DrafterStatus
+from cluster.rpc.convert import pace_from_proto
 from cluster.rpc.draft_messages import decode_answer, encode_session
 from cluster.rpc.draft_session import ClientSession, DraftClientStats, RoundHandle
 from cluster.rpc.drafter_handshake import MismatchError, greet_draft, greet_feed, read_message
@@ -125,6 +127,7 @@ class DrafterConnection:
         self._num_late_in_a_row = 0
         self._num_quarantines = 0
         self._round_trip_s = 0.0
+        self._paced: PaceStats | None = None
         self._event_loop = asyncio.get_running_loop()
         self._rounds: asyncio.Queue[drafter_pb2.DraftRequest] = asyncio.Queue()
         self._chunks: asyncio.Queue[drafter_pb2.FeedRequest] = asyncio.Queue()
@@ -169,6 +172,7 @@ class DrafterConnection:
             state=str(self._state),
             reason=self._reason,
             round_trip_ms=self._round_trip_s * 1e3,
+            paced=self._paced,
         )
 
     def send_round(
@@ -314,6 +318,7 @@ class DrafterConnection:
             )
             server_s = answer.queue_seconds + answer.compute_seconds
             with self._changed:
+                self._paced = pace_from_proto(answer)
                 self._take_answer(answer.round_id, results, received_at, server_s)
 
     def _take_answer(
@@ -375,6 +380,7 @@ class DrafterConnection:
         self._reason = ""
         self._generation += 1
         self.block_size = welcome.block_size
+        self._paced = pace_from_proto(welcome)
         self.num_sessions = 0
         self._credit_bytes = credit_bytes
         self._num_late_in_a_row = 0

@@ -25,6 +25,7 @@ from cluster.errors import (
     ReplicaLostError,
 )
 from cluster.rpc.channels import PROTOCOL_VERSION, server_options
+from cluster.rpc.convert import pace_to_proto
 from cluster.rpc.draft_messages import encode_digests, mismatched_digests
 from cluster.rpc.draft_streams import DraftStream, FeedStream
 from cluster.rpc.guard import internal_guard
@@ -218,6 +219,7 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
             feed_credit_bytes=self._feed_credit_bytes,
             vocab_size=engine.vocab_size,
             feature_size=engine.feature_size,
+            paced=None if engine.paced is None else pace_to_proto(engine.paced),
         )
         return _Served(engine, digests, welcome)
 

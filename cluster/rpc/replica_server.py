@@ -21,7 +21,7 @@ from cluster.errors import (
 from cluster.request import Request, RequestOutput
 from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, PROTOCOL_VERSION, server_options
 from cluster.rpc.cluster_status import ReplicaParts, drafter_to_proto, shard_to_proto
-from cluster.rpc.convert import add_output, stats_to_proto, submit_from_proto
+from cluster.rpc.convert import add_output, pace_to_proto, stats_to_proto, submit_from_proto
 from cluster.rpc.guard import internal_guard
 from cluster.rpc.serving import ServingState, bind
 from cluster.rpc.status import abort, to_request_error
@@ -302,6 +302,7 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             speculation_model=parts.speculation_model,
             calibration_error=load.calibration_error,
             calibration_drift=load.calibration_drift,
+            paced=None if load.paced is None else pace_to_proto(load.paced),
             shards=map(shard_to_proto, parts.shards),
             drafters=map(drafter_to_proto, parts.drafters),
         )

@@ -185,6 +185,10 @@ class VerifyCurve:
         table = lifted(table) if factor >= 1 else pulled_down(table)
         return VerifyCurve(self.tokens, self.context_tokens, table, self.origin)
 
+    def scaled(self, factor: float) -> VerifyCurve:
+        """The curve of steps that take ``factor`` (above 0) times as long."""
+        return VerifyCurve(self.tokens, self.context_tokens, self.table * factor, self.origin)
+
     def to_dict(self) -> dict[str, Any]:
         """The curve as JSON objects hold it."""
         return {

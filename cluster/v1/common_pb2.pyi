@@ -134,6 +134,20 @@ class SpeculationStats(_message.Message):
     num_malformed_proposals: int
     def __init__(self, num_drafts: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_accepted_tokens_per_pos: _Optional[_Iterable[int]] = ..., num_steps: _Optional[int] = ..., num_late_proposals: _Optional[int] = ..., num_stale_proposals: _Optional[int] = ..., num_malformed_proposals: _Optional[int] = ...) -> None: ...
 
+class Pace(_message.Message):
+    __slots__ = ("profile", "time_scale", "num_passes", "num_overruns", "worst_overrun")
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    TIME_SCALE_FIELD_NUMBER: _ClassVar[int]
+    NUM_PASSES_FIELD_NUMBER: _ClassVar[int]
+    NUM_OVERRUNS_FIELD_NUMBER: _ClassVar[int]
+    WORST_OVERRUN_FIELD_NUMBER: _ClassVar[int]
+    profile: str
+    time_scale: float
+    num_passes: int
+    num_overruns: int
+    worst_overrun: float
+    def __init__(self, profile: _Optional[str] = ..., time_scale: _Optional[float] = ..., num_passes: _Optional[int] = ..., num_overruns: _Optional[int] = ..., worst_overrun: _Optional[float] = ...) -> None: ...
+
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "cached_prompt_tokens", "speculation")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]

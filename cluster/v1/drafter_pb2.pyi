@@ -75,7 +75,7 @@ class DraftResponse(_message.Message):
     OUTCOME_MISSING: DraftResponse.Outcome
     OUTCOME_UNKNOWN_SESSION: DraftResponse.Outcome
     class Welcome(_message.Message):
-        __slots__ = ("drafter_id", "protocol_version", "digests", "method", "block_size", "feed_credit_bytes", "vocab_size", "feature_size")
+        __slots__ = ("drafter_id", "protocol_version", "digests", "method", "block_size", "feed_credit_bytes", "vocab_size", "feature_size", "paced")
         DRAFTER_ID_FIELD_NUMBER: _ClassVar[int]
         PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
         DIGESTS_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,7 @@ class DraftResponse(_message.Message):
         FEED_CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
         VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
         FEATURE_SIZE_FIELD_NUMBER: _ClassVar[int]
+        PACED_FIELD_NUMBER: _ClassVar[int]
         drafter_id: str
         protocol_version: int
         digests: _common_pb2.ModelDigests
@@ -92,18 +93,21 @@ class DraftResponse(_message.Message):
         feed_credit_bytes: int
         vocab_size: int
         feature_size: int
-        def __init__(self, drafter_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., digests: _Optional[_Union[_common_pb2.ModelDigests, _Mapping]] = ..., method: _Optional[str] = ..., block_size: _Optional[int] = ..., feed_credit_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., feature_size: _Optional[int] = ...) -> None: ...
+        paced: _common_pb2.Pace
+        def __init__(self, drafter_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., digests: _Optional[_Union[_common_pb2.ModelDigests, _Mapping]] = ..., method: _Optional[str] = ..., block_size: _Optional[int] = ..., feed_credit_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., feature_size: _Optional[int] = ..., paced: _Optional[_Union[_common_pb2.Pace, _Mapping]] = ...) -> None: ...
     class Proposals(_message.Message):
-        __slots__ = ("round_id", "proposals", "queue_seconds", "compute_seconds")
+        __slots__ = ("round_id", "proposals", "queue_seconds", "compute_seconds", "paced")
         ROUND_ID_FIELD_NUMBER: _ClassVar[int]
         PROPOSALS_FIELD_NUMBER: _ClassVar[int]
         QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
         COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+        PACED_FIELD_NUMBER: _ClassVar[int]
         round_id: int
         proposals: _containers.RepeatedCompositeFieldContainer[DraftResponse.Proposal]
         queue_seconds: float
         compute_seconds: float
-        def __init__(self, round_id: _Optional[int] = ..., proposals: _Optional[_Iterable[_Union[DraftResponse.Proposal, _Mapping]]] = ..., queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ...) -> None: ...
+        paced: _common_pb2.Pace
+        def __init__(self, round_id: _Optional[int] = ..., proposals: _Optional[_Iterable[_Union[DraftResponse.Proposal, _Mapping]]] = ..., queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., paced: _Optional[_Union[_common_pb2.Pace, _Mapping]] = ...) -> None: ...
     class Proposal(_message.Message):
         __slots__ = ("session", "committed_length", "outcome", "missing_from", "draft_token_ids", "confidences", "draft_prob_token_ids", "draft_prob_values")
         SESSION_FIELD_NUMBER: _ClassVar[int]

@@ -80,18 +80,20 @@ class ShardStatus(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., pipeline_stage: _Optional[int] = ..., tensor_rank: _Optional[int] = ...) -> None: ...
 
 class DrafterStatus(_message.Message):
-    __slots__ = ("drafter_id", "address", "state", "reason", "round_trip_ms")
+    __slots__ = ("drafter_id", "address", "state", "reason", "round_trip_ms", "paced")
     DRAFTER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     ROUND_TRIP_MS_FIELD_NUMBER: _ClassVar[int]
+    PACED_FIELD_NUMBER: _ClassVar[int]
     drafter_id: str
     address: str
     state: str
     reason: str
     round_trip_ms: float
-    def __init__(self, drafter_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., round_trip_ms: _Optional[float] = ...) -> None: ...
+    paced: _common_pb2.Pace
+    def __init__(self, drafter_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., round_trip_ms: _Optional[float] = ..., paced: _Optional[_Union[_common_pb2.Pace, _Mapping]] = ...) -> None: ...
 
 class PrefixCacheStats(_message.Message):
     __slots__ = ("num_queried_tokens", "num_hit_tokens", "num_cached_pages", "num_evicted_pages")
@@ -106,7 +108,7 @@ class PrefixCacheStats(_message.Message):
     def __init__(self, num_queried_tokens: _Optional[int] = ..., num_hit_tokens: _Optional[int] = ..., num_cached_pages: _Optional[int] = ..., num_evicted_pages: _Optional[int] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica_id", "address", "state", "num_running", "num_waiting", "kv_cache_usage", "speculation_state", "speculation_reason", "shards", "drafters", "speculation", "num_output_tokens", "reason", "calibration_error", "calibration_drift", "speculation_method", "speculation_model", "prefix_cache", "num_queued_tokens", "num_free_tokens", "num_routers", "mean_output_tokens")
+    __slots__ = ("replica_id", "address", "state", "num_running", "num_waiting", "kv_cache_usage", "speculation_state", "speculation_reason", "shards", "drafters", "speculation", "num_output_tokens", "reason", "calibration_error", "calibration_drift", "speculation_method", "speculation_model", "prefix_cache", "num_queued_tokens", "num_free_tokens", "num_routers", "mean_output_tokens", "paced")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +131,7 @@ class ReplicaStatus(_message.Message):
     NUM_FREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ROUTERS_FIELD_NUMBER: _ClassVar[int]
     MEAN_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PACED_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     address: str
     state: str
@@ -151,7 +154,8 @@ class ReplicaStatus(_message.Message):
     num_free_tokens: int
     num_routers: int
     mean_output_tokens: float
-    def __init__(self, replica_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., speculation_state: _Optional[str] = ..., speculation_reason: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., drafters: _Optional[_Iterable[_Union[DrafterStatus, _Mapping]]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationStats, _Mapping]] = ..., num_output_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., calibration_error: _Optional[float] = ..., calibration_drift: _Optional[float] = ..., speculation_method: _Optional[str] = ..., speculation_model: _Optional[str] = ..., prefix_cache: _Optional[_Union[PrefixCacheStats, _Mapping]] = ..., num_queued_tokens: _Optional[int] = ..., num_free_tokens: _Optional[int] = ..., num_routers: _Optional[int] = ..., mean_output_tokens: _Optional[float] = ...) -> None: ...
+    paced: _common_pb2.Pace
+    def __init__(self, replica_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., speculation_state: _Optional[str] = ..., speculation_reason: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., drafters: _Optional[_Iterable[_Union[DrafterStatus, _Mapping]]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationStats, _Mapping]] = ..., num_output_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., calibration_error: _Optional[float] = ..., calibration_drift: _Optional[float] = ..., speculation_method: _Optional[str] = ..., speculation_model: _Optional[str] = ..., prefix_cache: _Optional[_Union[PrefixCacheStats, _Mapping]] = ..., num_queued_tokens: _Optional[int] = ..., num_free_tokens: _Optional[int] = ..., num_routers: _Optional[int] = ..., mean_output_tokens: _Optional[float] = ..., paced: _Optional[_Union[_common_pb2.Pace, _Mapping]] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
     __slots__ = ("model", "router_id", "replicas", "num_active_requests", "version")
