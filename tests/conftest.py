@@ -103,6 +103,12 @@ def _helm_missing(_config: pytest.Config) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _image_missing(_config: pytest.Config) -> str | None:
+    if "DSPARK_BASE_IMAGE" not in os.environ:
+        return "$DSPARK_BASE_IMAGE names no base to build on (docs/deploy.md)"
+    return None if shutil.which("buildah") else "no buildah"
+
+
 _REQUIREMENTS: dict[str, Callable[[pytest.Config], str | None]] = {
     "slow": _slow_missing,
     "gpu": _gpu_missing,
@@ -110,4 +116,5 @@ _REQUIREMENTS: dict[str, Callable[[pytest.Config], str | None]] = {
     "netlab": _netlab_missing,
     "shared": _shared_missing,
     "helm": _helm_missing,
+    "image": _image_missing,
 }

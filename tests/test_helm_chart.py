@@ -54,6 +54,7 @@ ALL_ON: Object = {
     "ray": {"tokenAuth": True},
     "router": {"minAvailable": 1},
     "serviceAccountName": "dspark",
+    "test": {"env": [{"name": "DSPARK_API_KEY", "value": "k"}], "existingSecret": "client"},
     "upgradeStrategy": {
         "type": "NewClusterWithIncrementalUpgrade",
         "clusterUpgradeOptions": {
@@ -166,6 +167,7 @@ def test_the_checks_find_what_is_wrong(shared_dir: Path) -> None:
         ({"config": {"speculative": {"method": "medusa"}}}, "config.speculative.method"),
         ({"config": {"drafter": {"port": 70000}}}, "config.drafter.port"),
         ({"config": {"drafter": {"port": 0}}}, "config.drafter.port"),
+        ({"config": {"router": {"port": 0}}}, "config.router.port"),
         ({"serveConfig": "none"}, "serveConfig"),
         ({"gcsFaultTolerance": {"enabled": True}}, "gcsFaultTolerance.redisAddress"),
         ({"gateway": {"enabled": True}}, "gateway.parentRefs"),
@@ -503,8 +505,9 @@ def test_secrets_are_mounted_where_they_are_used() -> None:
     router = pods(found)["router"]["spec"]["containers"][0]
     folders = tuple(mount["mountPath"] + "/" for mount in router["volumeMounts"])
     assert all(path.startswith(folders) for path in [*paths, security["api_keys_file"]])
-    if "security" in ClusterConfig.model_fields:
-        ClusterConfig.parse(served["applications"][0]["args"])
+    parsed = ClusterConfig.parse(served["applications"][0]["args"]).security
+    assert parsed.client_tls is not None
+    assert parsed.client_tls.client_ca_file is not None
 
 
 def test_no_pod_is_root_or_has_a_token() -> None:

@@ -33,7 +33,12 @@
 {{- end }}
 
 {{- define "dspark.grpcPort" -}}
-{{- default 50051 (default dict (include "dspark.args" . | fromYaml).router).port | int }}
+{{- $router := default dict (include "dspark.args" . | fromYaml).router }}
+{{- $port := int (ternary $router.port 50051 (hasKey $router "port")) }}
+{{- if not $port }}
+  {{- fail "config.router.port: pods and Services need a fixed port, got 0" }}
+{{- end }}
+{{- $port }}
 {{- end }}
 
 {{/* `args.security`, out of the Secrets that pods mount. */}}
