@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -10,16 +11,26 @@ import pytest
 import torch
 from grpc import aio
 
+from cluster.engine.draft_client import SessionKey
 from cluster.rpc.channels import PROTOCOL_VERSION
 from cluster.rpc.draft_messages import chunk_bytes, encode_digests
 from cluster.rpc.tensors import encode_tensor
 from cluster.v1 import drafter_pb2, drafter_pb2_grpc
-from tests.draft_helpers import BLOCK, VOCAB, make_drafter, make_engine, round_of, sequence
+from tests.draft_helpers import (
+    BLOCK,
+    VOCAB,
+    feed,
+    make_drafter,
+    make_engine,
+    round_of,
+    sequence,
+)
 from tests.drafter_rpc_tools import (
     DIGESTS,
     SAMPLED,
     LoopThread,
     client_of,
+    features,
     open_with,
     served,
     state_of,
@@ -36,11 +47,15 @@ def loop() -> Iterator[LoopThread]:
 
 
 class FakeDrafter(drafter_pb2_grpc.DrafterServiceServicer):
-    """Answers every round with what ``answer`` makes of it (``None``: not at all)."""
+    """Answers every round with what ``answer`` makes of it (``None``: not at all).
 
-    def __init__(self, answer: Callable | None) -> None:
+    ``in_thread``: where ``answer`` takes its time, which other streams then have too.
+    """
+
+    def __init__(self, answer: Callable | None, in_thread: bool = False) -> None:
         self.answer = answer
         self.num_streams = 0
+        self._in_thread = in_thread
 
     async def Draft(self, request_iterator, context) -> None:
         self.num_streams += 1
@@ -59,7 +74,11 @@ class FakeDrafter(drafter_pb2_grpc.DrafterServiceServicer):
         while (message := await context.read()) is not aio.EOF:
             if message.WhichOneof("message") != "round" or self.answer is None:
                 continue
-            await context.write(drafter_pb2.DraftResponse(proposals=self.answer(message.round)))
+            if self._in_thread:
+                proposals = await asyncio.to_thread(self.answer, message.round)
+            else:
+                proposals = self.answer(message.round)
+            await context.write(drafter_pb2.DraftResponse(proposals=proposals))
 
     async def Feed(self, request_iterator, context) -> None:
         await context.read()
@@ -89,8 +108,10 @@ async def _fake(fake: FakeDrafter) -> AsyncIterator[int]:
 
 
 @contextmanager
-def fake_drafter(loop: LoopThread, answer: Callable | None) -> Iterator[tuple[FakeDrafter, str]]:
-    fake = FakeDrafter(answer)
+def fake_drafter(
+    loop: LoopThread, answer: Callable | None, *, in_thread: bool = False
+) -> Iterator[tuple[FakeDrafter, str]]:
+    fake = FakeDrafter(answer, in_thread)
     manager = _fake(fake)
     port = loop.run(manager.__aenter__())
     try:
@@ -120,6 +141,18 @@ def answer_with(*, round_id: int | None = None, copies: int = 1, **changes) -> C
         )
 
     return answer
+
+
+def answer_well(request):
+    """A valid answer to a round of one sequence, also to one that probes."""
+    if request.sequences[0].num_speculative_tokens < 2:
+        return answer_with(
+            draft_token_ids=[4],
+            confidences=[0.5],
+            draft_prob_token_ids=None,
+            draft_prob_values=None,
+        )(request)
+    return answer_with()(request)
 
 
 MALFORMED = {
@@ -173,20 +206,23 @@ def test_the_fakes_answer_would_be_good(loop):
         assert result.proposal.draft_token_ids == (4, 5)
 
 
-def test_quarantine_ends_and_grows(loop, monkeypatch):
+def test_quarantine_grows_and_ends_when_a_probe_is_answered_well(loop, monkeypatch):
     monkeypatch.setattr("cluster.rpc.drafter_connection.MALFORMED_QUARANTINE_S", 0.2)
     with fake_drafter(loop, MALFORMED["none"]) as (fake, address), client_of(address) as client:
-        times = []
-        for index in range(3):
-            started = time.monotonic()
-            assert wait_for(client.is_ready)
-            times.append(time.monotonic() - started)
-            key = open_with(client, f"r{index}", 9, SAMPLED)
-            handle = client.start_round(round_of(sequence(key, 10, count=2)))
-            assert client.collect(handle, 5.0) == []
+        assert wait_for(client.is_ready)
+        key = open_with(client, "r", 9, SAMPLED)
+        started = time.monotonic()
+        assert client.collect(client.start_round(round_of(sequence(key, 10, count=2))), 5.0) == []
+        # Two probes that are answered as badly, and nobody's sequence waits for them.
+        assert wait_for(lambda: client.stats.num_malformed == 3)
+        assert time.monotonic() - started >= 0.1 + 0.2
         assert fake.num_streams == 3
-        assert times[1] >= 0.1
-        assert times[2] >= 0.2
+        assert not client.is_ready()
+        fake.answer = answer_well
+        assert wait_for(client.is_ready)
+        key = open_with(client, "again", 9, SAMPLED)
+        (result,) = client.collect(client.start_round(round_of(sequence(key, 10, count=2))), 5.0)
+        assert result.proposal.draft_token_ids == (4, 5)
 
 
 def test_a_drafter_that_stays_unusable_is_logged_once(loop, monkeypatch, caplog):
@@ -202,8 +238,8 @@ def test_a_drafter_that_stays_unusable_is_logged_once(loop, monkeypatch, caplog)
     assert "differ in target; DraftClientStats(" in record.message
 
 
-def test_late_rounds_are_dropped_and_three_quarantine(loop):
-    with fake_drafter(loop, None) as (_, address), client_of(address) as client:
+def test_late_rounds_are_dropped_and_three_open_the_breaker(loop):
+    with fake_drafter(loop, None) as (fake, address), client_of(address) as client:
         assert wait_for(client.is_ready)
         key = open_with(client, "r", 9)
         for index in range(2):
@@ -216,10 +252,111 @@ def test_late_rounds_are_dropped_and_three_quarantine(loop):
         started = time.monotonic()
         assert client.collect(client.start_round(round_of(sequence(key, 12))), 5.0) == []
         assert time.monotonic() - started < 3.0
-        assert state_of(client) == "quarantined"
+        assert state_of(client) == "open"
         assert (client.stats.num_late, client.stats.num_dropped) == (2, 1)
         assert not client.has_session(key)
-        assert wait_for(client.is_ready)  # it is tried again
+        # It is tried again, on nobody's account, until it is in time.
+        assert wait_for(lambda: fake.num_streams >= 3)
+        assert not client.is_ready()
+        assert client.stats.num_late == 2
+        fake.answer = answer_well
+        assert wait_for(client.is_ready)
+
+
+def test_a_drafter_that_hangs_costs_a_few_rounds_and_then_nothing(loop):
+    """Rounds as an engine sends them, for seconds: a good one answers, the other after 2 s."""
+
+    def answer_late(request):
+        time.sleep(2.0)
+        return answer_well(request)
+
+    with (
+        fake_drafter(loop, answer_late, in_thread=True) as (slow, one),
+        fake_drafter(loop, answer_well) as (_, two),
+        client_of(one, two) as client,
+    ):
+        assert wait_for(lambda: sum(s.state == "ready" for s in client.status()) == 2)
+        waited_s, num_answered, started = 0.0, 0, time.monotonic()
+        key, epoch, length = None, 0, 10
+        while time.monotonic() - started < 2.5:
+            if key is None or not client.has_session(key):
+                epoch += 1
+                key = SessionKey("r", epoch)
+                assert client.open_session(key, SAMPLED)  # the first goes to the slow one
+                feed(client, key, 0, features(9))
+                assert wait_for(lambda key=key: client.acknowledged_length(key) == 9, 1.0)
+                length = 10
+            asked = time.monotonic()
+            results = client.collect(
+                client.start_round(round_of(sequence(key, length, count=2))), 0.2
+            )
+            num_answered += len(results)
+            if not results:
+                waited_s += time.monotonic() - asked
+            time.sleep(0.01)
+        states = {s.drafter_id: s.state for s in client.status()}
+        assert states["d1"] == "ready"
+        assert states["d0"] in ("open", "half-open")
+        assert client.stats.num_late + client.stats.num_dropped == 3
+        assert waited_s < 3 * 0.2 + 0.2
+        assert num_answered > 20
+        slow.answer = answer_well
+        assert wait_for(lambda: sum(s.state == "ready" for s in client.status()) == 2, 20)
+
+
+def test_a_drafter_that_is_lost_again_and_again_is_left_alone(loop):
+    def fail(request):
+        raise RuntimeError("broke")
+
+    with fake_drafter(loop, fail) as (fake, address), client_of(address) as client:
+        for index in range(3):
+            assert wait_for(client.is_ready)
+            key = open_with(client, f"r{index}", 9, SAMPLED)
+            handle = client.start_round(round_of(sequence(key, 10, count=2)))
+            assert client.collect(handle, 5.0) == []
+        assert wait_for(lambda: state_of(client) == "open")
+        assert "lost too often" in client.status()[0].reason
+        assert client.stats.num_lost == 3
+        num_streams = fake.num_streams
+        assert wait_for(lambda: fake.num_streams >= num_streams + 2)  # probes
+        assert client.stats.num_lost == 3
+        assert not client.is_ready()
+
+
+def test_answers_of_before_a_restart_are_refused(loop):
+    """A drafter that comes back with what it had before: answers, sessions, acknowledgements."""
+    answers = []
+
+    def record(request):
+        answers.append(answer_with()(request))
+        return answers[-1]
+
+    with fake_drafter(loop, record) as (_, one), client_of(one) as client:
+        assert wait_for(client.is_ready)
+        key = open_with(client, "r", 9, SAMPLED)
+        for length in (10, 11):
+            draft_round = round_of(sequence(key, length, count=2))
+            assert len(client.collect(client.start_round(draft_round), 5.0)) == 1
+        # Restarted elsewhere, it answers the first round with what it has answered before.
+        with fake_drafter(loop, lambda request: answers[1]) as (_, two):
+            client.set_drafters([("d0", two)])
+            assert wait_for(lambda: not client.has_session(key))
+            assert wait_for(client.is_ready)
+            key = open_with(client, "r", 9, SAMPLED)
+            draft_round = round_of(sequence(key, 11, count=2))
+            assert client.collect(client.start_round(draft_round), 5.0) == []
+            assert state_of(client) == "quarantined"
+            assert "not outstanding" in client.status()[0].reason
+
+    # The right number on an old base, or on the session's former epoch.
+    other_epoch = drafter_pb2.SessionKey(request_id="r", epoch=3)
+    for stale in (answer_with(committed_length=10), answer_with(session=other_epoch)):
+        with fake_drafter(loop, stale) as (_, address), client_of(address) as client:
+            assert wait_for(client.is_ready)
+            key = open_with(client, "r", 9, SAMPLED)
+            draft_round = round_of(sequence(key, 11, count=2))
+            assert client.collect(client.start_round(draft_round), 5.0) == []
+            assert state_of(client) == "quarantined"
 
 
 def test_a_late_answer_is_never_used(loop):

@@ -106,7 +106,7 @@ class DraftClient(Protocol):
         ...
 
     def is_ready(self) -> bool:
-        """Whether some drafter is connected, matches and is not quarantined."""
+        """Whether some drafter is connected, matches, and is not left alone."""
         ...
 
     def open_session(self, session: SessionKey, sampling: DraftSampling) -> bool:

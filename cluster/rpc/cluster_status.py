@@ -28,7 +28,8 @@ class DrafterStatus:
     """One drafter as a replica sees it.
 
     Attributes:
-        state: connecting, ready, quarantined, mismatched or lost.
+        state: connecting, ready, open (too slow or lost too often, left alone for a while),
+            half-open (one round is tried), quarantined (it broke the protocol), mismatched or lost.
         reason: why it is not ready, else empty.
         round_trip_ms: moving average over rounds.
         paced: how well its rounds keep a device profile's time; ``None``: they take what they take.

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cluster.engine.draft_client import DraftResult, DraftSampling, SessionKey
+from cluster.engine.draft_client import DraftResult, DraftSampling, DraftSequence, SessionKey
 
 if TYPE_CHECKING:
     from cluster.rpc.drafter_connection import DrafterConnection
+
+
+class DrafterState(enum.StrEnum):
+    """How a replica stands with a drafter; ``OPEN`` and ``HALF_OPEN`` as of its breaker."""
+
+    CONNECTING = "connecting"
+    READY = "ready"
+    OPEN = "open"
+    HALF_OPEN = "half-open"
+    QUARANTINED = "quarantined"
+    MISMATCHED = "mismatched"
+    LOST = "lost"
 
 
 @dataclass
@@ -71,3 +85,22 @@ class ClientSession:
     def is_live(self) -> bool:
         """Whether the drafter has it, as far as is known here."""
         return not self.is_lost and self.connection.is_generation(self.generation)
+
+
+@dataclass(frozen=True, eq=False)
+class PendingRound:
+    """A round that a drafter owes an answer."""
+
+    handle: RoundHandle
+    sessions: Mapping[SessionKey, ClientSession]
+    sequences: Mapping[SessionKey, DraftSequence]
+    sent_at: float
+
+
+@dataclass(frozen=True, eq=False)
+class PendingChunk:
+    """Features up to position ``end`` that a drafter has not acknowledged."""
+
+    session: ClientSession
+    end: int
+    num_bytes: int

@@ -51,7 +51,8 @@ class GrpcDraftClient:
         digests: hex SHA-256 by name (``target``, ``tokenizer``, ``drafter``, ``projection``); a
             drafter with others is not used.
         vocab_size: the target's.
-        config: its ``num_speculative_tokens`` bounds ``block_size``.
+        config: its ``num_speculative_tokens`` bounds ``block_size``, and its ``draft_timeout_ms``
+            the rounds that probe a drafter.
         event_loop: where the streams run. A process that serves gRPC already passes the loop it
             serves in, since events of two loops in a process wait for each other; without one a
             thread of its own is started.
@@ -72,6 +73,7 @@ class GrpcDraftClient:
         self._digests = digests
         self._vocab_size = vocab_size
         self._tls = tls
+        self._round_timeout_s = config.draft_timeout_ms / 1e3
         self._max_tokens = config.num_speculative_tokens
         self._changed = threading.Condition()
         self._stats = DraftClientStats()
@@ -120,7 +122,7 @@ class GrpcDraftClient:
         return min(sizes) if self._max_tokens is None else min(*sizes, self._max_tokens)
 
     def is_ready(self) -> bool:
-        """Whether some drafter is connected, matches and is not quarantined."""
+        """Whether some drafter is connected, matches, and is not left alone."""
         with self._changed:
             return bool(self._ready_connections())
 
@@ -283,6 +285,7 @@ class GrpcDraftClient:
                     vocab_size=self._vocab_size,
                     changed=self._changed,
                     stats=self._stats,
+                    round_timeout_s=self._round_timeout_s,
                     tls=self._tls,
                 )
                 self._connections[drafter_id, address] = connection

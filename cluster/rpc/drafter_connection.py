@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from grpc import aio
 
@@ -23,10 +20,19 @@ from cluster.rpc.channels import MAX_RECONNECT_S, MIN_RECONNECT_S, open_channel
 from cluster.rpc.cluster_status import DrafterStatus
 from cluster.rpc.convert import pace_from_proto
 from cluster.rpc.draft_messages import decode_answer, encode_session
-from cluster.rpc.draft_session import ClientSession, DraftClientStats, RoundHandle
+from cluster.rpc.draft_session import (
+    ClientSession,
+    DraftClientStats,
+    DrafterState,
+    PendingChunk,
+    PendingRound,
+    RoundHandle,
+)
 from cluster.rpc.drafter_handshake import MismatchError, greet_draft, greet_feed, read_message
-from cluster.rpc.tasks import run_until_first_ends
+from cluster.rpc.drafter_probe import probe
+from cluster.rpc.tasks import run_until_first_ends, write_all
 from cluster.rpc.tls import ChannelTls
+from cluster.speculation.breaker import Breaker, BreakerState
 from cluster.v1 import drafter_pb2, drafter_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -34,43 +40,13 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 5.0
 MAX_OUTSTANDING_ROUNDS = 2
 MAX_QUEUED_MESSAGES = 1024
-MAX_LATE_IN_A_ROW = 3
-LATE_QUARANTINE_S = 0.25
 MALFORMED_QUARANTINE_S = 2.0
-MAX_QUARANTINE_S = 60.0
 MISMATCH_RETRY_S = 2.0
-# A drafter that has been well for so long starts again with the shortest quarantine.
-_FORGIVEN_AFTER_S = 30.0
 _AVERAGE_WEIGHT = 0.1
 
 
-class DrafterState(enum.StrEnum):
-    """How a replica stands with a drafter."""
-
-    CONNECTING = "connecting"
-    READY = "ready"
-    QUARANTINED = "quarantined"
-    MISMATCHED = "mismatched"
-    LOST = "lost"
-
-
-@dataclass(frozen=True, eq=False)
-class _PendingRound:
-    handle: RoundHandle
-    sessions: Mapping[SessionKey, ClientSession]
-    sequences: Mapping[SessionKey, DraftSequence]
-    sent_at: float
-
-
-@dataclass(frozen=True, eq=False)
-class _PendingChunk:
-    session: ClientSession
-    end: int
-    num_bytes: int
-
-
-class _QuarantineError(DsparkError):
-    """The drafter is not to be used for a while."""
+class _OpenError(DsparkError):
+    """The breaker has opened: the drafter is not to be used for a while."""
 
 
 class DrafterConnection:
@@ -79,8 +55,9 @@ class DrafterConnection:
     Guarantees:
     - reconnects with jittered, exponential delays until it is cancelled;
     - nothing of one stream is ever used with the next: ``generation`` tells them apart;
-    - a drafter that breaks the protocol, or is late ``MAX_LATE_IN_A_ROW`` times, is left alone
-      for a time that doubles;
+    - a drafter that breaks the protocol, or is late or lost too often (``Breaker``), loses its
+      sessions, is left alone for a time that doubles, and is ready again only behind a probing
+      round that was in time;
     - rounds owed by a stream that ended are owed no more, at once.
 
     ``run`` belongs to the event loop; every other method is called with ``changed`` held, from
@@ -93,6 +70,7 @@ class DrafterConnection:
         vocab_size: the target's; the drafter's must be equal.
         changed: guards this connection's state, and is notified when it changes.
         stats: counted into.
+        round_timeout_s: by when a probing round must be answered.
         tls: unset: plaintext.
     """
 
@@ -106,6 +84,7 @@ class DrafterConnection:
         vocab_size: int,
         changed: threading.Condition,
         stats: DraftClientStats,
+        round_timeout_s: float,
         tls: ChannelTls | None = None,
     ) -> None:
         self.drafter_id = drafter_id
@@ -122,16 +101,16 @@ class DrafterConnection:
         self._reason = ""
         self._generation = 0
         self._credit_bytes = 0
-        self._pending_rounds: dict[int, _PendingRound] = {}
-        self._pending_chunks: deque[_PendingChunk] = deque()
-        self._num_late_in_a_row = 0
-        self._num_quarantines = 0
+        self._pending_rounds: dict[int, PendingRound] = {}
+        self._pending_chunks: deque[PendingChunk] = deque()
+        self._breaker = Breaker()
+        self._round_timeout_s = round_timeout_s
         self._round_trip_s = 0.0
         self._paced: PaceStats | None = None
         self._event_loop = asyncio.get_running_loop()
         self._rounds: asyncio.Queue[drafter_pb2.DraftRequest] = asyncio.Queue()
         self._chunks: asyncio.Queue[drafter_pb2.FeedRequest] = asyncio.Queue()
-        self._quarantined = asyncio.Event()
+        self._opened = asyncio.Event()
 
     # What the engine's thread uses.
 
@@ -185,9 +164,7 @@ class DrafterConnection:
     ) -> None:
         """Sends a round of these sequences; the connection owes ``handle`` an answer."""
         handle.waiting.add(self)
-        self._pending_rounds[round_id] = _PendingRound(
-            handle, sessions, sequences, time.monotonic()
-        )
+        self._pending_rounds[round_id] = PendingRound(handle, sessions, sequences, time.monotonic())
         self._event_loop.call_soon_threadsafe(self._rounds.put_nowait, message)
 
     def send_chunk(
@@ -197,7 +174,7 @@ class DrafterConnection:
         self._credit_bytes -= num_bytes
         session.num_unacknowledged += 1
         session.is_open = True
-        self._pending_chunks.append(_PendingChunk(session, end, num_bytes))
+        self._pending_chunks.append(PendingChunk(session, end, num_bytes))
         self._event_loop.call_soon_threadsafe(self._chunks.put_nowait, message)
 
     def close_session(self, session: ClientSession) -> None:
@@ -217,10 +194,9 @@ class DrafterConnection:
 
     def count_late(self) -> None:
         """Notes that the drafter kept a round waiting too long."""
-        self._num_late_in_a_row += 1
-        if self.is_ready and self._num_late_in_a_row >= MAX_LATE_IN_A_ROW:
-            self._go_down(DrafterState.QUARANTINED, "too slow")
-            self._event_loop.call_soon_threadsafe(self._quarantined.set)
+        if self.is_ready and self._breaker.fail(time.monotonic()):
+            self._go_down(DrafterState.OPEN, "too slow")
+            self._event_loop.call_soon_threadsafe(self._opened.set)
 
     # What the event loop runs.
 
@@ -230,18 +206,17 @@ class DrafterConnection:
         last_state = DrafterState.CONNECTING
         try:
             while True:
-                started_at, generation = time.monotonic(), self._generation
+                generation = self._generation
                 state, reason, delay_s = await self._serve_once(delay_s)
                 with self._changed:
-                    if time.monotonic() - started_at > _FORGIVEN_AFTER_S:
-                        self._num_quarantines = 0
                     self._go_down(state, reason)
                 if state is not last_state or generation != self._generation:
                     logger.warning(
                         "drafter %s is %s: %s; %s", self.drafter_id, state, reason, self._stats
                     )
                 last_state = state
-                await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+                open_s = self._breaker.wait_s(time.monotonic())
+                await asyncio.sleep(max(open_s, delay_s * random.uniform(0.5, 1.0)))
         finally:
             with self._changed:
                 self._go_down(DrafterState.LOST, "removed")
@@ -255,9 +230,12 @@ class DrafterConnection:
             return DrafterState.MISMATCHED, str(error), MISMATCH_RETRY_S
         except MalformedProposalError as error:
             self._stats.num_malformed += 1
-            return DrafterState.QUARANTINED, str(error), self._quarantine(MALFORMED_QUARANTINE_S)
-        except _QuarantineError as error:
-            return DrafterState.QUARANTINED, str(error), self._quarantine(LATE_QUARANTINE_S)
+            with self._changed:
+                if self._breaker.state is BreakerState.CLOSED:  # else the probe was malformed
+                    self._breaker.open(time.monotonic(), MALFORMED_QUARANTINE_S)
+            return DrafterState.QUARANTINED, str(error), MIN_RECONNECT_S
+        except _OpenError as error:
+            return DrafterState.OPEN, str(error), MIN_RECONNECT_S
         except aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
         except TimeoutError:
@@ -267,14 +245,12 @@ class DrafterConnection:
         except Exception as error:  # our own mistake must not cost the drafter for good
             logger.exception("the connection to drafter %s failed", self.drafter_id)
             reason = f"{type(error).__name__}: {error}"
-        was_ready = self._state is DrafterState.READY
-        delay_s = MIN_RECONNECT_S if was_ready else min(last_delay_s * 2, MAX_RECONNECT_S)
-        return DrafterState.LOST, reason, delay_s
-
-    def _quarantine(self, shortest_s: float) -> float:
-        delay_s = min(shortest_s * 2.0**self._num_quarantines, MAX_QUARANTINE_S)
-        self._num_quarantines += 1
-        return delay_s
+        if not self.is_ready:
+            return DrafterState.LOST, reason, min(last_delay_s * 2, MAX_RECONNECT_S)
+        with self._changed:
+            if self._breaker.fail(time.monotonic()):
+                return DrafterState.OPEN, f"lost too often: {reason}", MIN_RECONNECT_S
+        return DrafterState.LOST, reason, MIN_RECONNECT_S
 
     async def _serve(self) -> None:
         async with (
@@ -291,17 +267,43 @@ class DrafterConnection:
                     vocab_size=self._vocab_size,
                 )
                 credit_bytes = await greet_feed(feed, replica_id=self._replica_id)
-            self._quarantined.clear()
+            if self._breaker.begin_probe(time.monotonic()):
+                await self._probe(draft, feed, welcome)
+            self._opened.clear()
             self._rounds, self._chunks = asyncio.Queue(), asyncio.Queue()
             with self._changed:
                 self._come_up(welcome, credit_bytes)
             await run_until_first_ends(
                 self._read_answers(draft),
                 self._read_acknowledgements(feed),
-                _write(draft, self._rounds),
-                _write(feed, self._chunks),
-                self._until_quarantined(),
+                write_all(draft, self._rounds),
+                write_all(feed, self._chunks),
+                self._until_opened(),
             )
+
+    async def _probe(
+        self,
+        draft: aio.StreamStreamCall,
+        feed: aio.StreamStreamCall,
+        welcome: drafter_pb2.DraftResponse.Welcome,
+    ) -> None:
+        """Closes the breaker. Raises: _OpenError: a round is not in time; what ``probe`` raises."""
+        with self._changed:
+            self._state = DrafterState.HALF_OPEN
+        succeeded = False
+        try:
+            await probe(
+                draft,
+                feed,
+                feature_size=welcome.feature_size,
+                vocab_size=self._vocab_size,
+                timeout_s=self._round_timeout_s,
+            )
+            succeeded = True
+        except TimeoutError:
+            raise _OpenError("a probing round was too late") from None
+        finally:
+            self._breaker.end_probe(time.monotonic(), succeeded=succeeded)
 
     async def _read_answers(self, draft: aio.StreamStreamCall) -> None:
         while True:
@@ -324,7 +326,7 @@ class DrafterConnection:
     def _take_answer(
         self, round_id: int, results: list[DraftResult], received_at: float, server_s: float
     ) -> None:
-        # Gone when the drafter was quarantined while its answer was being decoded.
+        # Gone when the breaker opened while its answer was being decoded.
         pending = self._pending_rounds.pop(round_id, None)
         if pending is None:
             return
@@ -344,7 +346,7 @@ class DrafterConnection:
             pending.handle.waiting.remove(self)
             pending.handle.results.extend(results)
             self._stats.num_rounds += 1
-            self._num_late_in_a_row = 0
+            self._breaker.succeed()
             self._changed.notify_all()
 
     async def _read_acknowledgements(self, feed: aio.StreamStreamCall) -> None:
@@ -371,9 +373,9 @@ class DrafterConnection:
         if session.is_closing:
             self.close_session(session)
 
-    async def _until_quarantined(self) -> None:
-        await self._quarantined.wait()
-        raise _QuarantineError(self._reason)
+    async def _until_opened(self) -> None:
+        await self._opened.wait()
+        raise _OpenError(self._reason)
 
     def _come_up(self, welcome: drafter_pb2.DraftResponse.Welcome, credit_bytes: int) -> None:
         self._state = DrafterState.READY
@@ -383,7 +385,6 @@ class DrafterConnection:
         self._paced = pace_from_proto(welcome)
         self.num_sessions = 0
         self._credit_bytes = credit_bytes
-        self._num_late_in_a_row = 0
         self._changed.notify_all()
 
     def _go_down(self, state: DrafterState, reason: str) -> None:
@@ -395,11 +396,6 @@ class DrafterConnection:
         self._pending_rounds.clear()
         self._pending_chunks.clear()
         self._changed.notify_all()
-
-
-async def _write(call: aio.StreamStreamCall, messages: asyncio.Queue[Any]) -> None:
-    while True:
-        await call.write(await messages.get())
 
 
 def _average(average: float, value: float) -> float:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+from grpc import aio
+
 
 async def run_until_first_ends(*coroutines: Coroutine[Any, Any, None]) -> None:
     """Runs coroutines side by side until one ends, and cancels the others.
@@ -25,3 +27,9 @@ async def run_until_first_ends(*coroutines: Coroutine[Any, Any, None]) -> None:
         if task.cancelled():  # not by us: to the caller it must not look like its own end
             raise EOFError("the call was cancelled")
         task.result()
+
+
+async def write_all(call: aio.StreamStreamCall, messages: asyncio.Queue[Any]) -> None:
+    """Sends what comes into the queue, until it is cancelled or the call has ended."""
+    while True:
+        await call.write(await messages.get())
