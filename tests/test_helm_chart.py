@@ -172,6 +172,16 @@ def test_the_checks_find_what_is_wrong(shared_dir: Path) -> None:
         ({"gcsFaultTolerance": {"enabled": True}}, "gcsFaultTolerance.redisAddress"),
         ({"gateway": {"enabled": True}}, "gateway.parentRefs"),
         ({"modelCache": {"size": "much"}}, "modelCache.size"),
+        ({"fullnameOverride": "7b"}, "fullnameOverride"),
+        ({"router": {"minReplicas": 9}}, "router.minReplicas"),
+        (
+            {**ALL_ON, "autoscaler": {"enabled": False}},
+            "autoscaler.enabled",
+        ),
+        (
+            {"upgradeStrategy": {"type": "NewClusterWithIncrementalUpgrade"}},
+            "upgradeStrategy.clusterUpgradeOptions.gatewayClassName",
+        ),
     ],
 )
 def test_a_wrong_value_is_named(helm: Helm, values: Object, path: str) -> None:
@@ -289,6 +299,28 @@ def test_a_change_of_the_serve_configuration_changes_no_pod() -> None:
     before, after = (one(render({"config": c}), "RayService")["spec"] for c in ({}, changed))
     assert before["serveConfigV2"] != after["serveConfigV2"]
     assert before["rayClusterConfig"] == after["rayClusterConfig"]
+
+
+@pytest.mark.parametrize("rendered", VALUES, indirect=True)
+def test_the_operator_would_take_it(rendered: list[Object]) -> None:
+    """What KubeRay 1.7 checks itself, behind the CRD's schema."""
+    cluster = one(rendered, "RayService")["spec"]["rayClusterConfig"]
+    head = cluster["headGroupSpec"]
+    names = {port["name"] for port in head["template"]["spec"]["containers"][0]["ports"]}
+    assert {"serve", "dashboard", "gcs-server", "client", "metrics"} == names
+    resource_parameters = {"num-cpus", "num-gpus", "memory", "resources"}
+    for group in [head, *cluster["workerGroupSpecs"]]:
+        named_twice = resource_parameters & group["rayStartParams"].keys() and group.get(
+            "resources"
+        )
+        assert not named_twice
+        assert "restartPolicy" not in group["template"]["spec"]  # the autoscaler wants its own
+    for group in cluster["workerGroupSpecs"]:
+        assert 0 <= group["minReplicas"] <= group["maxReplicas"]
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    environment = {entry["name"] for entry in head["template"]["spec"]["containers"][0]["env"]}
+    managed = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_enable_autoscaler_v2"}
+    assert not managed & environment
 
 
 def test_labels_that_kuberay_selects_by_are_left_to_it() -> None:
@@ -409,9 +441,9 @@ def test_budgets_count_pods() -> None:
 CLIENT = {"app": "client"}
 STRANGER = {"app": "other"}
 OPERATOR = {"app.kubernetes.io/name": "kuberay-operator"}
-HEAD, ROUTER, TARGET, DRAFTER = (
+HEAD, ROUTER, TARGET, DRAFTER, HOOK = (
     {"app.kubernetes.io/instance": "test", "app.kubernetes.io/component": component}
-    for component in ("head", "router", "target", "drafter")
+    for component in ("head", "router", "target", "drafter", "test")
 )
 
 
@@ -433,6 +465,8 @@ HEAD, ROUTER, TARGET, DRAFTER = (
         (OPERATOR, HEAD, 8265, True),
         (OPERATOR, TARGET, 8265, False),
         (CLIENT, ROUTER, 50051, True),
+        (HOOK, ROUTER, 50051, True),
+        (HOOK, DRAFTER, 25100, False),
         (STRANGER, ROUTER, 50051, False),
         (CLIENT, ROUTER, 6379, False),
         (CLIENT, TARGET, 50051, False),

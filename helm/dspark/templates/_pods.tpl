@@ -81,7 +81,8 @@ spec:
         {{- if $isRouter }}
         - {name: grpc, containerPort: {{ include "dspark.grpcPort" $root }}}
         {{- end }}
-        {{- if include "dspark.http" $root }}
+        {{- /* KubeRay makes no cluster without this name on the head. */}}
+        {{- if or $isHead (include "dspark.http" $root) }}
         - {name: serve, containerPort: {{ include "dspark.httpPort" $root }}}
         {{- end }}
       env:
