@@ -308,3 +308,24 @@ async def test_old_connections_end_when_their_streams_have() -> None:
         chunks = await gather_chunks(cluster.client, [1, 2, 3], max_tokens=100)
         tokens = [token for chunk in chunks for token in chunk.token_ids]
         assert tokens == expected([1, 2, 3], 100)
+
+
+async def test_calls_take_turns_where_a_name_has_several_addresses() -> None:
+    routers = [
+        RouterServer(
+            tokenizer=TOKENIZER,
+            model_name="fake",
+            vocab_size=VOCAB_SIZE,
+            max_model_len=MAX_MODEL_LEN,
+        )
+        for _ in range(2)
+    ]
+    addresses = [f"127.0.0.1:{await router.start('127.0.0.1')}" for router in routers]
+    async with AsyncClient(f"ipv4:{','.join(addresses)}") as client:
+        async with asyncio.timeout(10):
+            while len({(await client.status()).router_id for _ in range(4)}) < 2:
+                await asyncio.sleep(0.01)  # the second connection may come later
+        seen = [(await client.status()).router_id for _ in range(4)]
+    assert sorted(seen) == sorted(2 * [router.router_id for router in routers])
+    for router in routers:
+        await router.stop()

@@ -48,6 +48,8 @@ def channel_options(max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> Optio
         ("grpc.max_reconnect_backoff_ms", int(MAX_RECONNECT_S * 1000)),
         # Retries are ours to decide: gRPC's own would send a message twice.
         ("grpc.enable_retries", 0),
+        # Where a name has several addresses, as that of a headless Service, calls take turns.
+        ("grpc.lb_policy_name", "round_robin"),
         # Inside the cluster addresses are direct; a proxy of the environment is not meant.
         ("grpc.enable_http_proxy", 0),
     ]
