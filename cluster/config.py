@@ -132,9 +132,19 @@ class SpeculativeConfig(Section):
     prompt_lookup_max: int | None = Field(
         default=None, ge=1, le=64, description="ngram: tokens that a match is looked for with"
     )
-    scheduler: Literal["full", "prefix"] = Field(
-        default="full",
-        description="full: verify the whole block; prefix: DSpark's algorithm 1 on the cost model",
+    scheduler: Literal["full", "prefix", "search"] = Field(
+        default="search",
+        description="how much to verify; full: whole blocks; prefix: DSpark's algorithm 1 on the "
+        "cost model; search: the best total for confidences of earlier rounds (section 5.2)",
+    )
+    switching: Literal["auto", "always"] = Field(
+        default="auto",
+        description="auto: speculate where the cost model expects more of it than of plain passes",
+    )
+    grouping: Literal["auto", "off", "always"] = Field(
+        default="auto",
+        description="two groups of sequences, one verified while the other is drafted for; auto: "
+        "where the cost model expects more of it",
     )
     trust_drafter: bool = Field(
         default=True, description="false: verify as if the drafter lied about its distribution"

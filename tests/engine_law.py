@@ -217,9 +217,6 @@ class _SteepCostModel(CostModel):
     ) -> None:
         pass
 
-    def observe_draft(self, seconds: float) -> None:
-        pass
-
 
 def _run(engine: Engine, cases: Sequence[Case], num_samples: int) -> dict[str, Samples]:
     length = NUM_PLAIN_TOKENS + NUM_TOKENS

@@ -15,6 +15,9 @@ from cluster.engine.local_drafter import LocalDraftClient
 from cluster.engine.worker import ShardWorker
 from cluster.request import FinishReason, Request, TokenSource, Usage
 
+# Models for tests are so small that speculating would hardly ever pay.
+ALWAYS = {"scheduler": "full", "switching": "always", "grouping": "off"}
+
 
 @dataclass
 class Completion:
@@ -32,7 +35,7 @@ def make_config(target: str, drafter: str | None = None, **overrides: Any) -> Cl
     """A configuration for tests; ``overrides`` go to the target, ``speculative`` to speculation.
 
     There is speculation when ``drafter`` (a DSpark folder, but for what ``speculative`` says) is
-    given, or ``speculative``.
+    given, or ``speculative``: of whole blocks and all the time, unless that says otherwise.
     """
     speculative = overrides.pop("speculative", {})
     values: dict[str, Any] = {
@@ -49,7 +52,7 @@ def make_config(target: str, drafter: str | None = None, **overrides: Any) -> Cl
     if drafter is not None:
         speculative = {"method": "dspark", "model": drafter, **speculative}
     if speculative:
-        values["speculative"] = speculative
+        values["speculative"] = {**ALWAYS, **speculative}
     return ClusterConfig.parse(values)
 
 

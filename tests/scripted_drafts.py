@@ -12,6 +12,7 @@ from cluster.engine.draft_client import (
     DraftResult,
     DraftRound,
     DraftSampling,
+    DraftTimes,
     SessionKey,
 )
 from cluster.speculation.proposal import DraftProposal
@@ -40,6 +41,14 @@ class ScriptedDrafts:
 
     def is_ready(self) -> bool:
         return True
+
+    def predicted_round_s(
+        self, num_sessions: float, num_tokens: int, *, added_drafters: int = 0
+    ) -> float:
+        return 1e-3
+
+    def times(self) -> DraftTimes:
+        return DraftTimes()
 
     def open_session(self, session: SessionKey, sampling: DraftSampling) -> bool:
         self._lengths[session] = 0

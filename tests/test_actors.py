@@ -20,6 +20,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import DeadlineExceededError, InvalidRequestError
 from cluster.rpc.client import Chunk, Client
 from cluster.rpc.cluster_status import ReplicaStatus
+from tests.engine_tools import ALWAYS
 from tests.models import DRAFTER, TARGET
 
 pytestmark = [
@@ -51,7 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ClusterConfig:
                 "kv_cache_memory_mb": 32,
                 "enforce_eager": True,
             },
-            "speculative": {"model": Path(DRAFTER).name},
+            "speculative": {"model": Path(DRAFTER).name, **ALWAYS},
             "drafter": {"dtype": "float32", "enforce_eager": True},
             "router": {"port": 0, "replica_wait_s": 120},
             "drain_timeout_s": 5,

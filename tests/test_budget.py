@@ -149,7 +149,7 @@ def test_search_takes_its_total_from_earlier_rounds_only() -> None:
 
 
 def test_search_follows_a_changing_number_of_requests() -> None:
-    search = SearchBudget(smoothing=1.0)
+    search = SearchBudget()
     plan(search, [[0.9, 0.5]] * 8, FLAT)
     assert plan(search, [[0.9, 0.5]] * 3, FLAT) == [2, 2, 2]
     assert plan(search, [[]], FLAT) == [0]

@@ -125,8 +125,12 @@ def test_draft_time_lowers_goodput() -> None:
     model = CostModel({1: 1.0}, draft_seconds=1.0, smoothing=0.5)
     goodput = model.expected_goodput(num_requests=2, survival_sum=[0, 2], num_tokens=[2, 6])
     assert goodput.tolist() == [1.0, 2.0]
-    model.observe_draft(3.0)
-    assert model.draft_seconds == 2.0
+    model.num_groups = 2  # a pass of 1 s and a round of 1 s, but for two groups in turn
+    goodput = model.expected_goodput(num_requests=2, survival_sum=[0, 2], num_tokens=[2, 6])
+    assert goodput.tolist() == [2.0, 4.0]
+    model.draft_seconds = 3.0
+    goodput = model.expected_goodput(num_requests=2, survival_sum=[0, 2], num_tokens=[2, 6])
+    assert goodput.tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,10 @@ def make_sequence(request_id: str, confidences: tuple[float, ...], **sampling: o
 
 def chosen(planner: RoundPlanner, *sequences: Sequence) -> list[int]:
     limits = {s: s.proposal.num_draft_tokens for s in sequences if s.proposal is not None}
-    drafts = planner.choose(
+    choice = planner.choose(
         limits, num_requests=len(sequences), num_base_tokens=len(sequences), num_context_tokens=0
     )
-    return [len(drafts[sequence]) for sequence in sequences]
+    return [len(choice.draft_token_ids[sequence]) for sequence in sequences]
 
 
 def verified(sequence: Sequence, num_admitted: int, num_accepted: int) -> tuple[object, object]:
@@ -89,7 +89,9 @@ def test_each_request_gets_the_scaling_of_its_verifier() -> None:
 
 def test_the_fixed_budget_takes_the_whole_block_whatever_the_confidence() -> None:
     planner = RoundPlanner(
-        SpeculativeConfig(model="unused"), CostModel({1: 1.0}), Calibration({GREEDY: scaling(0.1)})
+        SpeculativeConfig(model="unused", scheduler="full"),
+        CostModel({1: 1.0}),
+        Calibration({GREEDY: scaling(0.1)}),
     )
     assert chosen(planner, make_sequence("a", (0.01,) * BLOCK, temperature=0.0)) == [BLOCK]
 

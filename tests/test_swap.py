@@ -19,6 +19,7 @@ from cluster.cli.swap import check_same_cluster
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.rpc.client import Client
+from tests.engine_tools import ALWAYS
 from tests.models import DRAFTER, TARGET, save_tiny_drafter, save_tiny_eagle3
 from tests.test_cli import _dspark, _json
 
@@ -50,7 +51,7 @@ def write_config(path: Path, speculative: dict[str, Any] | None, **target: Any) 
             "enforce_eager": True,
             **target,
         },
-        "speculative": speculative,
+        "speculative": None if speculative is None else {**ALWAYS, **speculative},
         "drafter": {"dtype": "float32", "enforce_eager": True},
         "router": {"port": 0},
         "drain_timeout_s": 5,

@@ -93,6 +93,10 @@ def _load(
     import torch
 
     from cluster.engine.draft_factory import build_draft_engine
+    from cluster.engine.draft_profile import measure_draft_curve
 
     torch.set_num_threads(config.drafter.num_threads)
-    return build_draft_engine(config), read_digests(config)
+    engine = build_draft_engine(config)
+    if engine.curve is None:
+        engine.curve = measure_draft_curve(engine)
+    return engine, read_digests(config)

@@ -74,6 +74,11 @@ class DraftRound:
     sequences: tuple[DraftSequence, ...]
     features: torch.Tensor
 
+    @property
+    def num_tokens(self) -> int:
+        """Most tokens that are drafted for a sequence; 0 without sequences."""
+        return max((s.num_speculative_tokens for s in self.sequences), default=0)
+
 
 class DraftOutcome(enum.IntEnum):
     """Values as in ``cluster.v1.DraftResponse.Outcome``."""
@@ -97,6 +102,21 @@ class DraftResult:
     proposal: DraftProposal | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class DraftTimes:
+    """What drafters have told of their time.
+
+    Attributes:
+        compute_s: of all passes so far that had rounds of this replica in them, added up.
+        queue_s: expected wait of a round on its drafter.
+        network_s: average of a round's way there and back.
+    """
+
+    compute_s: float = 0.0
+    queue_s: float = 0.0
+    network_s: float = 0.0
+
+
 class DraftClient(Protocol):
     """The engine's view of the drafters. Not thread-safe: only the engine's thread calls it."""
 
@@ -107,6 +127,24 @@ class DraftClient(Protocol):
 
     def is_ready(self) -> bool:
         """Whether some drafter is connected, matches, and is not left alone."""
+        ...
+
+    def predicted_round_s(
+        self, num_sessions: float, num_tokens: int, *, added_drafters: int = 0
+    ) -> float:
+        """Seconds from sending a round to its last answer, from what earlier ones took.
+
+        Known, if roughly, before the first round and while no drafter is ready.
+
+        Args:
+            num_sessions: in the round, spread over the drafters that are ready.
+            num_tokens: drafted for each.
+            added_drafters: as if there were so many more, or fewer (never less than one).
+        """
+        ...
+
+    def times(self) -> DraftTimes:
+        """What drafters' passes have taken."""
         ...
 
     def open_session(self, session: SessionKey, sampling: DraftSampling) -> bool:

@@ -23,6 +23,7 @@ from cluster.engine.draft_sessions import DraftSession, DraftSessions
 from cluster.engine.pace import DraftPace, PaceStats
 from cluster.engine.pages import PagePool
 from cluster.errors import ConfigError, InvalidRequestError
+from cluster.speculation.draft_curve import DraftCurve
 from cluster.speculation.proposal import DraftProposal
 
 
@@ -88,6 +89,8 @@ class DraftEngine:
         self._config = config
         self._clock = clock
         self._pace = pace
+        # What its passes cost, once somebody has measured that; replicas are told.
+        self.curve: DraftCurve | None = None if pace is None else pace.curve
         self._sessions = DraftSessions(config.max_sessions)
         self._pages = PagePool(method.num_pages, method.page_size)
 
@@ -105,6 +108,11 @@ class DraftEngine:
     def feature_size(self) -> int:
         """Values of one position's features; 0: token ids are enough."""
         return self._method.feature_size
+
+    @property
+    def max_sessions(self) -> int:
+        """Most sessions held."""
+        return self._config.max_sessions
 
     @property
     def paced(self) -> PaceStats | None:

@@ -8,10 +8,11 @@ on the way leaves a sequence without a proposal, and it decodes plainly (DESIGN.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,13 @@ from cluster.request import SpeculationStats
 _MAX_INLINE_FEATURES = 16
 
 FeatureReader = Callable[[list[tuple[Sequence, int, int]]], torch.Tensor]
+
+
+class RoundSize(NamedTuple):
+    """Sequences in a round, and most tokens drafted for one of them; 0 and 0 without a round."""
+
+    num_sessions: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -79,17 +87,31 @@ class Drafting:
         """Whether some drafter can be asked."""
         return self._client.is_ready()
 
-    def announce(self, group: int, sequences: list[Sequence]) -> None:
+    def announce(
+        self,
+        group: int,
+        sequences: list[Sequence],
+        *,
+        max_tokens: int | None = None,
+        wait_s: float = math.inf,
+    ) -> RoundSize:
         """Sends features of sequences that have just been computed, and starts the group's round.
 
         Args:
             group: has no round under way.
             sequences: those of the finished pass that go on.
+            max_tokens: to draft for each; unset: as many as the configuration has.
+            wait_s: longest time to wait for the answer, if less than the configuration has.
+
+        Returns:
+            The size of the round that was started.
         """
         block_size = self._client.block_size
         if block_size == 0:
-            return
-        max_inline = max(_MAX_INLINE_FEATURES, block_size + 1)
+            return RoundSize(0, 0)
+        if max_tokens is not None:
+            block_size = min(block_size, max_tokens)
+        max_inline = max(_MAX_INLINE_FEATURES, self._client.block_size + 1)
         bulk: list[Sequence] = []
         joining: list[tuple[Sequence, int]] = []
         for sequence in sequences:
@@ -113,7 +135,7 @@ class Drafting:
             for s in (*bulk, *(member for member, _ in joining))
         ]
         if not ranges:
-            return
+            return RoundSize(0, 0)
         if self._config.uses_features:
             features = self._read_features(ranges)
         else:
@@ -123,7 +145,8 @@ class Drafting:
             self._feed(sequence, start, features[row : row + end - start])
             row += end - start
         if joining:
-            self._start_round(group, joining, features[row:])
+            self._start_round(group, joining, features[row:], min(wait_s, self.timeout_s))
+        return RoundSize(len(joining), max((count for _, count in joining), default=0))
 
     def is_under_way(self, group: int) -> bool:
         """Whether the group's round has been sent and not yet collected."""
@@ -177,7 +200,11 @@ class Drafting:
         sequence.num_bulk_features = sequence.num_fed_features
 
     def _start_round(
-        self, group: int, joining: list[tuple[Sequence, int]], features: torch.Tensor
+        self,
+        group: int,
+        joining: list[tuple[Sequence, int]],
+        features: torch.Tensor,
+        wait_s: float,
     ) -> None:
         entries = tuple(_entry(sequence, num_drafts) for sequence, num_drafts in joining)
         members: dict[SessionKey, Sequence] = {}
@@ -185,7 +212,7 @@ class Drafting:
             sequence.num_fed_features = sequence.num_computed_tokens
             members[entry.session] = sequence
         handle = self._client.start_round(DraftRound(entries, features))
-        deadline = time.monotonic() + self.timeout_s
+        deadline = time.monotonic() + wait_s
         self._pending[group] = _Pending(handle, deadline, members)
 
     def _is_acknowledged(self, sequence: Sequence) -> bool:

@@ -19,7 +19,7 @@ from cluster.engine.curve_keeper import CurveKeeper
 from cluster.engine.draft_client import DraftClient
 from cluster.engine.drafting import feature_slots
 from cluster.engine.feature_refresh import FeatureRefresh
-from cluster.engine.load import EngineLoad
+from cluster.engine.load import EngineLoad, SpeculationLoad
 from cluster.engine.pages import PagePool
 from cluster.engine.planning import RecordObserver
 from cluster.engine.prefix_cache import PrefixCache
@@ -28,12 +28,13 @@ from cluster.engine.runner import Runner
 from cluster.engine.sampler import SampleOutput, Sampler
 from cluster.engine.scheduler import ScheduledSequence, Scheduler, flatten
 from cluster.engine.sequence import Sequence
-from cluster.engine.speculator import Speculator
+from cluster.engine.speculator import PassPromise, Speculator
 from cluster.engine.step_input import StepInput
 from cluster.errors import InvalidRequestError
 from cluster.request import FinishReason, Request, RequestOutput, SpeculationStats
 from cluster.speculation.calibration import Calibration
 from cluster.speculation.cost_model import CostModel
+from cluster.speculation.switch import SpeculationMode
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class _Pass:
     entries: list[ScheduledSequence]
     step: StepInput
     started_s: float  # of the engine's clock, which stands still while drafts are waited for
+    promise: PassPromise | None  # where there is a speculator
 
 
 class Engine:
@@ -92,7 +94,7 @@ class Engine:
             self._pages, config.target.enable_prefix_caching and shard.cache.keeps_pages
         )
         self.prefix_journal = self._prefixes.journal  # for any thread
-        self._num_groups = runner.num_stages
+        self._num_stages = self._num_groups = runner.num_stages
         self._scheduler = Scheduler(config.target, self._pages, self._prefixes, self._num_groups)
         speculative = config.speculative
         self._sampler = Sampler(
@@ -103,6 +105,7 @@ class Engine:
         )
         self._stats = SpeculationStats()
         self._waited_s = 0.0
+        self._last_finish = time.monotonic()
         probe = StepProbe(runner, self._pages, config.target, self.max_model_len)
         self._curve_keeper = CurveKeeper(probe, config.target, target_digest)
         self.cost_model = CostModel(self._curve_keeper.curve)
@@ -134,6 +137,8 @@ class Engine:
             raise InvalidRequestError("request_id", f"'{request.request_id}' is being served")
         sequence = Sequence.of(request, max_model_len=self.max_model_len, tokenizer=self._tokenizer)
         self._scheduler.add(sequence)
+        if not self._sequences:
+            self._last_finish = time.monotonic()  # what idled was not slow
         self._sequences[request.request_id] = sequence
 
     def cancel(self, request_id: str, error: Exception) -> None:
@@ -146,7 +151,8 @@ class Engine:
         """Launches what fits, finishes the oldest pass, and tells what every request gained."""
         outputs = self._end_marked()
         self._refresh.advance()
-        while len(self._in_flight) < self._num_groups and self._launch_next():
+        self._regroup()
+        while len(self._in_flight) < self._num_stages and self._launch_next():
             pass
         if self._in_flight:
             outputs += self._finish(self._in_flight.popleft())
@@ -155,12 +161,10 @@ class Engine:
     def load(self) -> EngineLoad:
         """The moment's load and the totals since the start."""
         speculator = self._speculator
-        if speculator is None:
-            state, reason = "off", "no drafter is configured"
-        elif not speculator.is_ready:
-            state, reason = "off", "no drafter is ready"
-        else:
-            state, reason = "on", "a drafter is ready"
+        speculation = SpeculationLoad(reason="no drafter is configured")
+        if speculator is not None:
+            speculation = speculator.load()
+        is_off = speculation.mode == SpeculationMode.PLAIN
         return EngineLoad(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
@@ -171,8 +175,9 @@ class Engine:
             num_output_tokens=self._num_output_tokens,
             num_preemptions=self._scheduler.num_preemptions,
             prefix_cache=self._prefixes.stats(),
-            speculation_state=state,
-            speculation_reason=reason,
+            speculation_state="off" if is_off else "on",
+            speculation_reason=speculation.reason,
+            speculation=speculation,
             stats=self._stats,
             calibration_error=speculator.calibration_error if speculator is not None else None,
             calibration_drift=speculator.calibration_drift if speculator is not None else 1.0,
@@ -311,15 +316,22 @@ class Engine:
             read_features=self._read_features,
             max_model_len=self.max_model_len,
             stats=self._stats,
+            num_stages=self._num_stages,
         )
 
     def _launch(self, group: int, entries: list[ScheduledSequence]) -> None:
         started_s = self._clock()
         step = flatten(entries, self._pages.page_size)
+        promise = None
+        if self._speculator is not None:
+            num_sampling = sum(entry.samples for entry in entries)
+            promise = self._speculator.promise(
+                group, num_sampling, step.num_tokens, step.num_context_tokens
+            )
         for entry in entries:
             entry.sequence.is_in_flight = True
         self._runner.launch(step)
-        self._in_flight.append(_Pass(group, entries, step, started_s))
+        self._in_flight.append(_Pass(group, entries, step, started_s, promise))
 
     def _finish(self, done: _Pass) -> list[RequestOutput]:
         """Samples a pass's tokens, commits them, ends what is done and announces what goes on."""
@@ -342,14 +354,37 @@ class Engine:
                 self._remove(sequence)
             elif sequence.end_error is None:
                 going_on.append(sequence)
-        self.cost_model.observe_verify(
-            done.step.num_tokens,
-            self._clock() - done.started_s,
-            num_context_tokens=done.step.num_context_tokens,
-        )
+        finished = time.monotonic()
+        num_tokens = sum(len(output.token_ids) for output in outputs)
+        self._observe(done, num_tokens, finished - self._last_finish)
+        self._last_finish = finished
         if self._speculator is not None:
-            self._speculator.announce(done.group, going_on)
+            self._speculator.announce(done.group, going_on, self._scheduler)
         return outputs
+
+    def _observe(self, done: _Pass, num_output_tokens: int, seconds: float) -> None:
+        """Learns from a pass that ended ``seconds`` behind the one before it."""
+        promise = done.promise
+        if promise is None or promise.mode is not SpeculationMode.GROUPED:
+            # Beside a drafter at work a pass may be slower, which says nothing of other passes.
+            self.cost_model.observe_verify(
+                done.step.num_tokens,
+                self._clock() - done.started_s,
+                num_context_tokens=done.step.num_context_tokens,
+            )
+        if promise is not None and self._speculator is not None:
+            self._speculator.delivered(promise, num_output_tokens, seconds)
+
+    def _regroup(self) -> None:
+        """Goes over to as many groups as should take turns, once nothing is under way."""
+        wanted = self._num_stages if self._speculator is None else self._speculator.num_groups
+        if wanted == self._num_groups or self._in_flight:
+            return
+        if self._speculator is not None:
+            for group in range(self._num_groups):
+                self._waited_s += self._speculator.collect(group)
+        self._scheduler.set_num_groups(wanted)
+        self._num_groups, self._next_group = wanted, 0
 
     def _commit(
         self, entry: ScheduledSequence, sample: SampleOutput

@@ -30,11 +30,46 @@ class PrefixCacheStats:
         return self.num_hit_tokens / max(self.num_queried_tokens, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpeculationLoad:
+    """How a replica speculates now, and what it asks of drafters.
+
+    Attributes:
+        mode: plain, speculative or grouped (``SpeculationMode``).
+        reason: why, in words for people.
+        num_flips: times that speculation went off or on.
+        seconds_in_state: since the mode in force was entered.
+        seconds_in_mode: in each mode since the start.
+        draft_seconds_per_second: drafters' passes for this replica, over time: drafters it keeps
+            busy. A pass that several replicas share counts for each.
+        draft_queue_seconds: expected wait of a round on its drafter.
+        draft_network_seconds: a round's way there and back.
+        goodput: tokens per second expected with speculation, at the load of the last step.
+        goodput_plain: the same without.
+        goodput_added_drafter: with speculation and a drafter more; ``goodput_removed_drafter``:
+            with one fewer (but one).
+    """
+
+    mode: str = "plain"
+    reason: str = ""
+    num_flips: int = 0
+    seconds_in_state: float = 0.0
+    seconds_in_mode: dict[str, float] = field(default_factory=dict)
+    draft_seconds_per_second: float = 0.0
+    draft_queue_seconds: float = 0.0
+    draft_network_seconds: float = 0.0
+    goodput: float = 0.0
+    goodput_plain: float = 0.0
+    goodput_added_drafter: float = 0.0
+    goodput_removed_drafter: float = 0.0
+
+
 @dataclass(frozen=True)
 class EngineLoad:
     """What a replica reports of itself; times and shares are of the moment of the report.
 
     Attributes:
+        speculation_state: on or off; ``speculation`` says more.
         kv_cache_usage: share of pages that running requests hold; what is only cached is free.
         num_free_tokens: that fit into the pages nobody holds.
         num_queued_tokens: to be computed for what runs and waits, expected outputs included.
@@ -58,6 +93,7 @@ class EngineLoad:
     prefix_cache: PrefixCacheStats = field(default_factory=PrefixCacheStats)
     speculation_state: str = "off"
     speculation_reason: str = ""
+    speculation: SpeculationLoad = field(default_factory=SpeculationLoad)
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     calibration_error: float | None = None
     calibration_drift: float = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -11,9 +12,12 @@ from cluster.engine.draft_client import (
     DraftResult,
     DraftRound,
     DraftSampling,
+    DraftTimes,
     SessionKey,
 )
 from cluster.engine.draft_engine import DraftEngine
+from cluster.speculation.draft_cost import DraftCost
+from cluster.speculation.draft_curve import DraftCurve
 
 _REPLICA_ID = "local"
 
@@ -26,11 +30,14 @@ class LocalDraftClient:
 
     Args:
         engine: used by nobody else.
+        curve: of its passes; unset: all are taken to be as long as the last ones.
     """
 
-    def __init__(self, engine: DraftEngine) -> None:
+    def __init__(self, engine: DraftEngine, curve: DraftCurve | None = None) -> None:
         self._engine = engine
         self._is_closed = False
+        self._cost = DraftCost(curve)
+        self._compute_s = 0.0
 
     @property
     def block_size(self) -> int:
@@ -40,6 +47,16 @@ class LocalDraftClient:
     def is_ready(self) -> bool:
         """True until ``close``."""
         return not self._is_closed
+
+    def predicted_round_s(
+        self, num_sessions: float, num_tokens: int, *, added_drafters: int = 0
+    ) -> float:
+        """Seconds of a pass; there is one drafter here, whatever is added."""
+        return self._cost.compute_s(num_sessions, num_tokens)
+
+    def times(self) -> DraftTimes:
+        """Of this drafter; it has neither queue nor network."""
+        return DraftTimes(compute_s=self._compute_s)
 
     def open_session(self, session: SessionKey, sampling: DraftSampling) -> bool:
         """Opens the session, perhaps in place of the least recently used one."""
@@ -75,7 +92,18 @@ class LocalDraftClient:
         """Drafts the round now, however long that takes."""
         if self._is_closed:
             return []
+        start = time.monotonic()
         (results,) = self._engine.draft([(_REPLICA_ID, handle)])
+        end = time.monotonic()
+        self._compute_s += end - start
+        self._cost.observe(
+            len(handle.sequences),
+            handle.num_tokens,
+            compute_s=end - start,
+            queue_s=0.0,
+            network_s=0.0,
+            now=end,
+        )
         for result in results:
             if result.outcome is DraftOutcome.UNKNOWN_SESSION:
                 # The engine that refuses a base must not be asked for it again.

@@ -7,6 +7,7 @@ into a budget, and compared with what the verifier said of the tokens they were 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +17,29 @@ from cluster.engine.sampler import SampleOutput
 from cluster.engine.scheduler import ScheduledSequence
 from cluster.engine.sequence import Sequence
 from cluster.request import SamplingParams
-from cluster.speculation.budget import BudgetPlanner, FixedBudget, GreedyBudget
+from cluster.speculation.budget import (
+    BudgetPlanner,
+    FixedBudget,
+    GreedyBudget,
+    SearchBudget,
+    survival_of,
+)
 from cluster.speculation.calibration import Calibration
 from cluster.speculation.cost_model import CostModel
 from cluster.speculation.online_calibration import OnlineCalibration
 from cluster.speculation.record import CalibrationKey, VerificationRecord, calibration_key
+from cluster.speculation.survival_profile import SurvivalProfile
+
+_WHOLE_BLOCK = 1 << 20  # more than any has
 
 RecordObserver = Callable[[VerificationRecord], None]
+
+
+class RoundChoice(NamedTuple):
+    """What of a round is verified: draft tokens by sequence, and how many should be accepted."""
+
+    draft_token_ids: dict[Sequence, tuple[int, ...]]
+    expected_accepted: float
 
 
 class RoundPlanner:
@@ -42,9 +59,8 @@ class RoundPlanner:
         self, config: SpeculativeConfig, cost_model: CostModel, calibration: Calibration
     ) -> None:
         self._cost_model = cost_model
-        self._budget: BudgetPlanner | None = None
-        if config.scheduler == "prefix":
-            self._budget = GreedyBudget()
+        self.profile = SurvivalProfile()
+        self._budget = _make_budget(config, self.profile)
         self._online = OnlineCalibration(calibration, is_fixed=not config.online_calibration)
         self._observer: RecordObserver | None = None
 
@@ -69,7 +85,7 @@ class RoundPlanner:
         num_requests: int,
         num_base_tokens: int,
         num_context_tokens: int,
-    ) -> dict[Sequence, tuple[int, ...]]:
+    ) -> RoundChoice:
         """The drafted tokens of each proposal to verify in the next pass.
 
         Args:
@@ -80,11 +96,8 @@ class RoundPlanner:
         """
         proposals = [s.proposal for s in limits if s.proposal is not None]
         widths = np.asarray(list(limits.values()), dtype=np.int64)
-        planner = self._budget or FixedBudget(int(widths.max()))
-        confidences = np.zeros((len(proposals), int(widths.max())))
-        if self._budget is not None:  # a fixed budget looks at no confidence
-            confidences = self._calibrated(limits, widths)
-        admitted = planner.plan(
+        confidences = self._calibrated(limits, widths)
+        admitted = self._budget.plan(
             confidences,
             widths,
             cost_model=self._cost_model,
@@ -92,10 +105,17 @@ class RoundPlanner:
             num_base_tokens=num_base_tokens,
             num_context_tokens=num_context_tokens,
         )
-        return {
-            sequence: proposal.draft_token_ids[:count]
-            for sequence, proposal, count in zip(limits, proposals, admitted, strict=True)
-        }
+        survival = survival_of(confidences, widths)
+        if not isinstance(self._budget, SearchBudget):  # which does so itself
+            self.profile.observe(survival, widths)
+        is_admitted = np.arange(survival.shape[1]) < admitted[:, None]
+        return RoundChoice(
+            {
+                sequence: proposal.draft_token_ids[:count]
+                for sequence, proposal, count in zip(limits, proposals, admitted, strict=True)
+            },
+            float(survival[is_admitted].sum()),
+        )
 
     def observe(self, entry: ScheduledSequence, sample: SampleOutput) -> None:
         """Learns what became of a proposal; to be called while the sequence still has it."""
@@ -130,6 +150,12 @@ class RoundPlanner:
             scaling = self._online.scaling(key, shape[1])
             confidences[rows] = scaling.apply(confidences[rows])
         return np.where(np.arange(shape[1]) < widths[:, None], confidences, 0.0)
+
+
+def _make_budget(config: SpeculativeConfig, profile: SurvivalProfile) -> BudgetPlanner:
+    if config.scheduler == "full":
+        return FixedBudget(_WHOLE_BLOCK)
+    return GreedyBudget() if config.scheduler == "prefix" else SearchBudget(profile)
 
 
 def _key(params: SamplingParams) -> CalibrationKey:

@@ -25,6 +25,7 @@ from cluster.engine.sampler import SampleInput
 from cluster.engine.sequence import Sequence
 from cluster.engine.step_input import StepInput
 from cluster.errors import QueueFullError
+from cluster.speculation.speculation_plan import PassLoad
 
 _FIRST_MEAN_OUTPUT_TOKENS = 128.0
 _MEAN_OUTPUT_WEIGHT = 0.05  # of each output that ends
@@ -160,6 +161,22 @@ class Scheduler:
             num_tokens += taken
         return num_sampling, num_tokens
 
+    def load(self) -> PassLoad:
+        """What passes have to do for the sequences that run, all groups together."""
+        loads = [self.base_load(group) for group in range(self._num_groups)]
+        return PassLoad(
+            num_requests=sum(num_sampling for num_sampling, _ in loads),
+            num_drafting=sum(map(_may_be_drafted_for, self.running)),
+            num_base_tokens=sum(num_tokens for _, num_tokens in loads),
+            num_context_tokens=sum(s.num_computed_tokens for s in self.running),
+        )
+
+    def set_num_groups(self, num_groups: int) -> None:
+        """Spreads the running sequences over so many groups; none of them may be in flight."""
+        self._num_groups = num_groups
+        for index, sequence in enumerate(self.running):
+            sequence.group = index % num_groups
+
     def schedule(
         self, group: int, drafts: dict[Sequence, tuple[int, ...]]
     ) -> list[ScheduledSequence]:
@@ -266,6 +283,11 @@ class Scheduler:
 
 def _turn(sequence: Sequence) -> float:
     return sequence.request.turn
+
+
+def _may_be_drafted_for(sequence: Sequence) -> bool:
+    is_decoding = sequence.num_missing_tokens == 1
+    return is_decoding and not sequence.request.speculation.is_off
 
 
 def flatten(entries: list[ScheduledSequence], page_size: int) -> StepInput:

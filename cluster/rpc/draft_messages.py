@@ -21,9 +21,10 @@ from cluster.engine.draft_client import (
     SessionKey,
 )
 from cluster.engine.draft_loop import FeatureChunk, RoundAnswer
-from cluster.errors import InvalidRequestError, MalformedProposalError
+from cluster.errors import ConfigError, InvalidRequestError, MalformedProposalError
 from cluster.rpc.convert import pace_to_proto
 from cluster.rpc.tensors import FLOAT_DTYPES, decode_tensor, encode_tensor
+from cluster.speculation.draft_curve import DraftCurve
 from cluster.speculation.proposal import DraftProposal
 from cluster.v1 import common_pb2, drafter_pb2
 
@@ -32,6 +33,7 @@ MAX_CHUNK_BYTES = 256 << 10
 MAX_CHUNK_ROWS = 512
 TOKEN_ID_BYTES = 4
 MAX_REQUEST_ID_CHARS = 512
+MAX_CURVE_SIZES = 64
 _OUTCOMES = {
     DraftOutcome.DRAFTED: drafter_pb2.DraftResponse.OUTCOME_DRAFTED,
     DraftOutcome.MISSING: drafter_pb2.DraftResponse.OUTCOME_MISSING,
@@ -370,3 +372,23 @@ def _decode_proposal(
     )
     proposal.validate(vocab_size=vocab_size, max_tokens=sequence.num_speculative_tokens)
     return proposal
+
+
+def encode_curve(curve: DraftCurve) -> drafter_pb2.DraftResponse.DraftCurve:
+    """What a drafter's passes cost, for its welcome."""
+    return drafter_pb2.DraftResponse.DraftCurve(
+        sessions=[int(size) for size in curve.sessions],
+        tokens=[int(size) for size in curve.tokens],
+        seconds=curve.table.ravel().tolist(),
+    )
+
+
+def decode_curve(message: drafter_pb2.DraftResponse.DraftCurve) -> DraftCurve:
+    """The inverse of ``encode_curve``. Raises: MalformedProposalError: it is no curve."""
+    shape = (len(message.sessions), len(message.tokens))
+    if max(shape) > MAX_CURVE_SIZES or len(message.seconds) != shape[0] * shape[1]:
+        raise MalformedProposalError("draft_curve has other sizes than it says, or too many")
+    try:
+        return DraftCurve.fit(message.sessions, message.tokens, np.reshape(message.seconds, shape))
+    except ConfigError as error:
+        raise MalformedProposalError(f"draft_curve: {error}") from None

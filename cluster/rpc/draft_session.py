@@ -38,6 +38,7 @@ class DraftClientStats:
         num_mismatched: handshakes that failed on a digest or version.
         round_trip_s: moving average from sending to the answer.
         network_s: the same, less the drafter's queue and computation.
+        compute_s: of all passes that had rounds of this replica in them, added up.
     """
 
     num_rounds: int = 0
@@ -48,6 +49,7 @@ class DraftClientStats:
     num_mismatched: int = 0
     round_trip_s: float = 0.0
     network_s: float = 0.0
+    compute_s: float = 0.0
 
 
 @dataclass(eq=False)

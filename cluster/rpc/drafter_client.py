@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from cluster.engine.draft_client import (
     DraftRound,
     DraftSampling,
     DraftSequence,
+    DraftTimes,
     SessionKey,
 )
 from cluster.engine.draft_loop import FeatureChunk
@@ -30,6 +32,7 @@ from cluster.rpc.draft_messages import (
 from cluster.rpc.draft_session import ClientSession, DraftClientStats, RoundHandle
 from cluster.rpc.drafter_connection import DrafterConnection
 from cluster.rpc.tls import ChannelTls
+from cluster.speculation.draft_cost import DraftCost
 
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -81,6 +84,7 @@ class GrpcDraftClient:
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._sessions: dict[SessionKey, ClientSession] = {}
         self._round_ids = itertools.count(1)
+        self._last_costs = [DraftCost()]
         self._is_closed = False
         self._thread: threading.Thread | None = None
         if event_loop is None:
@@ -125,6 +129,37 @@ class GrpcDraftClient:
         """Whether some drafter is connected, matches, and is not left alone."""
         with self._changed:
             return bool(self._ready_connections())
+
+    def predicted_round_s(
+        self, num_sessions: float, num_tokens: int, *, added_drafters: int = 0
+    ) -> float:
+        """Seconds from sending a round to its last answer, from what earlier ones took.
+
+        While no drafter is ready, what those took that were ready last.
+        """
+        now = time.monotonic()
+        with self._changed:
+            costs = self._costs()
+            count = max(len(costs) + added_drafters, 1)
+            share = max(num_sessions / count, 1.0)
+            # What waits is spread over more drafters, or over fewer.
+            return max(
+                cost.network_s
+                + cost.queue_s(now) * len(costs) / count
+                + cost.compute_s(share, num_tokens)
+                for cost in costs
+            )
+
+    def times(self) -> DraftTimes:
+        """What drafters' passes have taken."""
+        now = time.monotonic()
+        with self._changed:
+            costs = self._costs()
+            return DraftTimes(
+                compute_s=self._stats.compute_s,
+                queue_s=sum(cost.queue_s(now) for cost in costs) / len(costs),
+                network_s=self._stats.network_s,
+            )
 
     def open_session(self, session: SessionKey, sampling: DraftSampling) -> bool:
         """Assigns the session to the ready drafter with the fewest; False when there is none.
@@ -259,6 +294,13 @@ class GrpcDraftClient:
 
     def _ready_connections(self) -> list[DrafterConnection]:
         return [connection for connection in self._connections.values() if connection.is_ready]
+
+    def _costs(self) -> list[DraftCost]:
+        """Of the drafters that are ready, else of those that were last; at least one."""
+        ready = self._ready_connections()
+        if ready:
+            self._last_costs = [connection.cost for connection in ready]
+        return self._last_costs
 
     def _close_session(self, key: SessionKey) -> None:
         session = self._sessions.pop(key, None)

@@ -19,7 +19,7 @@ from cluster.errors import DsparkError, MalformedProposalError
 from cluster.rpc.channels import MAX_RECONNECT_S, MIN_RECONNECT_S, open_channel
 from cluster.rpc.cluster_status import DrafterStatus
 from cluster.rpc.convert import pace_from_proto
-from cluster.rpc.draft_messages import decode_answer, encode_session
+from cluster.rpc.draft_messages import decode_answer, decode_curve, encode_session
 from cluster.rpc.draft_session import (
     ClientSession,
     DraftClientStats,
@@ -33,6 +33,8 @@ from cluster.rpc.drafter_probe import probe
 from cluster.rpc.tasks import run_until_first_ends, write_all
 from cluster.rpc.tls import ChannelTls
 from cluster.speculation.breaker import Breaker, BreakerState
+from cluster.speculation.draft_cost import DraftCost
+from cluster.speculation.draft_curve import DraftCurve
 from cluster.v1 import drafter_pb2, drafter_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,7 @@ class DrafterConnection:
         self._round_timeout_s = round_timeout_s
         self._round_trip_s = 0.0
         self._paced: PaceStats | None = None
+        self._cost = DraftCost()
         self._event_loop = asyncio.get_running_loop()
         self._rounds: asyncio.Queue[drafter_pb2.DraftRequest] = asyncio.Queue()
         self._chunks: asyncio.Queue[drafter_pb2.FeedRequest] = asyncio.Queue()
@@ -142,6 +145,11 @@ class DrafterConnection:
     def can_send_round(self) -> bool:
         """Whether the drafter has answered enough of the earlier rounds."""
         return self.is_ready and len(self._pending_rounds) < MAX_OUTSTANDING_ROUNDS
+
+    @property
+    def cost(self) -> DraftCost:
+        """What its rounds take; from the last stream while there is none."""
+        return self._cost
 
     def status(self) -> DrafterStatus:
         """For status reports."""
@@ -270,9 +278,11 @@ class DrafterConnection:
             if self._breaker.begin_probe(time.monotonic()):
                 await self._probe(draft, feed, welcome)
             self._opened.clear()
+            has_curve = welcome.HasField("draft_curve")
+            curve = decode_curve(welcome.draft_curve) if has_curve else None
             self._rounds, self._chunks = asyncio.Queue(), asyncio.Queue()
             with self._changed:
-                self._come_up(welcome, credit_bytes)
+                self._come_up(welcome, credit_bytes, curve)
             await run_until_first_ends(
                 self._read_answers(draft),
                 self._read_acknowledgements(feed),
@@ -318,19 +328,31 @@ class DrafterConnection:
                 samplings={key: session.sampling for key, session in pending.sessions.items()},
                 vocab_size=self._vocab_size,
             )
-            server_s = answer.queue_seconds + answer.compute_seconds
             with self._changed:
                 self._paced = pace_from_proto(answer)
-                self._take_answer(answer.round_id, results, received_at, server_s)
+                self._take_answer(answer, results, received_at)
 
     def _take_answer(
-        self, round_id: int, results: list[DraftResult], received_at: float, server_s: float
+        self,
+        answer: drafter_pb2.DraftResponse.Proposals,
+        results: list[DraftResult],
+        received_at: float,
     ) -> None:
         # Gone when the breaker opened while its answer was being decoded.
-        pending = self._pending_rounds.pop(round_id, None)
+        pending = self._pending_rounds.pop(answer.round_id, None)
         if pending is None:
             return
         round_trip_s = received_at - pending.sent_at
+        server_s = answer.queue_seconds + answer.compute_seconds
+        self._cost.observe(
+            len(pending.sequences),
+            max(s.num_speculative_tokens for s in pending.sequences.values()),
+            compute_s=answer.compute_seconds,
+            queue_s=answer.queue_seconds,
+            network_s=round_trip_s - server_s,
+            now=received_at,
+        )
+        self._stats.compute_s += max(answer.compute_seconds, 0.0)
         self._round_trip_s = _average(self._round_trip_s, round_trip_s)
         self._stats.round_trip_s = _average(self._stats.round_trip_s, round_trip_s)
         self._stats.network_s = _average(self._stats.network_s, round_trip_s - server_s)
@@ -377,12 +399,18 @@ class DrafterConnection:
         await self._opened.wait()
         raise _OpenError(self._reason)
 
-    def _come_up(self, welcome: drafter_pb2.DraftResponse.Welcome, credit_bytes: int) -> None:
+    def _come_up(
+        self,
+        welcome: drafter_pb2.DraftResponse.Welcome,
+        credit_bytes: int,
+        curve: DraftCurve | None,
+    ) -> None:
         self._state = DrafterState.READY
         self._reason = ""
         self._generation += 1
         self.block_size = welcome.block_size
         self._paced = pace_from_proto(welcome)
+        self._cost = DraftCost(curve)
         self.num_sessions = 0
         self._credit_bytes = credit_bytes
         self._changed.notify_all()

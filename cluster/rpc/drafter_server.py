@@ -26,7 +26,7 @@ from cluster.errors import (
 )
 from cluster.rpc.channels import PROTOCOL_VERSION, server_options
 from cluster.rpc.convert import pace_to_proto
-from cluster.rpc.draft_messages import encode_digests, mismatched_digests
+from cluster.rpc.draft_messages import encode_curve, encode_digests, mismatched_digests
 from cluster.rpc.draft_streams import DraftStream, FeedStream
 from cluster.rpc.guard import internal_guard
 from cluster.rpc.serving import ServingState, bind
@@ -220,6 +220,7 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
             vocab_size=engine.vocab_size,
             feature_size=engine.feature_size,
             paced=None if engine.paced is None else pace_to_proto(engine.paced),
+            draft_curve=None if engine.curve is None else encode_curve(engine.curve),
         )
         return _Served(engine, digests, welcome)
 

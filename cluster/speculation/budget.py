@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.speculation.cost_model import CostModel
+from cluster.speculation.survival_profile import SurvivalProfile
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -96,7 +97,7 @@ class GreedyBudget:
         num_context_tokens: int = 0,
     ) -> Integers:
         """See :meth:`BudgetPlanner.plan`."""
-        survival = _survival(confidences, num_candidates)
+        survival = survival_of(confidences, num_candidates)
         order = _visiting_order(survival)
         ordered = survival.ravel(order="F")[order]
         goodput = _goodput_by_budget(
@@ -117,14 +118,12 @@ class SearchBudget:
     smaller one. The first round has no profile and plans as :class:`GreedyBudget`.
 
     Args:
-        smoothing: weight of a new round in the profile, in (0, 1].
+        profile: of earlier rounds, to which each planned round is added; unset: one of its own.
     """
 
-    _PROFILE_LEVELS = (np.arange(128) + 0.5) / 128
-
-    def __init__(self, smoothing: float = 0.2) -> None:
-        self._smoothing = smoothing
-        self._profile: Floats | None = None  # survival by rank, falling, at _PROFILE_LEVELS
+    def __init__(self, profile: SurvivalProfile | None = None) -> None:
+        self._profile = SurvivalProfile() if profile is None else profile
+        self._is_first = True
 
     def plan(
         self,
@@ -137,14 +136,16 @@ class SearchBudget:
         num_context_tokens: int = 0,
     ) -> Integers:
         """See :meth:`BudgetPlanner.plan`; then remembers this round's survival."""
-        survival = _survival(confidences, num_candidates)
+        survival = survival_of(confidences, num_candidates)
         order = _visiting_order(survival)
         if len(order) == 0:
             return np.zeros_like(num_candidates)
-        ranks = (np.arange(len(order)) + 0.5) / len(order)
-        ordered = survival.ravel(order="F")[order]
-        profile, self._profile = self._profile, self._updated_profile(ranks, ordered)
-        if profile is None:
+        columns = np.arange(confidences.shape[1])
+        counts = (num_candidates[:, None] > columns).sum(axis=0)
+        expected = -np.sort(-np.concatenate(self._profile.expected(counts)))
+        self._profile.observe(survival, num_candidates)
+        is_first, self._is_first = self._is_first, False
+        if is_first:
             return GreedyBudget().plan(
                 confidences,
                 num_candidates,
@@ -153,20 +154,13 @@ class SearchBudget:
                 num_base_tokens=num_base_tokens,
                 num_context_tokens=num_context_tokens,
             )
-        expected = np.interp(ranks, self._PROFILE_LEVELS, profile)
         goodput = _goodput_by_budget(
             expected, cost_model, num_requests, num_base_tokens, num_context_tokens
         )
         return _admit(order[: int(goodput.argmax())], len(num_candidates))
 
-    def _updated_profile(self, ranks: Floats, ordered_survival: Floats) -> Floats:
-        current = np.interp(self._PROFILE_LEVELS, ranks, ordered_survival)
-        if self._profile is None:
-            return current
-        return self._profile + self._smoothing * (current - self._profile)
 
-
-def _survival(confidences: Floats, num_candidates: Integers) -> Floats:
+def survival_of(confidences: Floats, num_candidates: Integers) -> Floats:
     """``[R, K]`` products of confidences; -1 where there is no candidate."""
     columns = np.arange(confidences.shape[1])
     is_candidate = columns < num_candidates[:, None]

@@ -21,7 +21,7 @@ _LOCAL_SHARE = 0.1
 
 
 class CostModel:
-    """Time of a whole step by batch tokens and context, and visible time of a round of drafting.
+    """Time of a whole step by batch tokens and context, and of a pass with its round of drafting.
 
     Guarantees: predicted times are positive and never fall with more tokens or more context,
     whatever is observed; one observation changes no prediction within the curve's grid by more
@@ -32,8 +32,8 @@ class CostModel:
     Args:
         curve: the measured verify curve; a mapping gives seconds by number of batch tokens, for
             where context costs nothing.
-        draft_seconds: visible drafting time of a round (drafter's queue and network included,
-            less what is hidden behind other work).
+        draft_seconds: round trip of the round of drafting at hand (drafter's queue and network
+            included); whoever plans a round sets it.
         smoothing: weight of a new observation, in (0, 1].
 
     Raises:
@@ -56,8 +56,9 @@ class CostModel:
         self._smoothing = smoothing
         self._scale = 1.0
         self.draft_seconds = draft_seconds
+        self.num_groups = 1  # of sequences that take turns; set with ``draft_seconds``
 
-    def verify_seconds(self, num_tokens: npt.ArrayLike, num_context_tokens: int = 0) -> Floats:
+    def verify_seconds(self, num_tokens: npt.ArrayLike, num_context_tokens: float = 0) -> Floats:
         """Seconds of steps, drafting excluded.
 
         Args:
@@ -87,9 +88,27 @@ class CostModel:
         """
         self._curve = curve
 
-    def observe_draft(self, seconds: float) -> None:
-        """Learn from a round's visible drafting time."""
-        self.draft_seconds += self._smoothing * (seconds - self.draft_seconds)
+    def pass_seconds(
+        self,
+        num_tokens: npt.ArrayLike,
+        num_context_tokens: float,
+        *,
+        draft_seconds: float,
+        num_groups: int,
+    ) -> Floats:
+        """Seconds of a pass together with what of its round of drafting is not hidden.
+
+        A group's cycle is its pass and its round; in that time every other group has its pass. So
+        with G groups a pass takes its own time, or a G-th of the cycle where that is longer.
+
+        Args:
+            num_tokens: batch tokens of the pass; any shape.
+            num_context_tokens: as in ``verify_seconds``.
+            draft_seconds: round trip of the group's round.
+            num_groups: G; 1 hides nothing.
+        """
+        seconds = self.verify_seconds(num_tokens, num_context_tokens)
+        return np.maximum(seconds, (seconds + draft_seconds) / num_groups)
 
     def expected_goodput(
         self,
@@ -108,8 +127,13 @@ class CostModel:
             num_context_tokens: as in ``verify_seconds``.
 
         Returns:
-            ``(num_requests + survival_sum) / (draft_seconds + verify_seconds(...))``.
+            ``(num_requests + survival_sum) / pass_seconds(...)`` with ``self.draft_seconds``.
         """
         tokens = num_requests + np.asarray(survival_sum, dtype=np.float64)
-        seconds = self.draft_seconds + self.verify_seconds(num_tokens, num_context_tokens)
+        seconds = self.pass_seconds(
+            num_tokens,
+            num_context_tokens,
+            draft_seconds=self.draft_seconds,
+            num_groups=self.num_groups,
+        )
         return np.asarray(tokens / seconds)

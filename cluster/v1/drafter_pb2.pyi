@@ -75,7 +75,7 @@ class DraftResponse(_message.Message):
     OUTCOME_MISSING: DraftResponse.Outcome
     OUTCOME_UNKNOWN_SESSION: DraftResponse.Outcome
     class Welcome(_message.Message):
-        __slots__ = ("drafter_id", "protocol_version", "digests", "method", "block_size", "feed_credit_bytes", "vocab_size", "feature_size", "paced")
+        __slots__ = ("drafter_id", "protocol_version", "digests", "method", "block_size", "feed_credit_bytes", "vocab_size", "feature_size", "paced", "draft_curve")
         DRAFTER_ID_FIELD_NUMBER: _ClassVar[int]
         PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
         DIGESTS_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class DraftResponse(_message.Message):
         VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
         FEATURE_SIZE_FIELD_NUMBER: _ClassVar[int]
         PACED_FIELD_NUMBER: _ClassVar[int]
+        DRAFT_CURVE_FIELD_NUMBER: _ClassVar[int]
         drafter_id: str
         protocol_version: int
         digests: _common_pb2.ModelDigests
@@ -94,7 +95,17 @@ class DraftResponse(_message.Message):
         vocab_size: int
         feature_size: int
         paced: _common_pb2.Pace
-        def __init__(self, drafter_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., digests: _Optional[_Union[_common_pb2.ModelDigests, _Mapping]] = ..., method: _Optional[str] = ..., block_size: _Optional[int] = ..., feed_credit_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., feature_size: _Optional[int] = ..., paced: _Optional[_Union[_common_pb2.Pace, _Mapping]] = ...) -> None: ...
+        draft_curve: DraftResponse.DraftCurve
+        def __init__(self, drafter_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., digests: _Optional[_Union[_common_pb2.ModelDigests, _Mapping]] = ..., method: _Optional[str] = ..., block_size: _Optional[int] = ..., feed_credit_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., feature_size: _Optional[int] = ..., paced: _Optional[_Union[_common_pb2.Pace, _Mapping]] = ..., draft_curve: _Optional[_Union[DraftResponse.DraftCurve, _Mapping]] = ...) -> None: ...
+    class DraftCurve(_message.Message):
+        __slots__ = ("sessions", "tokens", "seconds")
+        SESSIONS_FIELD_NUMBER: _ClassVar[int]
+        TOKENS_FIELD_NUMBER: _ClassVar[int]
+        SECONDS_FIELD_NUMBER: _ClassVar[int]
+        sessions: _containers.RepeatedScalarFieldContainer[int]
+        tokens: _containers.RepeatedScalarFieldContainer[int]
+        seconds: _containers.RepeatedScalarFieldContainer[float]
+        def __init__(self, sessions: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., seconds: _Optional[_Iterable[float]] = ...) -> None: ...
     class Proposals(_message.Message):
         __slots__ = ("round_id", "proposals", "queue_seconds", "compute_seconds", "paced")
         ROUND_ID_FIELD_NUMBER: _ClassVar[int]
