@@ -7,9 +7,8 @@ configuration format), and what every part receives.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     Field,
@@ -20,6 +19,11 @@ from pydantic import (
 
 from cluster.errors import ConfigError
 from cluster.pace_config import PaceConfig
+from cluster.scaling_config import (
+    DrafterScalingConfig,
+    ReplicaRange,
+    TargetScalingConfig,
+)
 from cluster.section import Section, parse_section, resolve_files, resolve_path
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -44,11 +48,14 @@ CustomResources = Annotated[dict[str, float], AfterValidator(_check_resources)]
 _DEFAULT_PROMPT_LOOKUP = 5
 
 
-class TargetConfig(Section):
+class TargetConfig(ReplicaRange):
     """The target model and the engine of each of its replicas."""
 
     model: str = Field(description="Hugging Face checkpoint folder or hub id")
-    num_replicas: int = Field(default=1, ge=1)
+    num_replicas: int = Field(default=1, ge=1, description="at start, if max_replicas is set")
+    min_replicas: int | None = Field(default=None, ge=1, description="needs max_replicas; unset: 1")
+    default_lowest: ClassVar[int] = 1
+    scaling: TargetScalingConfig = Field(default_factory=TargetScalingConfig)
     tensor_parallel_size: int = Field(default=1, ge=1)
     pipeline_parallel_size: int = Field(default=1, ge=1)
     dtype: DType = "bfloat16"
@@ -212,12 +219,10 @@ class SpeculativeConfig(Section):
         return value
 
 
-class DrafterConfig(Section):
-    """The pool of drafters."""
+class DrafterConfig(ReplicaRange):
+    """The pool of drafters; with ``highest`` 0 it is as if ``speculative`` was unset."""
 
-    num_replicas: int = Field(
-        default=1, ge=0, description="0: as if `speculative` was unset, plain decoding"
-    )
+    scaling: DrafterScalingConfig = Field(default_factory=DrafterScalingConfig)
     dtype: DType = "bfloat16"
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: int = Field(default=1, ge=1)
@@ -344,6 +349,16 @@ class ClusterConfig(Section):
         return self
 
     @property
+    def has_drafters(self) -> bool:
+        """Whether there are drafters, or may be."""
+        return self.speculative is not None and self.drafter.highest > 0
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the number of any part's replicas follows the load."""
+        return self.target.is_scaled or (self.has_drafters and self.drafter.is_scaled)
+
+    @property
     def model_name(self) -> str:
         """The name clients see."""
         return self.served_model_name or Path(self.target.model).name
@@ -385,30 +400,3 @@ class ClusterConfig(Section):
                 "security": security,
             }
         )
-
-
-def load_serve_config(path: Path) -> tuple[dict[str, Any], ClusterConfig]:
-    """Reads a Ray Serve configuration file with one dspark application in it.
-
-    Returns:
-        The Serve configuration as a mapping whose application ``args`` are validated and hold
-        absolute model paths, and the parsed ``ClusterConfig``.
-
-    Raises:
-        ConfigError: unreadable file, no application, or a bad value in it.
-    """
-    try:
-        document = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), f"is not YAML: {error}") from None
-    applications = document.get("applications") if isinstance(document, dict) else None
-    if not isinstance(applications, list) or len(applications) != 1:
-        raise ConfigError("applications", "must be a list with one application")
-    application = applications[0]
-    if not isinstance(application, dict):
-        raise ConfigError("applications.0", "must be a mapping")
-    config = ClusterConfig.parse(application.get("args"), base_dir=path.resolve().parent)
-    application["args"] = config.model_dump(mode="json", exclude_unset=True)
-    return document, config

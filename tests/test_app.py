@@ -58,6 +58,22 @@ def test_without_drafters_the_target_decodes_plainly(args: dict[str, Any]) -> No
     assert all(config.speculative is None for _, config in parts.values())
 
 
+def test_a_part_that_scales_has_a_range_and_the_others_report() -> None:
+    deployments = _deployments(
+        {
+            "target": {"model": "m", "num_replicas": 2},
+            "speculative": {"model": "d"},
+            "drafter": {"num_replicas": 0, "max_replicas": 3},
+        }
+    )
+    ranges = {}
+    for name, bound in deployments.items():
+        scaling = bound._deployment_config.autoscaling_config
+        assert scaling is not None
+        ranges[name] = (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas)
+    assert ranges == {"Router": (1, 1, 1), "TargetReplica": (2, 2, 2), "Drafter": (0, 0, 3)}
+
+
 def test_parts_are_placed_by_their_resources() -> None:
     deployments = _deployments(
         {

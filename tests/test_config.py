@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from cluster.cli.configuration import read_configuration
-from cluster.config import ClusterConfig, load_serve_config
+from cluster.config import ClusterConfig
 from cluster.errors import CheckpointError, ConfigError
+from cluster.serve_config import load_serve_config
 from tests.models import DRAFTER, TARGET, save_tiny_drafter, save_tiny_target
 
 DEPLOYMENTS = Path(__file__).parents[1] / "deployments"
@@ -54,6 +55,31 @@ def test_the_chart_knows_every_key() -> None:
     for name, section in {**schema["$defs"], "ClusterConfig": schema}.items():
         known = chart["$defs"].get(f"config.{name}", {}).get("properties", {})
         assert known.keys() == section["properties"].keys(), "run `make chart`"
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ({}, (1, 1, 1)),
+        ({"num_replicas": 3}, (3, 3, 3)),
+        ({"max_replicas": 4}, (0, 1, 4)),
+        ({"min_replicas": 2, "max_replicas": 4}, (2, 2, 4)),
+        ({"num_replicas": 9, "max_replicas": 4}, (0, 4, 4)),
+        ({"num_replicas": 0, "max_replicas": 4}, (0, 0, 4)),
+    ],
+)
+def test_numbers_of_replicas(part: dict[str, int], expected: tuple[int, int, int]) -> None:
+    config = ClusterConfig.parse({"target": {"model": "m"}, "drafter": part})
+    drafter = config.drafter
+    assert (drafter.lowest, drafter.initial, drafter.highest) == expected
+    assert ClusterConfig.parse({"target": {"model": "m", "max_replicas": 2}}).target.lowest == 1
+
+
+@pytest.mark.parametrize("part", [{"min_replicas": 1}, {"min_replicas": 3, "max_replicas": 2}])
+def test_a_range_of_replicas_has_its_ends_in_order(part: dict[str, int]) -> None:
+    with pytest.raises(ConfigError) as error:
+        ClusterConfig.parse({"target": {"model": "m"}, "drafter": part})
+    assert error.value.key == "drafter.max_replicas"
 
 
 def test_the_local_deployment_has_two_shards_and_a_drafter() -> None:

@@ -16,7 +16,8 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
     _generate_available_node_types_from_ray_cr_spec as node_types,
 )
 
-from cluster.config import ClusterConfig, load_serve_config
+from cluster.config import ClusterConfig
+from cluster.serve_config import load_serve_config
 from tests.helm_tools import (
     CHART,
     PROFILES,

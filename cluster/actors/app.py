@@ -11,6 +11,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application, Deployment
 
+from cluster.actors.autoscaling import scaling_options
 from cluster.actors.drafter import Drafter
 from cluster.actors.names import DRAFTER, ROUTER, TARGET_REPLICA
 from cluster.actors.router import Router
@@ -31,7 +32,7 @@ def build(args: dict[str, Any]) -> Application:
         ConfigError: a bad value in ``args``.
     """
     config = ClusterConfig.parse(args)
-    if config.drafter.num_replicas == 0:  # Serve has no deployment of none; nobody would draft
+    if not config.has_drafters:  # Serve has no deployment that never has a replica
         config = config.model_copy(update={"speculative": None})
     common: dict[str, Any] = {
         "health_check_period_s": _HEALTH_CHECK_PERIOD_S,
@@ -45,7 +46,7 @@ def build(args: dict[str, Any]) -> Application:
         drafter = _deployment(
             Drafter,
             name=DRAFTER,
-            num_replicas=config.drafter.num_replicas,
+            **scaling_options(config, DRAFTER),
             ray_actor_options={
                 "num_cpus": config.drafter.num_cpus,
                 "num_gpus": config.drafter.num_gpus,
@@ -57,7 +58,7 @@ def build(args: dict[str, Any]) -> Application:
     target = _deployment(
         TargetReplica,
         name=TARGET_REPLICA,
-        num_replicas=config.target.num_replicas,
+        **scaling_options(config, TARGET_REPLICA),
         # The front has no model; its shards take what they need from their placement group. It
         # lives where they may, so that no other node's end is the replica's.
         ray_actor_options={"num_cpus": 0, "resources": config.target.resources},
@@ -67,7 +68,7 @@ def build(args: dict[str, Any]) -> Application:
     router = _deployment(
         Router,
         name=ROUTER,
-        num_replicas=config.router.num_replicas,
+        **scaling_options(config, ROUTER),
         ray_actor_options={
             "num_cpus": config.router.num_cpus,
             "resources": config.router.resources,

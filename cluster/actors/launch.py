@@ -185,10 +185,10 @@ def _connect(config: ClusterConfig, temp_dir: Path) -> None:
 
 def _required_cpus(config: ClusterConfig) -> float:
     target = config.target
-    required = target.num_replicas * target.num_shards * target.num_cpus
+    required = target.highest * target.num_shards * target.num_cpus
     required += config.router.num_replicas * config.router.num_cpus
     if config.speculative is not None:
-        required += config.drafter.num_replicas * config.drafter.num_cpus
+        required += config.drafter.highest * config.drafter.num_cpus
     return required + _BUILD_CPUS
 
 
@@ -196,9 +196,9 @@ def _required_resources(config: ClusterConfig) -> dict[str, float]:
     target = config.target
     required: Counter[str] = Counter()
     for resources, count in (
-        (target.resources, target.num_replicas * (target.num_shards + 1)),  # a front beside them
+        (target.resources, target.highest * (target.num_shards + 1)),  # a front beside them
         (config.router.resources, config.router.num_replicas),
-        (config.drafter.resources, config.drafter.num_replicas),
+        (config.drafter.resources, config.drafter.highest),
     ):
         for name, amount in resources.items():
             required[name] += math.ceil(amount * count)

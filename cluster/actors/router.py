@@ -46,6 +46,13 @@ class Router:
         """Where this router listens."""
         return {"address": self._address}
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Requests of clients, those included that no replica has yet, and their tokens."""
+        return {
+            "num_requests": self._server.num_active_requests,
+            "num_queued_tokens": self._server.num_queued_tokens,
+        }
+
     def check_health(self) -> None:
         """Raises what ended a watch, if anything did."""
         for watch in self._watches:

@@ -24,6 +24,7 @@ from cluster.errors import CheckpointError
 from cluster.rpc.cluster_status import ReplicaParts, ShardStatus
 
 if TYPE_CHECKING:
+    from cluster.engine.load import EngineLoad
     from cluster.engine.loop import EngineLoop
     from cluster.engine.worker import ShardWorker
     from cluster.rpc.drafter_client import GrpcDraftClient
@@ -44,10 +45,12 @@ class ShardHealth:
         idle_s: since the last step ended or, without work, since the loop last looked for some.
             0.0 on the shards that follow.
         predicted_step_s: how long the longest step should take; 0.0 where that is not known.
+        load: of the engine; ``None`` on the shards that follow.
     """
 
     idle_s: float = 0.0
     predicted_step_s: float = 0.0
+    load: EngineLoad | None = None
 
 
 class _StagedDrafter(NamedTuple):
@@ -220,6 +223,7 @@ class Shard:
         return ShardHealth(
             idle_s=time.monotonic() - self._loop.last_progress,
             predicted_step_s=self._loop.predicted_step_s(),
+            load=self._loop.load(),
         )
 
     async def wait_ended(self) -> str:
@@ -284,6 +288,7 @@ class Shard:
             config=config.speculative,
             event_loop=asyncio.get_running_loop(),
             tls=self._tls().channel,
+            host=_node_address(),
         )
 
     def _tls(self) -> InternalTls:

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors.shard import Shard, ShardHealth
 from cluster.config import ClusterConfig
+from cluster.engine.load import EngineLoad
 
 # No step may take longer than the larger of this and ten times its predicted time.
 MIN_STALL_S = 2.0
@@ -42,6 +43,7 @@ class ShardGroup:
         self._placement: PlacementGroup | None = None
         self._shards: list[Any] = []
         self._staged: ClusterConfig | None = None
+        self._load: EngineLoad | None = None
 
     async def start(self) -> str:
         """Starts every shard, joins them and loads the model.
@@ -84,6 +86,11 @@ class ShardGroup:
         # Only now does anybody wait for another without a word from it.
         await asyncio.gather(*(shard.follow.remote() for shard in self._shards[1:]))
         return await self._shards[0].serve.remote(places)
+
+    @property
+    def load(self) -> EngineLoad | None:
+        """Of the engine, half a second old at most; ``None`` before it was first asked."""
+        return self._load
 
     def set_drafters(self, drafters: list[tuple[str, str]]) -> None:
         """Tells rank 0 which drafters there are, as (id, address); does not wait."""
@@ -166,6 +173,7 @@ class ShardGroup:
             health = answers[0].result()
             if health is None:
                 continue  # dead shards are what _wait_ended is for
+            self._load = health.load
             limit = max(MIN_STALL_S, STALL_FACTOR * health.predicted_step_s)
             if health.idle_s > limit:
                 return f"no step has ended for {health.idle_s:.1f} s, the limit is {limit:.1f} s"

@@ -9,6 +9,7 @@ from typing import Any
 
 from ray import serve
 
+from cluster.actors.autoscaling import target_stats
 from cluster.actors.discovery import ReplicaAddress, watch_replicas
 from cluster.actors.drafter_choice import DrafterChoice, DrafterInUse, starting_config
 from cluster.actors.names import DRAFTER
@@ -48,6 +49,10 @@ class TargetReplica:
     def record_replica_metadata(self) -> dict[str, str]:
         """What routers get to know of this replica."""
         return {"address": self._address}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the number of drafters, and of target replicas, is decided on."""
+        return target_stats(self._shards.load)
 
     async def reconfigure(self, user_config: Any) -> None:
         """Takes drafts of what ``user_config`` says as soon as there are some."""

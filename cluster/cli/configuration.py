@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import cluster
-from cluster.config import ClusterConfig, load_serve_config
+from cluster.config import ClusterConfig
 from cluster.engine.curve_files import read_curve
 from cluster.engine.layout import check_split
 from cluster.engine.pace import draft_pace, target_pace
@@ -14,6 +14,7 @@ from cluster.errors import ConfigError
 from cluster.models.drafter_check import check_drafter
 from cluster.models.json_files import read_json
 from cluster.models.tensor_headers import read_headers
+from cluster.serve_config import load_serve_config
 
 DEFAULT_CONFIG = Path("deployments") / "local.yaml"
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.cli.processes import end_processes, find_descendants, wait_gone
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterStateError, ConfigError, DeadlineExceededError, ReplicaLostError
+from cluster.scaling_config import ReplicaRange
 
 if TYPE_CHECKING:
     from cluster.actors.launch import LaunchedCluster
@@ -127,6 +128,9 @@ class RunningCluster:
 def wait_ready(address: str, config: ClusterConfig, deadline: float) -> None:
     """Waits until the router knows every replica as ready, and each replica every drafter.
 
+    Where their number follows the load it may have changed by now: then there must be one, or as
+    many as there are at least (no drafter where there need not be any at start).
+
     Args:
         address: the router's.
         config: says how many of each there must be.
@@ -137,7 +141,8 @@ def wait_ready(address: str, config: ClusterConfig, deadline: float) -> None:
     """
     from cluster.rpc.client import Client
 
-    num_drafters = config.drafter.num_replicas if config.speculative is not None else 0
+    num_replicas = _fewest(config.target)
+    num_drafters = _fewest(config.drafter) if config.has_drafters else 0
     missing = "the router does not answer"
     with Client(address) as client:
         while time.monotonic() < deadline:
@@ -150,14 +155,18 @@ def wait_ready(address: str, config: ClusterConfig, deadline: float) -> None:
             drafters = [
                 sum(drafter.state == "ready" for drafter in replica.drafters) for replica in ready
             ]
-            if len(ready) == config.target.num_replicas and min(drafters) == num_drafters:
+            if len(ready) >= num_replicas and min(drafters) >= num_drafters:
                 return
             missing = (
-                f"{len(ready)} of {config.target.num_replicas} target replicas are ready, "
+                f"{len(ready)} of {num_replicas} target replicas are ready, "
                 f"with {drafters} of {num_drafters} drafters each"
             )
             time.sleep(_POLL_S)
     raise ClusterStateError(f"not every part was ready in time: {missing}")
+
+
+def _fewest(part: ReplicaRange) -> int:
+    return max(part.lowest, min(part.initial, 1))
 
 
 def check_credentials(config: ClusterConfig) -> None:

@@ -107,8 +107,8 @@ def _print_swapped(config: ClusterConfig, seconds: float, *, as_json: bool) -> N
         swapped = {
             "method": method,
             "model": model,
-            "replicas": config.target.num_replicas,
-            "drafters": config.drafter.num_replicas if speculative is not None else 0,
+            "replicas": config.target.initial,
+            "drafters": config.drafter.initial if speculative is not None else 0,
             "seconds": round(seconds, 3),
         }
         print(json.dumps(swapped))

@@ -142,13 +142,13 @@ def _start_detached(path: Path, args: argparse.Namespace) -> int:
 def _print_ready(
     state: ClusterState, config: ClusterConfig, startup_s: float, *, as_json: bool
 ) -> None:
-    num_drafters = config.drafter.num_replicas if config.speculative is not None else 0
+    num_drafters = config.drafter.initial if config.has_drafters else 0
     if as_json:
         ready = {
             "address": state.address,
             "model": config.model_name,
-            "replicas": config.target.num_replicas,
-            "shards": config.target.num_replicas * config.target.num_shards,
+            "replicas": config.target.initial,
+            "shards": config.target.initial * config.target.num_shards,
             "drafters": num_drafters,
             "routers": config.router.num_replicas,
             "pid": state.process.pid,
@@ -158,7 +158,7 @@ def _print_ready(
         return
     print(
         f"{config.model_name} is ready at {state.address} after {startup_s:.1f} s: "
-        f"{config.target.num_replicas} x {config.target.num_shards} target shards, "
+        f"{config.target.initial} x {config.target.num_shards} target shards, "
         f"{num_drafters} drafters, {config.router.num_replicas} routers",
         flush=True,
     )

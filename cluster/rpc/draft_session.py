@@ -70,6 +70,7 @@ class ClientSession:
         num_unacknowledged: chunks on their way.
         is_open: whether its first chunk was sent.
         is_lost: the drafter does not have it any more.
+        is_leaving: another drafter should have it; until it is opened there it goes on here.
         is_closing: closed here, to be closed there behind its last chunk.
     """
 
@@ -81,6 +82,7 @@ class ClientSession:
     num_unacknowledged: int = 0
     is_open: bool = False
     is_lost: bool = False
+    is_leaving: bool = False
     is_closing: bool = False
 
     @property

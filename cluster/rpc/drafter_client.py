@@ -31,6 +31,7 @@ from cluster.rpc.draft_messages import (
 )
 from cluster.rpc.draft_session import ClientSession, DraftClientStats, RoundHandle
 from cluster.rpc.drafter_connection import DrafterConnection
+from cluster.rpc.session_balance import SessionBalance
 from cluster.rpc.tls import ChannelTls
 from cluster.speculation.draft_cost import DraftCost
 
@@ -45,6 +46,7 @@ class GrpcDraftClient:
       drafters that owe an answer are lost;
     - no fault of a drafter raises here: late, lost and malformed answers are counted, and absent;
     - a late answer is never used; a session whose stream ended is gone (``has_session``);
+    - sessions are balanced: where a drafter comes, some of all go to it, a few at a time;
     - what is under way is bounded: two rounds a drafter, feature bytes by the drafter's credit.
 
     The engine's thread calls it; ``set_drafters``, ``status`` and ``stats`` are for any thread.
@@ -60,6 +62,7 @@ class GrpcDraftClient:
             serves in, since events of two loops in a process wait for each other; without one a
             thread of its own is started.
         tls: unset: plaintext.
+        host: of the replica; drafters there come first.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class GrpcDraftClient:
         config: SpeculativeConfig,
         event_loop: asyncio.AbstractEventLoop | None = None,
         tls: ChannelTls | None = None,
+        host: str = "",
     ) -> None:
         self._replica_id = replica_id
         self._digests = digests
@@ -83,6 +87,7 @@ class GrpcDraftClient:
         self._connections: dict[tuple[str, str], DrafterConnection] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._sessions: dict[SessionKey, ClientSession] = {}
+        self._balance = SessionBalance(host)
         self._round_ids = itertools.count(1)
         self._last_costs = [DraftCost()]
         self._is_closed = False
@@ -162,7 +167,7 @@ class GrpcDraftClient:
             )
 
     def open_session(self, session: SessionKey, sampling: DraftSampling) -> bool:
-        """Assigns the session to the ready drafter with the fewest; False when there is none.
+        """Assigns the session to a ready drafter (``SessionBalance``); False when there is none.
 
         The drafter hears of it with the first features.
         """
@@ -171,7 +176,7 @@ class GrpcDraftClient:
             if not connections:
                 return False
             self._close_session(session)
-            connection = min(connections, key=lambda candidate: candidate.num_sessions)
+            connection = self._balance.choose(connections)
             connection.num_sessions += 1
             self._sessions[session] = ClientSession(
                 session, sampling, connection, connection.generation
@@ -179,10 +184,10 @@ class GrpcDraftClient:
             return True
 
     def has_session(self, session: SessionKey) -> bool:
-        """Whether the session is open and its drafter is still ready (False: open a new epoch)."""
+        """Whether the session is open and should stay where it is (False: open a new epoch)."""
         with self._changed:
             found = self._sessions.get(session)
-            return found is not None and found.is_live
+            return found is not None and found.is_live and not found.is_leaving
 
     def feed(
         self, session: SessionKey, start: int, features: torch.Tensor, token_ids: Sequence[int]
@@ -269,6 +274,12 @@ class GrpcDraftClient:
                 features = round.features if is_whole else torch.cat(part.features)
                 message = encode_round(round_id, list(part.sequences.values()), features)
                 connection.send_round(round_id, message, handle, part.sessions, part.sequences)
+            # What leaves is still in this round; it is opened anew behind it.
+            leaving = self._balance.leaving(
+                self._ready_connections(), self._sessions.values(), time.monotonic()
+            )
+            for session in leaving:
+                session.is_leaving = True
         return handle
 
     def collect(self, handle: RoundHandle, timeout_s: float) -> list[DraftResult]:

@@ -151,6 +151,11 @@ class DrafterConnection:
         """What its rounds take; from the last stream while there is none."""
         return self._cost
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether ``cost`` has learnt from a round."""
+        return self._round_trip_s > 0
+
     def status(self) -> DrafterStatus:
         """For status reports."""
         return DrafterStatus(
