@@ -28,12 +28,13 @@ from cluster.engine.runner import Runner
 from cluster.engine.sampler import SampleOutput, Sampler
 from cluster.engine.scheduler import ScheduledSequence, Scheduler, flatten
 from cluster.engine.sequence import Sequence
-from cluster.engine.speculator import PassPromise, Speculator
+from cluster.engine.speculator import Speculator
 from cluster.engine.step_input import StepInput
 from cluster.errors import InvalidRequestError
 from cluster.request import FinishReason, Request, RequestOutput, SpeculationStats
 from cluster.speculation.calibration import Calibration
 from cluster.speculation.cost_model import CostModel
+from cluster.speculation.speculation_policy import PassPromise
 from cluster.speculation.switch import SpeculationMode
 
 

@@ -17,20 +17,12 @@ from cluster.engine.sampler import SampleOutput
 from cluster.engine.scheduler import ScheduledSequence
 from cluster.engine.sequence import Sequence
 from cluster.request import SamplingParams
-from cluster.speculation.budget import (
-    BudgetPlanner,
-    FixedBudget,
-    GreedyBudget,
-    SearchBudget,
-    survival_of,
-)
+from cluster.speculation.budget import SearchBudget, make_budget, survival_of
 from cluster.speculation.calibration import Calibration
 from cluster.speculation.cost_model import CostModel
 from cluster.speculation.online_calibration import OnlineCalibration
 from cluster.speculation.record import CalibrationKey, VerificationRecord, calibration_key
 from cluster.speculation.survival_profile import SurvivalProfile
-
-_WHOLE_BLOCK = 1 << 20  # more than any has
 
 RecordObserver = Callable[[VerificationRecord], None]
 
@@ -60,7 +52,7 @@ class RoundPlanner:
     ) -> None:
         self._cost_model = cost_model
         self.profile = SurvivalProfile()
-        self._budget = _make_budget(config, self.profile)
+        self._budget = make_budget(config.scheduler, self.profile)
         self._online = OnlineCalibration(calibration, is_fixed=not config.online_calibration)
         self._observer: RecordObserver | None = None
 
@@ -150,12 +142,6 @@ class RoundPlanner:
             scaling = self._online.scaling(key, shape[1])
             confidences[rows] = scaling.apply(confidences[rows])
         return np.where(np.arange(shape[1]) < widths[:, None], confidences, 0.0)
-
-
-def _make_budget(config: SpeculativeConfig, profile: SurvivalProfile) -> BudgetPlanner:
-    if config.scheduler == "full":
-        return FixedBudget(_WHOLE_BLOCK)
-    return GreedyBudget() if config.scheduler == "prefix" else SearchBudget(profile)
 
 
 def _key(params: SamplingParams) -> CalibrationKey:

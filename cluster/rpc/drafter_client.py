@@ -33,7 +33,7 @@ from cluster.rpc.draft_session import ClientSession, DraftClientStats, RoundHand
 from cluster.rpc.drafter_connection import DrafterConnection
 from cluster.rpc.session_balance import SessionBalance
 from cluster.rpc.tls import ChannelTls
-from cluster.speculation.draft_cost import DraftCost
+from cluster.speculation.draft_cost import DraftCost, spread_round_s
 
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -144,15 +144,8 @@ class GrpcDraftClient:
         """
         now = time.monotonic()
         with self._changed:
-            costs = self._costs()
-            count = max(len(costs) + added_drafters, 1)
-            share = max(num_sessions / count, 1.0)
-            # What waits is spread over more drafters, or over fewer.
-            return max(
-                cost.network_s
-                + cost.queue_s(now) * len(costs) / count
-                + cost.compute_s(share, num_tokens)
-                for cost in costs
+            return spread_round_s(
+                self._costs(), num_sessions, num_tokens, now, added_drafters=added_drafters
             )
 
     def times(self) -> DraftTimes:

@@ -27,6 +27,8 @@ from cluster.speculation.survival_profile import SurvivalProfile
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
+_WHOLE_BLOCK = 1 << 20  # more than any has
+
 
 class BudgetPlanner(Protocol):
     """Decides a step's budget; ``plan`` is called once a step, after the proposals are in."""
@@ -158,6 +160,18 @@ class SearchBudget:
             expected, cost_model, num_requests, num_base_tokens, num_context_tokens
         )
         return _admit(order[: int(goodput.argmax())], len(num_candidates))
+
+
+def make_budget(scheduler: str, profile: SurvivalProfile) -> BudgetPlanner:
+    """The planner by its name in the configuration (``speculative.scheduler``).
+
+    Args:
+        scheduler: "full", "prefix" or "search".
+        profile: of earlier rounds; "search" keeps it current itself, the others do not.
+    """
+    if scheduler == "full":
+        return FixedBudget(_WHOLE_BLOCK)
+    return GreedyBudget() if scheduler == "prefix" else SearchBudget(profile)
 
 
 def survival_of(confidences: Floats, num_candidates: Integers) -> Floats:

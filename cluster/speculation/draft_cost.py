@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from cluster.speculation.draft_curve import DraftCurve
 
@@ -75,3 +76,29 @@ class DraftCost:
         self._queue_s = former_queue_s + weight * (queue_s - former_queue_s)
         self._network_s += weight * (network_s - self._network_s)
         self._last_round = now
+
+
+def spread_round_s(
+    costs: Sequence[DraftCost],
+    num_sessions: float,
+    num_tokens: float,
+    now: float,
+    *,
+    added_drafters: int = 0,
+) -> float:
+    """Time of a round that is spread evenly over several drafters, until its last answer.
+
+    Args:
+        costs: of each drafter, at least one.
+        num_sessions: in the round.
+        num_tokens: drafted for each.
+        now: monotonic seconds.
+        added_drafters: as if there were so many more, or fewer (never less than one); what waits on
+            drafters is then spread over more of them, or over fewer.
+    """
+    count = max(len(costs) + added_drafters, 1)
+    share = max(num_sessions / count, 1.0)
+    return max(
+        cost.network_s + cost.queue_s(now) * len(costs) / count + cost.compute_s(share, num_tokens)
+        for cost in costs
+    )
