@@ -43,6 +43,7 @@ class FakeEngineLoop:
         error_at: asked before each token: (request, index) -> what it fails with.
         max_num_seqs: more requests than these are refused.
         tokenizer: for stop strings.
+        journal: what its prefix cache can find; unset: it caches nothing.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class FakeEngineLoop:
         error_at: Callable[[Request, int], Exception | None] = lambda request, index: None,
         max_num_seqs: int = 1000,
         tokenizer: PreTrainedTokenizerFast | None = None,
+        journal: PrefixJournal | None = None,
     ) -> None:
         self.submitted: list[Request] = []
         self.cancelled: list[tuple[str, Exception, float]] = []  # id, error, when
@@ -69,7 +71,7 @@ class FakeEngineLoop:
         self._active: dict[str, _Active] = {}
         self._ended: list[RequestOutput] = []
         self._num_output_tokens = 0
-        self.prefix_journal = PrefixJournal(num_pages=0, page_size=4)
+        self.prefix_journal = journal or PrefixJournal(num_pages=0, page_size=4)
         self._stopping = False
         self._lock = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
@@ -105,12 +107,12 @@ class FakeEngineLoop:
             num_running=len(self._active),
             num_free_tokens=1_000_000,
             num_queued_tokens=sum(
-                len(a.request.prompt_token_ids) + len(a.token_ids) - a.offset
+                len(a.token_ids) - a.offset  # computes no prompts
                 for a in list(self._active.values())
             ),
             num_taken_in=len(self.submitted),
             num_output_tokens=self._num_output_tokens,
-            kv_cache_usage=len(self._active) / self._max_num_seqs,
+            kv_cache_usage=len(self._active) / max(self._max_num_seqs, 1),
             prefix_cache=PrefixCacheStats(100, 60, 7, 2),
             speculation_state="on",
             speculation_reason="scripted",

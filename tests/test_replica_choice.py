@@ -148,6 +148,22 @@ def test_what_was_sent_counts_until_the_replica_counts_it() -> None:
     assert picker.pick(prompt(40, first=9000)) == 0
 
 
+def test_what_has_ended_since_a_report_is_not_queued() -> None:
+    picker = make_picker([0.0, 30.0])
+    for name in ("a", "b"):
+        picker.sent(0, name, prompt(40, first=ord(name) * 1000))
+    picker.started(0, "b")  # 10 tokens of output are left of it
+    picker.report(0, ReplicaLoad(60.0, 1e6, 1, 10.0), num_counted=2)
+    assert picker.pick(prompt(40, first=9000)) == 1
+    picker.started(0, "a")
+    picker.started(0, "a")
+    assert Counter(picker.pick(prompt(40, first=9000)) for _ in range(9)) == {0: 9}
+    picker.ended(0, "a")
+    picker.ended(0, "b")
+    picker.report(1, ReplicaLoad(3.0, 1e6, 1, 10.0), num_counted=0)
+    assert Counter(picker.pick(prompt(40, first=9000)) for _ in range(9)) == {0: 9}
+
+
 def test_requests_on_their_way_draw_others_with_their_prefix() -> None:
     picker = make_picker([0.0] * 4)
     first = picker.pick(prompt(4000))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -81,6 +81,13 @@ class ReplicaLoads:
     def change_unreported(self, slot: int, num_tokens: float) -> None:
         """More was sent to the replica, or less of that is not in its report."""
         self._unreported[slot] += num_tokens
+        self._refresh(slot)
+
+    def change_reported(self, slot: int, num_tokens: float) -> None:
+        """Corrects the last report by what is known since."""
+        load = self._reports[slot]
+        num_queued_tokens = max(load.num_queued_tokens + num_tokens, 0.0)
+        self._reports[slot] = replace(load, num_queued_tokens=num_queued_tokens)
         self._refresh(slot)
 
     def mean_output_tokens(self, slot: int) -> float:

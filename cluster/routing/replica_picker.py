@@ -50,10 +50,13 @@ class _Sent:
     Attributes:
         number: its place among all that were sent there.
         keys: that the replica will have by it, until it has started.
+        num_prompt_tokens, num_output_tokens: that are taken to be left of it.
     """
 
     number: int
     keys: Sequence[int]
+    num_prompt_tokens: float
+    num_output_tokens: float
 
 
 @dataclass
@@ -194,29 +197,42 @@ class ReplicaPicker:
             num_cached = index.match_one(slot, keys) * replica.layout.num_tokens
             index.expect(slot, keys)
         replica.num_sent += 1
-        replica.sent[request_id] = _Sent(replica.num_sent, keys)
         num_output: float = prompt.max_output_tokens
         if self._loads.mean_output_tokens(slot):
             num_output = min(num_output, self._loads.mean_output_tokens(slot))
-        num_tokens = len(prompt.token_ids) - num_cached + num_output
-        replica.uncounted[replica.num_sent] = num_tokens
-        self._loads.change_unreported(slot, num_tokens)
+        num_prompt = float(len(prompt.token_ids) - num_cached)
+        replica.sent[request_id] = _Sent(replica.num_sent, keys, num_prompt, num_output)
+        replica.uncounted[replica.num_sent] = num_prompt + num_output
+        self._loads.change_unreported(slot, num_prompt + num_output)
 
     def started(self, slot: int, request_id: str) -> None:
         """The replica has computed the request's prompt; later calls are ignored."""
         replica = self._replicas[slot]
         sent = replica.sent.get(request_id)
-        if sent is not None and sent.keys:
-            replica.settled.append(sent.keys)
-            sent.keys = ()
+        if sent is None or not sent.num_prompt_tokens:
+            return
+        replica.settled.append(sent.keys)
+        sent.keys = ()
+        self._relieve(slot, sent.number, sent.num_prompt_tokens)
+        sent.num_prompt_tokens = 0.0
 
     def ended(self, slot: int, request_id: str) -> None:
         """The request needs nothing more; unknown ids are ignored."""
         self.started(slot, request_id)
         replica = self._replicas[slot]
         sent = replica.sent.pop(request_id, None)
-        if sent is not None and sent.number in replica.uncounted:
-            self._loads.change_unreported(slot, -replica.uncounted.pop(sent.number))
+        if sent is not None:
+            self._relieve(slot, sent.number, sent.num_output_tokens)
+            replica.uncounted.pop(sent.number, None)
+
+    def _relieve(self, slot: int, number: int, num_tokens: float) -> None:
+        """So much of a request is done, of which the next report will know."""
+        uncounted = self._replicas[slot].uncounted
+        if number in uncounted:
+            uncounted[number] -= num_tokens
+            self._loads.change_unreported(slot, -num_tokens)
+        else:
+            self._loads.change_reported(slot, -num_tokens)
 
     def _allowed(
         self, avoid: Collection[int], among: Collection[int] | None

@@ -132,7 +132,7 @@ def generate_call_to_proto(call: GenerateCall) -> inference_pb2.GenerateRequest:
     if call.resume_token_ids:
         _extend(message.resume_token_ids.ids, call.resume_token_ids, name="resume_token_ids")
     _assign(message, "attempt", call.attempt)
-    _assign(message, "priority", int(call.priority))
+    _assign(message, "priority", call.priority)
     return message
 
 

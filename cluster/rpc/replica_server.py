@@ -243,9 +243,16 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             stream.add(request_id, output)
 
     async def _tick(self) -> None:
+        """Reports also what the last step before a pause has left, and now and then without one."""
+        num_steps = 0
+        reported_at = 0.0
         while True:
-            await asyncio.sleep(IDLE_LOAD_INTERVAL_S)
-            self._report_load()
+            await asyncio.sleep(LOAD_INTERVAL_S)
+            now = time.monotonic()
+            if self._num_steps != num_steps or now - reported_at >= IDLE_LOAD_INTERVAL_S:
+                num_steps = self._num_steps
+                reported_at = now
+                self._report_load()
 
     def _report_load(self) -> None:
         for stream in self._streams:
