@@ -32,6 +32,8 @@ class OwnSettings:
         num_speculative_tokens: for methods whose checkpoint has no block.
         verify_curve: file of ``profile_curve``; unset: measured at each start.
         enforce_eager: whether layers run one by one.
+        num_replicas: of the target.
+        replica_choice: ``router.replica_choice``.
     """
 
     target: str
@@ -48,12 +50,15 @@ class OwnSettings:
     kv_cache_memory_mb: int = 2048
     verify_curve: str | None = None
     enforce_eager: bool = False
+    num_replicas: int = 1
+    replica_choice: str = "prefix"
 
     def values(self) -> dict[str, Any]:
         """The ``args`` of a configuration."""
         values: dict[str, Any] = {
             "target": {
                 "model": str(Path(self.target).resolve()),
+                "num_replicas": self.num_replicas,
                 "dtype": self.dtype,
                 "num_threads": self.num_threads,
                 "max_model_len": self.max_model_len,
@@ -68,7 +73,7 @@ class OwnSettings:
                 "num_threads": self.drafter_threads,
                 "enforce_eager": self.enforce_eager,
             },
-            "router": {"port": 0},
+            "router": {"port": 0, "replica_choice": self.replica_choice},
         }
         if self.drafter is not None:
             section = self.drafter.speculative(self.num_speculative_tokens, self.draft_top_k)

@@ -18,6 +18,8 @@ from cluster.cli.drafters import (
 )
 from cluster.cli.eval import add_comparison, comparison_of
 from cluster.cli.load import add_load, add_overhead, run_load, run_overhead
+from cluster.cli.router import add_arguments as add_router
+from cluster.cli.router import run as run_router
 from cluster.cli.speed import add_arguments as add_speed
 from cluster.cli.speed import run as run_speed
 from cluster.cli.widen import add_arguments as add_widen
@@ -179,6 +181,12 @@ _SUITES = {
         "the whole cluster over gRPC against the engine in this process: throughput, first token",
         add_overhead,
         run_overhead,
+    ),
+    "router": _Suite(
+        "choosing among many replicas, and conversations over four of them with prefixes followed, "
+        "without regard to them, and at random, on a clock of their own",
+        add_router,
+        run_router,
     ),
     "widen": _Suite(
         "a small trained target and its drafter in models of a larger shape whose outputs are the "
