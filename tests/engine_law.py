@@ -25,7 +25,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, SpeculativeConfig
 from cluster.engine.draft_block import BlockMethod
 from cluster.engine.draft_engine import DraftEngine
 from cluster.engine.draft_factory import build_draft_engine
@@ -173,6 +173,7 @@ def generate(
     num_samples: int,
     fault: Fault | None = None,
     token_cost: float = 0.25,
+    is_changing: bool = False,
     **speculative: Any,
 ) -> dict[str, Samples]:
     """``num_samples`` outputs of each case, all cases side by side in every batch.
@@ -180,6 +181,8 @@ def generate(
     Args:
         token_cost: of a token in a pass, in what a pass costs without any, by ``MAX_NUM_SEQS``.
             Admission chooses where what it comes to is near the chances of acceptance.
+        is_changing: the load rises and falls, and so does how the engine speculates: whole blocks,
+            budgets, groups that take turns, nothing for a while.
         speculative: keys of the configuration's ``speculative`` part.
     """
     config = make_config(
@@ -200,7 +203,7 @@ def generate(
         planner._cost_model = _SteepCostModel(token_cost)
         if fault is Fault.RETROSPECTIVE:
             planner._budget = _Retrospective()
-        samples = _run(engine, cases, num_samples)
+        samples = _run(engine, cases, num_samples, config.speculative if is_changing else None)
         engine.check()
     return samples
 
@@ -218,7 +221,12 @@ class _SteepCostModel(CostModel):
         pass
 
 
-def _run(engine: Engine, cases: Sequence[Case], num_samples: int) -> dict[str, Samples]:
+def _run(
+    engine: Engine,
+    cases: Sequence[Case],
+    num_samples: int,
+    changed: SpeculativeConfig | None,
+) -> dict[str, Samples]:
     length = NUM_PLAIN_TOKENS + NUM_TOKENS
     results = {case.name: Samples(np.full((num_samples, length), -1)) for case in cases}
     waiting = itertools.product(range(num_samples), cases)
@@ -229,8 +237,13 @@ def _run(engine: Engine, cases: Sequence[Case], num_samples: int) -> dict[str, S
         samples.num_proposed_tokens += record.block_size
 
     engine.observe_rounds(count_proposed)
-    while True:
-        for number, case in itertools.islice(waiting, 2 * MAX_NUM_SEQS - len(places)):
+    max_active = 2 * MAX_NUM_SEQS
+    changes = itertools.cycle(itertools.product(_LOADS, _POLICIES))
+    for step in itertools.count():
+        if changed is not None and step % _CHANGED_EVERY == 0:
+            max_active, policy = next(changes)
+            engine.use_speculation_policy(changed.model_copy(update=policy))
+        for number, case in itertools.islice(waiting, max(max_active - len(places), 0)):
             request = _request(case, number, length)
             places[request.request_id] = results[case.name], number
             engine.add_request(request)
@@ -250,6 +263,18 @@ def _run(engine: Engine, cases: Sequence[Case], num_samples: int) -> dict[str, S
     for samples in results.values():
         samples.tokens = samples.tokens[:, NUM_PLAIN_TOKENS:]
     return results
+
+
+# What a test of changing load goes through, in an order that brings every pair together.
+_LOADS = (2 * MAX_NUM_SEQS, 40, MAX_NUM_SEQS, 3)
+_POLICIES: tuple[dict[str, Any], ...] = (
+    {"scheduler": "search", "grouping": "off"},
+    {"scheduler": "search", "grouping": "always"},
+    {"scheduler": "search", "switching": "auto"},
+    {"scheduler": "prefix", "grouping": "always"},
+    {"scheduler": "full", "grouping": "off"},
+)
+_CHANGED_EVERY = 6
 
 
 def _request(case: Case, number: int, length: int) -> Request:

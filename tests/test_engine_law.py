@@ -70,6 +70,7 @@ METHOD_TOKEN_COSTS = {"draft_model": 0.25, "ngram": 0.1, "eagle3": 0.25}
 ALPHA = 0.001 / (
     len(FAST_CASES)
     + len(METHODS) * len(SCHEDULERS)
+    + 2 * len(FAST_CASES)
     + sum(len(cases) for _, cases in SLOW_CASES.values())
 )
 
@@ -138,6 +139,25 @@ def test_output_has_the_target_law_everywhere(pair: tuple[str, str], name: str) 
         for position in range(NUM_TOKENS):
             shifted = shift_law(tokens, law, position=position, total_variation=0.01)
             assert law_p_value(shifted, law) < ALPHA, (case.name, position)
+
+
+@pytest.mark.parametrize(
+    "num_samples", [4_000, pytest.param(NUM_SAMPLES, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+@pytest.mark.timeout(1800)
+def test_output_has_the_target_law_while_load_and_policy_change(
+    pair: tuple[str, str], num_samples: int
+) -> None:
+    """The asynchronous scheduler, the switch and groups, all in one run (issue 5)."""
+    samples = generate(*pair, FAST_CASES, num_samples=num_samples, is_changing=True)
+    for case in FAST_CASES:
+        sampled = samples[case.name]
+        assert sampled.num_late_proposals == 0
+        assert sampled.num_draft_tokens > num_samples / 2
+        law = target_law(pair[0], case.params)
+        assert law_p_value(sampled.tokens, law) > ALPHA, case.name
+        shifted = shift_law(sampled.tokens, law, position=1, total_variation=0.1)
+        assert law_p_value(shifted, law) < ALPHA
 
 
 @pytest.mark.slow

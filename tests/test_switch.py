@@ -185,3 +185,18 @@ def test_impossible_times_teach_nothing(seconds: float) -> None:
     switch = SpeculationSwitch()
     switch.observe(PLAIN, tokens=1, seconds=seconds, promised_tokens=1, promised_seconds=1, now=0.0)
     assert switch.correction(PLAIN, 0.0) == 1.0
+
+
+def test_a_hiccup_does_not_count_for_more_than_a_pass_twice_as_long() -> None:
+    switch = SpeculationSwitch()
+    for step in range(200):
+        seconds = 2.0 if step == 100 else STEP_S
+        switch.observe(
+            PLAIN,
+            tokens=1,
+            seconds=seconds,
+            promised_tokens=1,
+            promised_seconds=STEP_S,
+            now=step * STEP_S,
+        )
+    assert switch.correction(PLAIN, 200 * STEP_S) == pytest.approx(1.0, abs=0.01)

@@ -36,3 +36,34 @@ def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:
     if any(row.get("side") for row in rows):
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def plot_ways(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws throughput over concurrency, relative to none: adaptive and every fixed number.
+
+    Args:
+        rows: as of suite ``frontier``.
+        path: of the picture, in a folder that exists.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    throughput, budget = figure.subplots(1, 2)
+    loads = [row["concurrency"] for row in rows]
+    for way in rows[0]["fixed"] if rows else ():
+        if way != "plain":
+            ratios = [row["fixed"][way] / row["plain"] for row in rows]
+            throughput.plot(loads, ratios, marker=".", linewidth=1, label=f"always {way}")
+    adaptive = [row["adaptive"] / row["plain"] for row in rows]
+    throughput.plot(loads, adaptive, marker="o", linewidth=2.5, color="black", label="adaptive")
+    throughput.axhline(1.0, color="0.6", linewidth=1)
+    throughput.set_ylabel("throughput over that without speculation")
+    throughput.legend(fontsize="small")
+    budget.plot(loads, [row["budget"] for row in rows], marker="o", color="black")
+    budget.set_ylabel("adaptive: guesses verified for a request and pass")
+    budget.set_ylim(bottom=0)
+    for axes in (throughput, budget):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("requests at once")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

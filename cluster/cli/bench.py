@@ -17,6 +17,7 @@ from cluster.cli.drafters import (
     settings_of,
 )
 from cluster.cli.eval import add_comparison, comparison_of
+from cluster.cli.frontier import add_burst, add_frontier, run_burst, run_frontier
 from cluster.cli.load import add_load, add_overhead, run_load, run_overhead
 from cluster.cli.router import add_arguments as add_router
 from cluster.cli.router import run as run_router
@@ -187,6 +188,18 @@ _SUITES = {
         "without regard to them, and at random, on a clock of their own",
         add_router,
         run_router,
+    ),
+    "frontier": _Suite(
+        "throughput over load: adaptive speculation against every fixed number of draft tokens and "
+        "against none, in turn",
+        add_frontier,
+        run_frontier,
+    ),
+    "burst": _Suite(
+        "load that rises from light to three times saturation and falls again, with adaptive "
+        "speculation and without any",
+        add_burst,
+        run_burst,
     ),
     "widen": _Suite(
         "a small trained target and its drafter in models of a larger shape whose outputs are the "

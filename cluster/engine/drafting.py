@@ -82,6 +82,11 @@ class Drafting:
         self._pending: dict[int, _Pending] = {}
         self._stats = stats
 
+    def use_policy(self, config: SpeculativeConfig) -> None:
+        """Keeps to other caps and deadlines from the next round on."""
+        self._config = config
+        self.timeout_s = config.draft_timeout_ms / 1e3
+
     @property
     def is_ready(self) -> bool:
         """Whether some drafter can be asked."""

@@ -229,6 +229,18 @@ class Engine:
         self._speculator = self._make_speculator(speculative, draft_client, calibration)
         return outputs
 
+    def use_speculation_policy(self, speculative: SpeculativeConfig) -> None:
+        """Goes on with the same drafter in another way: scheduler, switching, grouping, caps.
+
+        What was learnt stays, and so do the draft sessions.
+
+        Raises:
+            ValueError: there is no drafter.
+        """
+        if self._speculator is None:
+            raise ValueError("there is no drafter whose use could change")
+        self._speculator.use_policy(speculative)
+
     def predicted_step_s(self) -> float:
         """Seconds of the longest step: the largest pass, a full cache, every round too late.
 

@@ -56,6 +56,10 @@ class RoundPlanner:
         self._online = OnlineCalibration(calibration, is_fixed=not config.online_calibration)
         self._observer: RecordObserver | None = None
 
+    def use_scheduler(self, scheduler: str) -> None:
+        """Plans in another way from the next round on (``SpeculativeConfig.scheduler``)."""
+        self._budget = make_budget(scheduler, self.profile)
+
     @property
     def calibration_error(self) -> float | None:
         """Windowed error of the calibrated survival; ``None`` before enough was verified."""

@@ -110,6 +110,17 @@ class Speculator:
         """Has a record of every verified proposal passed to ``observer`` (evaluation)."""
         self._planner.set_observer(observer)
 
+    def use_policy(self, config: SpeculativeConfig) -> None:
+        """Goes on as ``config`` says, but for the drafter, which stays; keeps what was learnt."""
+        self._config = config
+        self._drafting.use_policy(config)
+        self._planner.use_scheduler(config.scheduler)
+        self._policy.follow(
+            switching=config.switching,
+            grouping=config.grouping,
+            drafts_whole_blocks=config.scheduler == "full",
+        )
+
     def load(self) -> SpeculationLoad:
         """Mode, flips, and what drafters are asked for."""
         now = self._clock()

@@ -137,9 +137,6 @@ class SpeculationPolicy:
         self._cost_model = cost_model
         self._profile = profile
         self._predict_round = predict_round
-        self._is_switching = switching == "auto"
-        self._grouping = grouping
-        self._drafts_whole_blocks = drafts_whole_blocks
         self._num_stages = num_stages
         self.switch = SpeculationSwitch()
         self.goodput = self.goodput_plain = 0.0
@@ -150,6 +147,7 @@ class SpeculationPolicy:
         self._num_plain_probes_left = 0
         self._plan_of_load: tuple[PassLoad, SpeculationPlan] | None = None
         self._planned = self._valued = -math.inf
+        self.follow(switching=switching, grouping=grouping, drafts_whole_blocks=drafts_whole_blocks)
 
     @property
     def mode(self) -> SpeculationMode:
@@ -160,6 +158,13 @@ class SpeculationPolicy:
     def num_groups(self) -> int:
         """Groups of sequences that should take turns."""
         return 2 if self.mode is SpeculationMode.GROUPED else self._num_stages
+
+    def follow(self, *, switching: str, grouping: str, drafts_whole_blocks: bool) -> None:
+        """Goes on with other settings, as the constructor takes them; keeps what was learnt."""
+        self._is_switching = switching == "auto"
+        self._grouping = grouping
+        self._drafts_whole_blocks = drafts_whole_blocks
+        self._plan_of_load = None
 
     def announce(
         self, load: PassLoad, now: float, *, is_ready: bool, max_draft_tokens: int

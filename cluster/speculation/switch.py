@@ -150,6 +150,8 @@ class SpeculationSwitch:
         """What a pass delivered, and what was promised of just this pass."""
         if not 0 < seconds < math.inf or not 0 < promised_seconds < math.inf:
             return
+        # A machine's hiccup is no news about a mode; what stays is learnt all the same.
+        seconds = min(max(seconds, promised_seconds / 2), 2 * promised_seconds)
         evidence = self._evidence.setdefault(mode, _Evidence(updated=now))
         self._fade(evidence, now)
         keep = math.exp(-seconds / self.timing.evidence_s)

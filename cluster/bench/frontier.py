@@ -1,0 +1,299 @@
+"""Suite ``frontier``: throughput over load, adaptive speculation against every fixed amount of it.
+
+One engine in this process, its drafter in another one over gRPC. At each concurrency the ways to
+speculate take turns, in another order each time, for a while each: so what slows the machine for a
+while hits all of them. Throughput of a turn is what its passes made, over their own time.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+from cluster.bench.drafter_process import DrafterProcess
+from cluster.bench.load_prompts import PromptSource
+from cluster.bench.paired import paired_ratio
+from cluster.bench.report import Report
+from cluster.config import ClusterConfig, SpeculativeConfig
+from cluster.engine.draft_client import DraftClient
+from cluster.engine.drafter_calibration import load_drafter_calibration
+from cluster.engine.engine import Engine
+from cluster.engine.worker import ShardWorker, load_tokenizer
+from cluster.errors import DsparkError
+from cluster.request import Request, SamplingParams
+
+ADAPTIVE = "adaptive"
+PLAIN = "plain"
+_FIXED_BAR = 0.97
+_PLAIN_BAR = 0.98
+_READY_TIMEOUT_S = 60.0
+_DIGITS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierShape:
+    """What is measured.
+
+    Attributes:
+        concurrencies: requests under way at any time.
+        fixed: numbers of draft tokens that are always drafted and verified; 0 is no speculation.
+        turns: of each way at each concurrency.
+        seconds: of a turn that count, behind ``warm_up_s``.
+        prompt_tokens, max_tokens: of a request.
+        data: prompts, as ``load_prompt_set``.
+    """
+
+    concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    fixed: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)
+    turns: int = 10
+    seconds: float = 2.0
+    warm_up_s: float = 0.5
+    prompt_tokens: int = 128
+    max_tokens: int = 256
+    data: str = "stdlib-heldout"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What a turn delivered.
+
+    Attributes:
+        throughput: output tokens a second.
+        budget: guesses verified for a request and pass.
+        mode: how the last pass was made.
+        overruns: share of paced passes that took longer than they should have.
+    """
+
+    throughput: float
+    budget: float
+    mode: str
+    overruns: float = 0.0
+
+
+def run(values: dict[str, Any], shape: FrontierShape, note: Callable[[str], None]) -> Report:
+    """Runs the suite.
+
+    It passes where adaptive throughput is at least 0.97 times that of the best fixed number (which
+    is chosen on the other half of the turns) and 0.98 times that without speculation, at every
+    concurrency and with the lower end of the 95% interval.
+
+    Args:
+        values: ``args`` of a configuration with a ``speculative`` part.
+
+    Raises:
+        DsparkError: target or drafter cannot be served so.
+    """
+    config = ClusterConfig.parse(values)
+    if config.speculative is None:
+        raise ValueError("there is nothing to draft with")
+    prompts = PromptSource(
+        shape.data,
+        load_tokenizer(config.target.model),
+        count=max(shape.concurrencies) * 2,
+        num_tokens=shape.prompt_tokens,
+    )
+    rows = []
+    with DrafterProcess(values) as drafter:
+        plain = make_engine(config.model_copy(update={"speculative": None}), None)
+        client = drafter.connect(config, plain.vocab_size)
+        try:
+            wait_ready(client)
+            engine = make_engine(config, client)
+            for concurrency in shape.concurrencies:
+                turns = _take_turns(engine, plain, config.speculative, prompts, concurrency, shape)
+                row = frontier_row(concurrency, turns)
+                rows.append(row)
+                note(_line(row))
+        finally:
+            client.close()
+    pace = config.target.pace
+    return Report(
+        suite="frontier",
+        figures={
+            "rows": rows,
+            "paced": None if pace is None else f"{pace.profile} x{pace.time_scale:g}",
+        },
+        passed=all(row["passed"] for row in rows),
+    )
+
+
+def frontier_row(concurrency: int, turns: dict[str, list[Turn]]) -> dict[str, Any]:
+    """Figures of one concurrency; turn i of every way was taken at about the same time.
+
+    The best fixed number is chosen on turns of odd index and compared on even ones, and the other
+    way round, so that no way is compared where it was lucky.
+    """
+    throughput = {way: [turn.throughput for turn in of] for way, of in turns.items()}
+    fixed = {way: values for way, values in throughput.items() if way != ADAPTIVE}
+    ours: list[float] = []
+    best: list[float] = []
+    chosen = []
+    for part in (0, 1):
+        chosen_by = {way: sorted(values[1 - part :: 2]) for way, values in fixed.items()}
+        way = max(chosen_by, key=lambda name: chosen_by[name][len(chosen_by[name]) // 2])
+        chosen.append(way)
+        ours += throughput[ADAPTIVE][part::2]
+        best += fixed[way][part::2]
+    over_fixed = paired_ratio(ours, best)
+    over_plain = paired_ratio(throughput[ADAPTIVE], throughput[PLAIN])
+    adaptive = turns[ADAPTIVE]
+    return {
+        "concurrency": concurrency,
+        "adaptive": over_plain["ours"],
+        "plain": over_plain["peer"],
+        "best_fixed": chosen,
+        "over_fixed": over_fixed["ratio"],
+        "over_fixed_low": over_fixed["ratio_low"],
+        "over_plain": over_plain["ratio"],
+        "over_plain_low": over_plain["ratio_low"],
+        "budget": round(sum(turn.budget for turn in adaptive) / len(adaptive), 2),
+        "modes": {m: sum(t.mode == m for t in adaptive) for m in {t.mode for t in adaptive}},
+        "overruns": round(max(turn.overruns for of in turns.values() for turn in of), 3),
+        "fixed": {
+            way: round(sorted(values)[len(values) // 2], _DIGITS) for way, values in fixed.items()
+        },
+        "passed": over_fixed["ratio_low"] >= _FIXED_BAR and over_plain["ratio_low"] >= _PLAIN_BAR,
+    }
+
+
+def _take_turns(
+    engine: Engine,
+    plain: Engine,
+    speculative: SpeculativeConfig,
+    prompts: PromptSource,
+    concurrency: int,
+    shape: FrontierShape,
+) -> dict[str, list[Turn]]:
+    adaptive, without = (_Load(e, prompts, concurrency, shape) for e in (engine, plain))
+    ways = [ADAPTIVE, *(PLAIN if tokens == 0 else str(tokens) for tokens in shape.fixed)]
+    turns: dict[str, list[Turn]] = {way: [] for way in ways}
+    order = random.Random(concurrency)
+    for _ in range(shape.turns):
+        for way in order.sample(ways, len(ways)):
+            if way == PLAIN:
+                turns[way].append(without.turn())
+                continue
+            engine.use_speculation_policy(
+                speculative if way == ADAPTIVE else _fixed(speculative, int(way))
+            )
+            turns[way].append(adaptive.turn())
+    adaptive.end()
+    without.end()
+    return turns
+
+
+def _fixed(speculative: SpeculativeConfig, num_tokens: int) -> SpeculativeConfig:
+    return speculative.model_copy(
+        update={
+            "scheduler": "full",
+            "switching": "always",
+            "grouping": "off",
+            "num_speculative_tokens": num_tokens,
+        }
+    )
+
+
+class _Load:
+    """A closed loop of requests on an engine, run in turns."""
+
+    def __init__(
+        self, engine: Engine, prompts: PromptSource, concurrency: int, shape: FrontierShape
+    ) -> None:
+        self._engine = engine
+        self._prompts = prompts
+        self._shape = shape
+        self._numbers = count()
+        self._active: set[str] = set()
+        # Requests are met at different places of their way, as they are in a server.
+        for index in range(concurrency):
+            self._add(max(shape.max_tokens * (index + 1) // concurrency, 1))
+
+    def turn(self) -> Turn:
+        """Runs the loop for a while."""
+        shape, engine = self._shape, self._engine
+        self._run_until(time.monotonic() + shape.warm_up_s)
+        before = replace(engine.load().stats)  # the engine goes on counting in its own
+        paced = engine.load().paced
+        start = time.monotonic()
+        num_tokens = self._run_until(start + shape.seconds)
+        seconds = time.monotonic() - start
+        load = engine.load()
+        num_steps = load.stats.num_steps - before.num_steps
+        overruns = 0.0
+        if paced is not None and load.paced is not None:
+            num_passes = max(load.paced.num_passes - paced.num_passes, 1)
+            overruns = (load.paced.num_overruns - paced.num_overruns) / num_passes
+        return Turn(
+            throughput=num_tokens / seconds,
+            budget=(load.stats.num_draft_tokens - before.num_draft_tokens) / max(num_steps, 1),
+            mode=load.speculation.mode,
+            overruns=overruns,
+        )
+
+    def end(self) -> None:
+        """Ends all requests."""
+        for request_id in self._active:
+            self._engine.cancel(request_id, DsparkError("the measurement is over"))
+        while self._engine.has_work:
+            self._engine.step()
+
+    def _run_until(self, end: float) -> int:
+        """Steps until ``end``; returns the output tokens."""
+        num_tokens = 0
+        while time.monotonic() < end:
+            for output in self._engine.step():
+                if output.error is not None:
+                    raise output.error
+                num_tokens += len(output.token_ids)
+                if output.is_last:
+                    self._active.remove(output.request_id)
+                    self._add(self._shape.max_tokens)
+        return num_tokens
+
+    def _add(self, max_tokens: int) -> None:
+        request = Request(
+            request_id=f"{id(self)}-{next(self._numbers)}",
+            prompt_token_ids=self._prompts.take(),
+            sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
+        )
+        self._engine.add_request(request)
+        self._active.add(request.request_id)
+
+
+def make_engine(config: ClusterConfig, client: DraftClient | None) -> Engine:
+    """An engine of one shard in this process."""
+    worker = ShardWorker(config, 0)
+    worker.start("", 0, 0)
+    calibration = None if client is None else load_drafter_calibration(config)
+    return worker.build_engine(client, calibration=calibration, seed=0)
+
+
+def wait_ready(client: DraftClient) -> None:
+    """Returns when the drafter can be asked. Raises: DsparkError: it takes too long."""
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while not client.is_ready():
+        if time.monotonic() > deadline:
+            raise DsparkError("the drafter is not ready in time")
+        time.sleep(0.05)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['concurrency']} requests: adaptive {row['adaptive']:.1f} tokens/s, "
+        f"{row['over_plain']:.3f} times plain, {row['over_fixed']:.3f} times the best fixed "
+        f"({'/'.join(row['best_fixed'])}), budget {row['budget']}, overruns {row['overruns']}"
+    )
+
+
+def points(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Throughput over concurrency of each way, for plots."""
+    lines: dict[str, list[tuple[int, float]]] = {ADAPTIVE: []}
+    for row in rows:
+        lines[ADAPTIVE].append((row["concurrency"], row["adaptive"]))
+        for way, value in row["fixed"].items():
+            lines.setdefault(way, []).append((row["concurrency"], value))
+    return lines
