@@ -92,18 +92,25 @@ def test_the_image_serves_as_non_root(image: str, tmp_path: Path) -> None:
     try:
         command = ["run", "--volume", f"{tmp_path}:/config:ro", container, "--", "sh", "-c", script]
         # Ports of its own: with isolation by chroot a container has the machine's network.
-        answer = json.loads(_buildah(*command, before=["unshare", "--net"]))
+        answer = json.loads(_buildah(*command, alone=True))
     finally:
         _buildah("rm", container)
     assert answer["usage"]["completion_tokens"] == 16
 
 
-def _buildah(*arguments: str, before: list[str] | None = None) -> str:
-    # In a container or a small machine there is neither an overlay nor a runtime.
-    environment = {"BUILDAH_ISOLATION": "chroot", "STORAGE_DRIVER": "vfs", **os.environ}
+# A host with an address and a way out, behind which is nobody.
+_ALONE = """
+  ip link set lo up && ip address add 10.99.0.1/32 dev lo &&
+  ip route add default dev lo src 10.99.0.1 && exec "$@"
+"""
+
+
+def _buildah(*arguments: str, alone: bool = False) -> str:
+    # In a container, or on a small machine, there is no runtime for containers.
+    environment = {"BUILDAH_ISOLATION": "chroot", **os.environ}
     command = ["buildah", *arguments]
-    if before:
-        command = [*before, "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
+    if alone:
+        command = ["unshare", "--net", "sh", "-c", _ALONE, "sh", *command]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout
