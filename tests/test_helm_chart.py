@@ -272,8 +272,8 @@ def test_every_part_has_a_place(path: Path) -> None:
     hosts = {group["groupName"]: group["numOfHosts"] for group in cluster["workerGroupSpecs"]}
     asked = {
         "router": (config.router.num_replicas, config.router, 1),
-        "target": (config.target.num_replicas, config.target, config.target.num_shards),
-        "drafter": (config.drafter.num_replicas, config.drafter, 1),
+        "target": (config.target.highest, config.target, config.target.num_shards),
+        "drafter": (config.drafter.highest, config.drafter, 1),
     }
     for pool, (num_replicas, part, num_actors) in asked.items():
         offered = types[pool]["resources"]
