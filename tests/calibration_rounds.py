@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from cluster.speculation.calibration import LogitScaling, survival
+from cluster.speculation.calibration import LogitMap, LogitScaling, survival
 from cluster.speculation.record import COUPLED, REJECTION, CalibrationKey, VerificationRecord
 from cluster.speculation.reliability import RoundTable, calibration_error
 
@@ -12,6 +14,11 @@ BLOCK = 7
 KEY = CalibrationKey(COUPLED, "high")
 EXACT_KEY = CalibrationKey(REJECTION, "high")
 RAW = LogitScaling.identity(BLOCK)
+
+
+def straight(temperatures: Sequence[float], biases: Sequence[float]) -> LogitScaling:
+    """A temperature and a bias for each position."""
+    return LogitScaling(tuple(map(LogitMap.straight, temperatures, biases)))
 
 
 def draw_records(

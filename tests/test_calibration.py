@@ -7,10 +7,12 @@ import pytest
 
 from cluster.speculation.calibration import (
     Calibration,
+    LogitMap,
     LogitScaling,
-    fit_scaling,
     logit,
+    sigmoid,
 )
+from cluster.speculation.calibration_fit import _Loss, fit_scaling
 from cluster.speculation.record import (
     COUPLED,
     REJECTION,
@@ -29,7 +31,7 @@ from cluster.speculation.reliability import (
     mean_interval,
     reliability_bins,
 )
-from tests.calibration_rounds import BLOCK, EXACT_KEY, KEY, RAW, draw_table, errors
+from tests.calibration_rounds import BLOCK, EXACT_KEY, KEY, RAW, draw_table, errors, straight
 
 # ------------------------------------------------------------------------------------- metrics
 
@@ -132,18 +134,18 @@ def test_keys_by_verifier_and_temperature() -> None:
 def test_what_was_not_fitted_takes_the_nearest_fit() -> None:
     calibration = Calibration(
         {
-            CalibrationKey(COUPLED, "greedy"): LogitScaling((2.0, 3.0), (0.2, 0.3)),
-            CalibrationKey(COUPLED, "high"): LogitScaling((4.0, 5.0), (0.4, 0.5)),
+            CalibrationKey(COUPLED, "greedy"): straight((2.0, 3.0), (0.2, 0.3)),
+            CalibrationKey(COUPLED, "high"): straight((4.0, 5.0), (0.4, 0.5)),
         }
     )
 
     def at(verifier: str, bucket: str, count: int = 2) -> LogitScaling:
         return calibration.scaling(CalibrationKey(verifier, bucket), count)
 
-    assert at(COUPLED, "low") == LogitScaling((2.0, 3.0), (0.2, 0.3))
-    assert at(COUPLED, "medium") == LogitScaling((4.0, 5.0), (0.4, 0.5))
-    assert at(COUPLED, "high", 4) == LogitScaling((4.0, 5.0, 5.0, 5.0), (0.4, 0.5, 0.5, 0.5))
-    assert at(REJECTION, "high") == LogitScaling((1.0, 1.0), (0.0, 0.0))
+    assert at(COUPLED, "low") == straight((2.0, 3.0), (0.2, 0.3))
+    assert at(COUPLED, "medium") == straight((4.0, 5.0), (0.4, 0.5))
+    assert at(COUPLED, "high", 4) == straight((4.0, 5.0, 5.0, 5.0), (0.4, 0.5, 0.5, 0.5))
+    assert at(REJECTION, "high") == LogitScaling.identity(2)
 
 
 # ---------------------------------------------------------------------------------- offline fit
@@ -153,19 +155,30 @@ def test_scaling_by_hand() -> None:
     confidences = np.array([[0.0, 0.2], [0.999, 1.0]])
     assert LogitScaling.identity(2).apply(confidences) == pytest.approx(confidences, abs=1e-5)
     assert np.isfinite(logit(confidences)).all()
-    scaled = LogitScaling((2.0, 0.5), (-1.0, 0.5)).apply(np.array([[0.9, 0.2]]))
+    scaled = straight((2.0, 0.5), (-1.0, 0.5)).apply(np.array([[0.9, 0.2]]))
     # logit 0.9 = ln 9, halved less 1; logit 0.2 = -ln 4, doubled and a half more.
     assert scaled[0] == pytest.approx([3 / (3 + np.e), np.exp(0.5) / (16 + np.exp(0.5))])
-    rising = np.array([[0.0], [0.2], [0.999], [1.0]])
-    assert (np.diff(LogitScaling((3.0,), (-2.0,)).apply(rising)[:, 0]) > 0).all()  # order stays
+
+
+def test_a_map_is_straight_between_its_points_and_beyond_them() -> None:
+    line = LogitMap((0.0, 1.0, 3.0), (2.0, 2.5, 6.5))
+    raw = np.array([[-2.0, 0.0, 0.5], [1.0, 2.0, 4.0]])
+    assert line.apply(raw) == pytest.approx(np.array([[1.0, 2.0, 2.25], [2.5, 4.5, 8.5]]))
+    assert line.value_and_slope(raw)[1] == pytest.approx(np.array([[0.5] * 3, [0.5, 2.0, 2.0]]))
+    both = LogitScaling((line, LogitMap.straight(2.0, -1.0)))
+    scaled = logit(both.apply(sigmoid(np.stack((raw, raw), axis=-1))))
+    assert scaled == pytest.approx(np.stack((line.apply(raw), raw / 2 - 1), axis=-1))
+    assert LogitScaling(()).apply(np.zeros((3, 0))).shape == (3, 0)
+    moved = line.moved(np.log(2.0), -1.0)  # logits are halved first
+    assert moved.apply(2 * raw) == pytest.approx(line.apply(raw) - 1)
 
 
 @pytest.mark.parametrize("key", [KEY, EXACT_KEY], ids=["coupled", "rejection"])
 def test_fit_finds_scale_and_shift_and_holds_on_other_rounds(key: CalibrationKey) -> None:
-    scaling = fit_scaling(draw_table(20_000, scale=2.0, shift=0.6, seed=1, key=key))
-    # Behind, few rounds are left to tell one scaling from another.
-    assert scaling.temperatures[:4] == pytest.approx([2.0] * 4, rel=0.25)
-    assert scaling.biases[:4] == pytest.approx([-0.6] * 4, abs=0.2)
+    scaling = fit_scaling(draw_table(10_000, scale=2.0, shift=0.6, seed=1, key=key))
+    for line in scaling.maps[:4]:  # behind, few rounds are left to tell one from another
+        true = np.array([-0.3, 0.6, 1.5])
+        assert line.apply(2.0 * (true + 0.6)) == pytest.approx(true, abs=0.25)
     heldout = draw_table(40_000, scale=2.0, shift=0.6, seed=2, key=key)
     assert max(errors(heldout, RAW)) > 0.1
     assert max(errors(heldout, scaling)) < 0.02
@@ -173,9 +186,9 @@ def test_fit_finds_scale_and_shift_and_holds_on_other_rounds(key: CalibrationKey
 
 def test_a_temperature_alone_would_not_mend_a_shift() -> None:
     """What the bias is for: confidences on both sides of one half, and all too high."""
-    table = draw_table(20_000, shift=0.8, level=0.0, seed=27)
+    table = draw_table(10_000, shift=0.8, level=0.0, seed=27)
     scaled = [
-        errors(table, LogitScaling((float(t),) * BLOCK, RAW.biases))[0]
+        errors(table, straight([float(t)] * BLOCK, [0.0] * BLOCK))[0]
         for t in np.geomspace(0.2, 5, 40)
     ]
     assert min(scaled) > 0.06
@@ -186,11 +199,42 @@ def test_fit_stays_finite_where_rounds_say_nothing() -> None:
     """All accepted, all alike, some positions without any token."""
     records = [VerificationRecord(KEY, str(i), 2, (0.9, 0.9), 2) for i in range(50)]
     scaling = fit_scaling(RoundTable.from_records(records, 3))
-    assert np.isfinite(scaling.temperatures + scaling.biases).all()
-    assert (scaling.temperatures[2], scaling.biases[2]) == (1.0, 0.0)
+    for line in scaling.maps:
+        assert np.isfinite(line.raw + line.calibrated).all()
+        assert min(np.diff(line.raw)) > 0
+        assert min(np.diff(line.calibrated)) > 0
+    assert scaling.maps[2] == LogitMap.identity()
     assert scaling.apply(np.full((1, 3), 0.9))[0, 0] > 0.97
     with pytest.raises(ValueError, match="no rounds"):
         fit_scaling(RoundTable.from_records([], 3))
+
+
+def test_fit_finds_a_bend() -> None:
+    """Unsure confidences say nothing, as where a greedy answer repeats itself; sure ones do."""
+    law = LogitScaling((LogitMap((0.0, 1.0, 2.0), (0.4, 0.45, 3.0)),) * BLOCK)
+    random = np.random.default_rng(4)
+    confidences = sigmoid(random.normal(0.9, 1.0, size=(20_000, BLOCK)))
+    counts = np.cumprod(random.random(confidences.shape) < law.apply(confidences), axis=1).sum(1)
+    records = [
+        VerificationRecord(KEY, str(row), BLOCK, tuple(values.tolist()), int(count))
+        for row, (values, count) in enumerate(zip(confidences, counts, strict=True))
+    ]
+    fitted_on, judged = (
+        RoundTable.from_records(half, BLOCK) for half in (records[::2], records[1::2])
+    )
+    assert max(errors(judged, RAW)) > 0.04
+    assert max(errors(judged, fit_scaling(fitted_on))) < 0.02
+
+
+@pytest.mark.parametrize("where", [0.3, 0.55, 0.8])
+def test_the_fits_gradient_is_that_of_its_loss(where: float) -> None:
+    table = draw_table(2000, scale=2.0, seed=5)
+    loss = _Loss(logit(table.confidences)[:, 1], np.full(2000, where), table.outcomes[:, 1])
+    parameters = loss.start + np.linspace(-0.5, 0.5, len(loss.start))
+    gradient, _ = loss.terms(parameters)
+    for index, step in enumerate(1e-6 * np.eye(len(parameters))):
+        slope = (loss.value(parameters + step) - loss.value(parameters - step)) / 2e-6
+        assert gradient[index] == pytest.approx(slope, abs=2e-4)
 
 
 def test_fit_is_sequential() -> None:
@@ -206,6 +250,5 @@ def test_fit_is_sequential() -> None:
     ]
     table = RoundTable.from_records(records, 2)
     scaling = fit_scaling(table)
-    assert scaling.temperatures[1] < 0.8
-    alone = LogitScaling((scaling.temperatures[0], 1.0), (scaling.biases[0], 0.0))
+    alone = LogitScaling((scaling.maps[0], LogitMap.identity()))
     assert errors(table, scaling)[1] < errors(table, alone)[1] / 1.5

@@ -16,14 +16,16 @@ from cluster.models.calibration_file import (
     save_calibration,
 )
 from cluster.models.checkpoint import drafter_digest
-from cluster.speculation.calibration import LogitScaling
+from cluster.speculation.calibration import LogitMap, LogitScaling
 from cluster.speculation.record import COUPLED, REJECTION, CalibrationKey
 
 GREEDY = CalibrationKey(COUPLED, "greedy")
 SAMPLED = CalibrationKey(REJECTION, "high")
-FIRST = LogitScaling((1.5, 0.5), (0.25, -0.5))
-SECOND = LogitScaling((2.0, 3.0), (0.0, -1.0))
-THIRD = LogitScaling((4.0, 5.0), (1.0, 2.0))
+FIRST = LogitScaling(
+    (LogitMap((0.5, 1.5), (0.25, 0.5)), LogitMap((-1.0, 0.0, 2.0), (0.0, 1.0, 7.0)))
+)
+SECOND = LogitScaling((LogitMap.straight(2.0), LogitMap.straight(3.0, -1.0)))
+THIRD = LogitScaling((LogitMap.straight(4.0, 1.0), LogitMap.straight(5.0, 2.0)))
 
 
 @pytest.fixture
@@ -113,20 +115,20 @@ def put(document: Any, where: str, value: Any) -> None:
         ("entries.0", 7, "entries.0"),
         ("entries.1.verifier", "guess", "entries.1.verifier"),
         ("entries.1.temperature_bucket", "hot", "entries.1.temperature_bucket"),
-        ("entries.1.temperatures", [1.0], "entries.1.temperatures"),
-        ("entries.1.temperatures", [], "entries.1.temperatures"),
-        ("entries.1.temperatures", "1", "entries.1.temperatures"),
-        ("entries.1.temperatures.1", 0, "entries.1.temperatures.1"),
-        ("entries.1.temperatures.1", -1.0, "entries.1.temperatures.1"),
-        ("entries.1.temperatures.1", float("inf"), "entries.1.temperatures.1"),
-        ("entries.1.temperatures.1", float("nan"), "entries.1.temperatures.1"),
-        ("entries.1.temperatures.1", True, "entries.1.temperatures.1"),
-        ("entries.1.temperatures.1", None, "entries.1.temperatures.1"),
-        ("entries.1.temperatures.1", 10**400, "entries.1.temperatures.1"),
-        ("entries.1.biases", None, "entries.1.biases"),
-        ("entries.1.biases", [0.0], "entries.1.biases"),
-        ("entries.1.biases.0", float("nan"), "entries.1.biases.0"),
-        ("entries.1.biases.0", "0", "entries.1.biases.0"),
+        ("entries.1.maps", [], "entries.1.maps"),
+        ("entries.1.maps", "1", "entries.1.maps"),
+        ("entries.1.maps", [{"raw": [0, 1], "calibrated": [0, 1]}], "entries.1.maps"),
+        ("entries.1.maps.1", 1.0, "entries.1.maps.1"),
+        ("entries.1.maps.1.raw", None, "entries.1.maps.1.raw"),
+        ("entries.1.maps.1.raw", [1.0], "entries.1.maps.1.raw"),
+        ("entries.1.maps.1.calibrated", [0, 1, 2], "entries.1.maps.1.calibrated"),
+        ("entries.1.maps.1.raw.1", 0, "entries.1.maps.1.raw.1"),
+        ("entries.1.maps.1.calibrated.1", -1.0, "entries.1.maps.1.calibrated.1"),
+        ("entries.1.maps.0.calibrated.1", float("inf"), "entries.1.maps.0.calibrated.1"),
+        ("entries.1.maps.0.calibrated.0", float("nan"), "entries.1.maps.0.calibrated.0"),
+        ("entries.1.maps.0.raw.1", True, "entries.1.maps.0.raw.1"),
+        ("entries.1.maps.0.raw.0", "0", "entries.1.maps.0.raw.0"),
+        ("entries.1.maps.0.raw.1", 10**400, "entries.1.maps.0.raw.1"),
     ],
 )
 def test_what_cannot_be_right_is_refused(
@@ -144,22 +146,12 @@ def test_what_cannot_be_right_is_refused(
 def test_a_fit_of_the_former_schema_is_refused_with_advice(folders: tuple[Path, Path]) -> None:
     path = save(folders)
     document = json.loads(path.read_text())
-    document["schema_version"] = 1
+    document["schema_version"] = 2
     for entry in document["entries"]:
-        del entry["biases"]
+        del entry["maps"]
     path.write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match="is 1, not 2; run `dspark calibrate` again"):
+    with pytest.raises(CheckpointError, match="is 2, not 3; run `dspark calibrate` again"):
         load_calibration(*folders)
-
-
-def test_as_many_biases_as_temperatures(folders: tuple[Path, Path]) -> None:
-    path = save(folders)
-    document = json.loads(path.read_text())
-    document["entries"][0]["biases"].append(0.0)
-    path.write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match="3 values beside 2 temperatures") as caught:
-        load_calibration(*folders)
-    assert caught.value.key == "entries.0.biases"
 
 
 def test_a_fit_given_twice_is_refused(folders: tuple[Path, Path]) -> None:

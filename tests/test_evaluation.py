@@ -28,7 +28,7 @@ from cluster.cli import main
 from cluster.engine.worker import load_tokenizer
 from cluster.errors import CheckpointError, ConfigError, DataError
 from cluster.models.calibration_file import load_calibration
-from cluster.speculation.calibration import LogitScaling
+from cluster.speculation.calibration import LogitMap, LogitScaling
 from cluster.speculation.record import COUPLED, REJECTION, CalibrationKey, VerificationRecord
 from cluster.speculation.reliability import RoundTable, length_difference
 from cluster.training.corpus import load_documents
@@ -161,7 +161,7 @@ def test_confidence_by_hand() -> None:
     assert figures["ece"][1] == pytest.approx((0.28 + 0.63 + 0.35) / 3, abs=1e-4)
     assert figures["auc"] == [1.0, 1.0, None]  # of rounds that get there
     assert figures["brier"][0] == pytest.approx((0.01 + 0.01 + 0.25) / 3, abs=1e-4)
-    scaled = confidence_figures(make_table(), LogitScaling((2.0,) * 3, (-0.5,) * 3))
+    scaled = confidence_figures(make_table(), LogitScaling((LogitMap.straight(2.0, -0.5),) * 3))
     assert scaled["auc"] == figures["auc"]
     assert scaled["ece"] != figures["ece"]
 

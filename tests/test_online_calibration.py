@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import numpy as np
 import pytest
@@ -10,14 +11,31 @@ import pytest
 from cluster.speculation import online_calibration
 from cluster.speculation.calibration import (
     Calibration,
+    LogitMap,
     LogitScaling,
-    fit_scaling,
     sigmoid,
     survival,
 )
+from cluster.speculation.calibration_fit import fit_scaling
 from cluster.speculation.online_calibration import MAX_DRIFT, OnlineCalibration
 from cluster.speculation.record import CalibrationKey, VerificationRecord
-from tests.calibration_rounds import BLOCK, EXACT_KEY, KEY, RAW, draw_records, draw_table, errors
+from cluster.speculation.reliability import RoundTable
+from tests.calibration_rounds import (
+    BLOCK,
+    EXACT_KEY,
+    KEY,
+    RAW,
+    draw_records,
+    draw_table,
+    errors,
+    straight,
+)
+
+
+@cache
+def fitted(key: CalibrationKey) -> LogitScaling:
+    """An offline fit on rounds whose confidences are right."""
+    return fit_scaling(draw_table(10_000, seed=4, key=key))
 
 
 def feed(online: OnlineCalibration, records: list[VerificationRecord]) -> None:
@@ -30,7 +48,7 @@ def feed(online: OnlineCalibration, records: list[VerificationRecord]) -> None:
 def test_doubled_logits_are_brought_back_within_2000_rounds(
     key: CalibrationKey, num_admitted: int
 ) -> None:
-    offline = fit_scaling(draw_table(20_000, seed=4, key=key))  # on the right scale
+    offline = fitted(key)  # on the right scale
     online = OnlineCalibration(Calibration({key: offline}))
     judged = draw_table(40_000, scale=2.0, seed=5, key=key)
     assert max(errors(judged, offline)) > 0.06
@@ -39,23 +57,40 @@ def test_doubled_logits_are_brought_back_within_2000_rounds(
     assert max(after) < 0.04
     assert 1.5 < online.drift < 2.5
     # Positions that were never admitted are not known about, and stay.
-    moved = online.scaling(key, BLOCK)
-    assert moved.temperatures[num_admitted:] == pytest.approx(offline.temperatures[num_admitted:])
-    assert moved.biases[num_admitted:] == pytest.approx(offline.biases[num_admitted:])
+    assert online.scaling(key, BLOCK).maps[num_admitted:] == offline.maps[num_admitted:]
+
+
+def test_a_bend_is_kept_under_another_scale() -> None:
+    """What doubled logits need is another temperature before the map, and the same map."""
+    bent = LogitScaling((LogitMap((0.0, 1.0, 2.0), (0.4, 0.8, 3.0)),) * BLOCK)
+    random = np.random.default_rng(29)
+    logits = random.normal(0.9, 1.0, size=(22_000, BLOCK))
+    chances = bent.apply(sigmoid(logits))
+    counts = np.cumprod(random.random(chances.shape) < chances, axis=1).sum(1)
+    records = [
+        VerificationRecord(KEY, str(row), BLOCK, tuple(sigmoid(2 * values).tolist()), int(count))
+        for row, (values, count) in enumerate(zip(logits, counts, strict=True))
+    ]
+    online = OnlineCalibration(Calibration({KEY: bent}))
+    judged = RoundTable.from_records(records[2000:], BLOCK)
+    before = max(errors(judged, bent))
+    feed(online, records[:2000])
+    assert max(errors(judged, online.scaling(KEY, BLOCK))) < 0.04 < before
 
 
 def test_a_shift_of_the_odds_is_brought_back_too() -> None:
-    offline = fit_scaling(draw_table(20_000, seed=4))
+    offline = fitted(KEY)
     online = OnlineCalibration(Calibration({KEY: offline}))
     judged = draw_table(40_000, shift=0.8, seed=5)
     assert max(errors(judged, offline)) > 0.1
     feed(online, draw_records(2000, shift=0.8, seed=6))
     assert max(errors(judged, online.scaling(KEY, BLOCK))) < 0.04
-    assert online.scaling(KEY, BLOCK).biases[0] == pytest.approx(-0.8, abs=0.3)
+    moved = online.scaling(KEY, 1).maps[0].apply(np.array([0.8]))
+    assert moved == pytest.approx([0.0], abs=0.2)
 
 
 def test_stationary_outcomes_do_not_make_it_wander() -> None:
-    offline = fit_scaling(draw_table(20_000, seed=7))
+    offline = fitted(KEY)
     online = OnlineCalibration(Calibration({KEY: offline}))
     judged = draw_table(40_000, seed=8)
     before = max(errors(judged, offline))
@@ -79,11 +114,11 @@ def test_drift_is_bounded_whatever_happens() -> None:
 
 def test_certain_confidences_stay_finite_under_a_small_temperature() -> None:
     """A chance of acceptance that rounds to 1 has an exact 0 for a denominator."""
-    online = OnlineCalibration(Calibration({KEY: LogitScaling((0.3,) * BLOCK, RAW.biases)}))
+    online = OnlineCalibration(Calibration({KEY: straight((0.3,) * BLOCK, (0.0,) * BLOCK)}))
     record = VerificationRecord(KEY, "a", BLOCK, (1.0,) * BLOCK, BLOCK)
     feed(online, [record, record._replace(num_accepted_tokens=0)] * 600)
-    moved = online.scaling(KEY, BLOCK)
-    assert np.isfinite(moved.temperatures + moved.biases).all()
+    for line in online.scaling(KEY, BLOCK).maps:
+        assert np.isfinite(line.raw + line.calibrated).all()
     assert online.drift > 1.5  # and it learns that they are too sure
 
 
@@ -176,7 +211,8 @@ def test_a_longer_block_starts_the_key_anew() -> None:
     feed(online, draw_records(2000, scale=2.0, seed=23))
     moved = online.scaling(KEY, BLOCK)
     assert len(moved) == BLOCK
-    assert moved.temperatures[:4] == pytest.approx([2.0] * 4, rel=0.3)
+    for line in moved.maps[:4]:
+        assert np.diff(line.apply(np.array([0.0, 2.0]))) == pytest.approx([1.0], abs=0.35)
 
 
 def test_memory_is_bounded() -> None:

@@ -14,7 +14,7 @@ from cluster.engine.sampler import SampleOutput
 from cluster.engine.scheduler import ScheduledSequence
 from cluster.engine.sequence import Sequence
 from cluster.request import Request, SamplingParams
-from cluster.speculation.calibration import Calibration, LogitScaling
+from cluster.speculation.calibration import Calibration, LogitMap, LogitScaling
 from cluster.speculation.cost_model import CostModel
 from cluster.speculation.proposal import DraftProposal
 from cluster.speculation.record import (
@@ -40,7 +40,7 @@ def make_planner(calibration: Calibration | None = None, **overrides: object) ->
 
 
 def scaling(temperature: float, bias: float = 0.0) -> LogitScaling:
-    return LogitScaling((temperature,) * BLOCK, (bias,) * BLOCK)
+    return LogitScaling((LogitMap.straight(temperature, bias),) * BLOCK)
 
 
 def make_sequence(request_id: str, confidences: tuple[float, ...], **sampling: object) -> Sequence:

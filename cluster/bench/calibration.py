@@ -1,13 +1,13 @@
 """Suite ``calibration``, and ``dspark calibrate``: fitting a drafter's confidences and judging it.
 
-The scaling of a confidence's logit is fitted on rounds over training prompts, one fit for each
+What becomes of a confidence is fitted on rounds over training prompts, one fit for each
 verifier and temperature bucket, and judged on rounds over other, held-out prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.bench.drafter_choice import DrafterChoice
@@ -23,7 +23,8 @@ from cluster.bench.report import Report
 from cluster.engine.worker import load_tokenizer
 from cluster.errors import ConfigError, DataError
 from cluster.models.calibration_file import CalibrationEntry, save_calibration
-from cluster.speculation.calibration import Calibration, LogitScaling, fit_scaling
+from cluster.speculation.calibration import Calibration, LogitScaling
+from cluster.speculation.calibration_fit import fit_scaling
 from cluster.speculation.record import VERIFIERS, calibration_key, temperature_bucket
 
 ERROR_BAR = 0.02
@@ -71,8 +72,7 @@ class Fit:
             "verifier": self.heldout.key.verifier,
             "temperature_bucket": self.heldout.key.bucket,
             "temperature": self.heldout.temperature,
-            "temperatures": [round(value, 4) for value in self.scaling.temperatures],
-            "biases": [round(value, 4) for value in self.scaling.biases],
+            "maps": [asdict(line) for line in self.scaling.maps],
             "training": self._judged_on(self.training),
             "heldout": self._judged_on(self.heldout),
         }
@@ -171,11 +171,13 @@ def store(target: str, folder: str, fit: Fit, settings: Settings) -> str:
     Raises:
         CheckpointError: the file cannot be written.
     """
+    figures = fit.figures()
+    del figures["maps"]  # they are beside the metrics
     entry = CalibrationEntry(
         key=fit.heldout.key,
         scaling=fit.scaling,
         num_rounds=len(fit.training.table),
-        metrics={"draft_top_k": settings.draft_top_k, **fit.figures()},
+        metrics={"draft_top_k": settings.draft_top_k, **figures},
     )
     return str(save_calibration(folder, target, [entry]))
 

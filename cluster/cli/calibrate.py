@@ -25,16 +25,18 @@ from cluster.speculation.record import VERIFIERS
 if TYPE_CHECKING:
     from cluster.bench.calibration import FitPlan
 
+_SHOWN_CONFIDENCES = (0.5, 0.7, 0.9)
+
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Adds ``calibrate`` to the command line."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "calibrate",
         help="fit a drafter's confidences to what is accepted",
-        description="Runs rounds on training prompts, fits a temperature and a bias per position "
-        "for each verifier and bucket of temperatures (0, to 0.5, to 0.85, above), writes "
-        "calibration.json beside the drafter's checkpoint, and reports the error before and after "
-        "on held-out prompts.",
+        description="Runs rounds on training prompts, fits what becomes of the confidences of "
+        "each position, for each verifier and bucket of temperatures (0, to 0.5, to 0.85, above), "
+        "writes calibration.json beside the drafter's checkpoint, and reports the error before "
+        "and after on held-out prompts.",
     )
     add_plan(parser)
     return parser
@@ -118,6 +120,10 @@ def run(args: argparse.Namespace) -> int:
 
 def fit_table(fit: dict[str, Any]) -> Table:
     """One fit's held-out figures by position."""
+    import numpy as np
+
+    from cluster.speculation.calibration import LogitMap, logit, sigmoid
+
     heldout = fit["heldout"]
     table = Table(
         title=f"{fit['verifier']}, temperature {fit['temperature']:g}: {heldout['rounds']} rounds "
@@ -128,8 +134,7 @@ def fit_table(fit: dict[str, Any]) -> Table:
     )
     for heading in (
         "position",
-        "temperature",
-        "bias",
+        *(f"of {confidence:.0%}" for confidence in _SHOWN_CONFIDENCES),
         "ECE before",
         "after",
         "95%",
@@ -138,9 +143,8 @@ def fit_table(fit: dict[str, Any]) -> Table:
         "AUC",
     ):
         table.add_column(heading, justify="right")
-    for position, (temperature, bias) in enumerate(
-        zip(fit["temperatures"], fit["biases"], strict=True)
-    ):
+    for position, line in enumerate(fit["maps"]):
+        scaled = sigmoid(LogitMap(**line).apply(logit(np.array(_SHOWN_CONFIDENCES))))
         before = heldout["before"]["ece"][position]
         after = {name: values[position] for name, values in heldout["after"].items()}
         if after["ece"] is None:
@@ -149,8 +153,7 @@ def fit_table(fit: dict[str, Any]) -> Table:
         auc = "" if after["auc"] is None else f"{after['auc']:.3f}"
         table.add_row(
             str(position + 1),
-            f"{temperature:.3f}",
-            f"{bias:+.3f}",
+            *(f"{confidence:.0%}" for confidence in scaled.tolist()),
             f"{before:.2%}",
             f"{after['ece']:.2%}",
             f"{low:.2%} - {high:.2%}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from cluster.errors import CheckpointError
 from cluster.models.checkpoint import drafter_digest, target_digest
 from cluster.models.hub import local_folder
 from cluster.models.json_files import read_json
-from cluster.speculation.calibration import Calibration, LogitScaling
+from cluster.speculation.calibration import Calibration, LogitMap, LogitScaling
 from cluster.speculation.record import BUCKETS, VERIFIERS, CalibrationKey
 
 FILE_NAME = "calibration.json"
-SCHEMA_VERSION = 2  # 1 had temperatures alone
+SCHEMA_VERSION = 3  # 1 and 2 had a temperature for each position, 2 a bias too
 
 _LARGEST = 1e6
 _ADVICE = "run `dspark calibrate` again, or remove the file"
@@ -61,8 +61,7 @@ def save_calibration(
         entry.key: {
             "verifier": entry.key.verifier,
             "temperature_bucket": entry.key.bucket,
-            "temperatures": list(entry.scaling.temperatures),
-            "biases": list(entry.scaling.biases),
+            "maps": [asdict(line) for line in entry.scaling.maps],
             "num_rounds": entry.num_rounds,
             "metrics": dict(entry.metrics),
         }
@@ -94,7 +93,7 @@ def load_calibration(
     """The calibration of a drafter for a target; an empty one where there is no file.
 
     Args:
-        num_positions: temperatures and biases that every entry must have; unset: any number.
+        num_positions: positions that every entry must have; unset: any number.
         digests: of ``drafter`` and ``target`` where they are known already; else they are taken
             from the files, if there is a calibration to compare them with.
 
@@ -169,32 +168,38 @@ def _read_entry(
         if entry.get(key) not in known:
             message = f"is {entry.get(key)!r}, not one of {', '.join(known)}"
             raise CheckpointError(str(path), f"{name}.{key}", message)
-    temperatures, biases = (
-        _read_numbers(path, f"{name}.{key}", entry.get(key), num_positions)
-        for key in ("temperatures", "biases")
-    )
-    for position, value in enumerate(temperatures):
-        if value <= 0:
-            where = f"{name}.temperatures.{position}"
-            raise CheckpointError(str(path), where, f"is {value!r}, not above 0")
-    if len(biases) != len(temperatures):
-        message = f"has {len(biases)} values beside {len(temperatures)} temperatures"
-        raise CheckpointError(str(path), f"{name}.biases", message)
+    maps = entry.get("maps")
+    if not isinstance(maps, list) or not maps:
+        raise CheckpointError(str(path), f"{name}.maps", "must be a list of maps")
+    if num_positions is not None and len(maps) != num_positions:
+        message = f"has {len(maps)} maps for a drafter of {num_positions} positions"
+        raise CheckpointError(str(path), f"{name}.maps", message)
     fit_key = CalibrationKey(entry["verifier"], entry["temperature_bucket"])
-    return fit_key, LogitScaling(temperatures, biases)
+    lines = (_read_map(path, f"{name}.maps.{index}", line) for index, line in enumerate(maps))
+    return fit_key, LogitScaling(tuple(lines))
 
 
-def _read_numbers(
-    path: Path, where: str, values: Any, num_positions: int | None
-) -> tuple[float, ...]:
-    if not isinstance(values, list) or not values:
-        raise CheckpointError(str(path), where, "must be a list of numbers")
-    if num_positions is not None and len(values) != num_positions:
-        message = f"has {len(values)} values for a drafter of {num_positions} positions"
-        raise CheckpointError(str(path), where, message)
-    for position, value in enumerate(values):
+def _read_map(path: Path, where: str, line: Any) -> LogitMap:
+    if not isinstance(line, dict):
+        raise CheckpointError(str(path), where, "must be an object")
+    raw, calibrated = (
+        _read_rising(path, f"{where}.{key}", line.get(key)) for key in ("raw", "calibrated")
+    )
+    if len(calibrated) != len(raw):
+        message = f"has {len(calibrated)} values beside {len(raw)} raw ones"
+        raise CheckpointError(str(path), f"{where}.calibrated", message)
+    return LogitMap(raw, calibrated)
+
+
+def _read_rising(path: Path, where: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list) or len(values) < 2:
+        raise CheckpointError(str(path), where, "must be a list of two numbers or more")
+    for index, value in enumerate(values):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not abs(value) <= _LARGEST:
             message = f"is {value!r}, not a number within {_LARGEST:g}"
-            raise CheckpointError(str(path), f"{where}.{position}", message)
+            raise CheckpointError(str(path), f"{where}.{index}", message)
+        if index and value <= values[index - 1]:
+            message = f"is {value!r}, not above the one before"
+            raise CheckpointError(str(path), f"{where}.{index}", message)
     return tuple(map(float, values))

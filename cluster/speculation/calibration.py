@@ -1,70 +1,127 @@
-"""Calibrated confidences: DSpark's sequential temperature scaling, and a bias beside it.
+"""Calibrated confidences: DSpark's sequential temperature scaling, with a bias and a floor.
 
 Planners multiply confidences, so what must be right is the *survival* of a token: the product of
 the confidences up to it, against how often all of these tokens are accepted. The paper (sections
 3.2.1 and 4.3) divides each position's logit by a temperature of its own, fitted from left to right,
 each on the survival that those before it make.
 
-A bias is ours: the calibrated logit is ``logit / T + b`` (Platt scaling). A head learns the overlap
-of two laws, which is how often *rejection* accepts. That both sides pick the same token is a rarer
-event, so with *coupled* verification every confidence is too high, those below one half as well;
-dividing the logit would raise these. T is positive, so the order of a position's confidences stays
-as it is (docs/models.md has the errors with and without the bias).
+Ours is a rising map of the log-odds for each position instead, straight between a few points: a
+temperature is one straight line. A head learns the overlap of two laws, which is how often
+*rejection* accepts. That both sides pick the same token is a rarer event, so with *coupled*
+verification every confidence is too high, those below one half as well; and a greedy answer that
+repeats itself is accepted also where the head is unsure. No temperature mends either
+(docs/models.md has the errors). As the map rises, the order of a position's confidences stays as
+it is.
+
+``calibration_fit`` fits the maps, ``online_calibration`` keeps them current.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.speculation.record import BUCKETS, CalibrationKey
-from cluster.speculation.reliability import RoundTable
 
 Floats = npt.NDArray[np.float64]
 
 _SMALLEST = 1e-6  # a confidence of exactly 0 or 1 has no logit
-_TEMPERATURE_RANGE = (0.2, 5.0)
-_NUM_SCORING_STEPS = 30  # a handful is enough unless the range above binds
-_LARGEST_STEP = 0.5
-_PRIOR_STD = 2.0  # of slope and bias around 1 and 0: they stay finite where rounds say nothing
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """A rising line of straight stretches from raw log-odds to calibrated ones; beyond the outer
+    points it goes on as between the last two.
+
+    Attributes:
+        raw: log-odds of its points, 2 or more, rising.
+        calibrated: what they become, as many, rising.
+    """
+
+    raw: tuple[float, ...]
+    calibrated: tuple[float, ...]
+
+    @classmethod
+    def identity(cls) -> LogitMap:
+        """The map that leaves everything as it is."""
+        return cls((0.0, 1.0), (0.0, 1.0))
+
+    @classmethod
+    def straight(cls, temperature: float, bias: float = 0.0) -> LogitMap:
+        """``logit / temperature + bias``."""
+        return cls((0.0, temperature), (bias, bias + 1.0))
+
+    def moved(self, log_temperature: float, bias: float) -> LogitMap:
+        """This map behind a temperature, and a bias behind this map."""
+        factor = math.exp(log_temperature)
+        return LogitMap(
+            tuple(point * factor for point in self.raw),
+            tuple(value + bias for value in self.calibrated),
+        )
+
+    def apply(self, logits: Floats) -> Floats:
+        """Calibrated log-odds of raw ones; any shape."""
+        return self.value_and_slope(logits)[0]
+
+    def value_and_slope(self, logits: Floats) -> tuple[Floats, Floats]:
+        """Calibrated log-odds of raw ones, and how fast they rise there; any shape."""
+        raw, calibrated = np.asarray(self.raw), np.asarray(self.calibrated)
+        stretch = np.searchsorted(raw[1:-1], logits)
+        slope = (np.diff(calibrated) / np.diff(raw))[stretch]
+        return calibrated[stretch] + slope * (logits - raw[stretch]), slope
 
 
 @dataclass(frozen=True)
 class LogitScaling:
-    """How raw confidences become calibrated ones: ``sigmoid(logit(c) / T + b)`` by position.
+    """How raw confidences become calibrated ones.
 
     Guarantees: in one position the order of confidences stays.
 
     Attributes:
-        temperatures: T by position (1 and up), all positive.
-        biases: b by position, as many; in log-odds.
+        maps: of their log-odds, by position (1 and up).
     """
 
-    temperatures: tuple[float, ...]
-    biases: tuple[float, ...]
+    maps: tuple[LogitMap, ...]
 
     @classmethod
     def identity(cls, num_positions: int) -> LogitScaling:
         """The scaling that leaves confidences as they are."""
-        return cls((1.0,) * num_positions, (0.0,) * num_positions)
+        return cls((LogitMap.identity(),) * num_positions)
 
     def __len__(self) -> int:
-        return len(self.temperatures)
+        return len(self.maps)
 
     def of_length(self, num_positions: int) -> LogitScaling:
         """The first positions; behind the last one it goes on as there."""
-        indices = [min(k, len(self) - 1) for k in range(num_positions)]
-        return LogitScaling(
-            tuple(self.temperatures[k] for k in indices), tuple(self.biases[k] for k in indices)
-        )
+        return LogitScaling(tuple(self.maps[min(k, len(self) - 1)] for k in range(num_positions)))
 
     def apply(self, confidences: Floats) -> Floats:
         """Calibrated confidences of raw ones, ``[..., K]`` for K positions."""
-        scaled = logit(confidences) / np.asarray(self.temperatures) + np.asarray(self.biases)
-        return sigmoid(scaled)
+        start, low, high, slope = self._stretches
+        # What lies before a logit of each stretch between two points, from the first point on.
+        passed = np.clip(logit(confidences)[..., None], low, high) - np.clip(start[0], low, high)
+        return sigmoid(start[1][..., 0] + (passed * slope).sum(axis=-1))
+
+    @cached_property
+    def _stretches(self) -> tuple[Floats, Floats, Floats, Floats]:
+        """Of all maps at once, so that a round costs no loop: the first point, raw and calibrated,
+        ``[2, K, 1]``; where stretches begin and end, and their slopes, ``[K, M]`` each, with
+        stretches of slope 0 behind those of a map that has fewer than others."""
+        shape = (len(self), max((len(line.raw) for line in self.maps), default=2) - 1)
+        low, high, slope = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+        start = np.zeros((2, len(self), 1))
+        for row, line in enumerate(self.maps):
+            raw, count = np.asarray(line.raw), len(line.raw) - 1
+            start[:, row, 0] = line.raw[0], line.calibrated[0]
+            slope[row, :count] = np.diff(line.calibrated) / np.diff(raw)
+            low[row, :count], high[row, :count] = raw[:-1], raw[1:]
+            low[row, 0], high[row, count - 1] = -np.inf, np.inf  # the outer ones go on
+        return start, low, high, slope
 
 
 @dataclass(frozen=True)
@@ -103,7 +160,7 @@ def logit(confidences: Floats) -> Floats:
 
 def sigmoid(logits: Floats) -> Floats:
     """The chances of log-odds; any shape."""
-    return np.asarray(1 / (1 + np.exp(-logits)))
+    return np.asarray(np.exp(-np.logaddexp(0.0, -logits)))  # which overflows nowhere
 
 
 def survival(confidences: Floats) -> Floats:
@@ -111,68 +168,28 @@ def survival(confidences: Floats) -> Floats:
     return np.asarray(np.cumprod(confidences, axis=-1, dtype=np.float64))
 
 
-def fit_scaling(table: RoundTable) -> LogitScaling:
-    """Temperature and bias of each position, left to right, by the log-loss of the survival.
-
-    The paper takes the temperature with the least binned error from a grid. With two numbers a
-    position the bins' noise has more to be fitted to; the log-loss is smooth, its optimum is the
-    same where one scaling can be right, and online calibration descends on it as well. A position
-    that no round has a token at keeps its confidences.
-
-    Raises:
-        ValueError: the table is empty.
-    """
-    if len(table) == 0:
-        raise ValueError("no rounds to fit a calibration on")
-    logits, outcomes, is_drafted = logit(table.confidences), table.outcomes, table.is_drafted
-    before = np.ones(len(table))
-    temperatures, biases = [], []
-    for position in range(table.num_positions):
-        column, rows = logits[:, position], is_drafted[:, position]
-        slope, bias = _fit_line(column[rows], before[rows], outcomes[rows, position])
-        temperatures.append(1 / slope)
-        biases.append(bias)
-        before = before * sigmoid(column * slope + bias)
-    return LogitScaling(tuple(temperatures), tuple(biases))
-
-
-def _fit_line(logits: Floats, before: Floats, outcomes: Floats) -> tuple[float, float]:
-    """Slope and bias of the calibrated logit over the raw one, by Newton's method."""
-    coldest, hottest = _TEMPERATURE_RANGE
-    start = np.array([1.0, 0.0])
-    line = start
-    precision = _PRIOR_STD**-2
-    for _ in range(_NUM_SCORING_STEPS):
-        gradient, curvature = scoring_terms(logits, before, outcomes, line[0], line[1])
-        gradient -= precision * (line - start)
-        step = np.linalg.solve(curvature + precision * np.eye(2), gradient)
-        line = line + np.clip(step, -_LARGEST_STEP, _LARGEST_STEP)
-        line[0] = np.clip(line[0], 1 / hottest, 1 / coldest)
-    return float(line[0]), float(line[1])
-
-
 def scoring_terms(
-    logits: Floats, before: Floats, outcomes: Floats, slope: float, bias: float
+    scaled: Floats, by_parameter: Floats, before: Floats, outcomes: Floats
 ) -> tuple[Floats, Floats]:
     """What a scoring step is made of (Newton's method with the expected curvature).
 
     The likelihood is that of ``outcomes`` ``[N]``, in [0, 1], under the survival
-    P = before * sigmoid(z) with z = slope * logit + bias; dP/dz = P (1 - sigmoid(z)).
+    P = before * sigmoid(z) with the calibrated log-odds z; dP/dz = P (1 - sigmoid(z)).
 
     Args:
+        scaled: z, ``[N]``.
+        by_parameter: derivative of z by each of M parameters, ``[M, N]``.
         before: survival up to the position before, ``[N]``.
 
     Returns:
-        Gradient of the log-likelihood by slope and bias, ``[2]``, and its expected curvature,
-        ``[2, 2]``.
+        Gradient of the log-likelihood by the parameters, ``[M]``, and its expected curvature,
+        ``[M, M]``.
     """
-    scaled = logits * slope + bias
     confidence, doubt = sigmoid(scaled), sigmoid(-scaled)
     chance = before * confidence
     # 1 - chance, which never becomes 0 like this, however sure a scaled confidence is.
     failure = (1 - before) + before * doubt
     weight = doubt / failure
-    inputs = np.stack((logits, np.ones_like(logits)))
-    gradient = inputs @ ((outcomes - chance) * weight)
-    curvature = (inputs * (chance * failure * weight**2)) @ inputs.T
+    gradient = by_parameter @ ((outcomes - chance) * weight)
+    curvature = (by_parameter * (chance * failure * weight**2)) @ by_parameter.T
     return gradient, curvature

@@ -14,9 +14,10 @@ towards the offline fit, until so much is admitted that what it shows holds the 
 belongs; that is some rounds in a hundred where nothing else is worth its time.
 
 **How.** The last rounds of each key are kept, and every so often each position's temperature and
-bias take scoring steps (Newton's method with the expected curvature) on the log-loss of the
-survival, left to right as in the offline fit, with a normal prior on both around that fit: on the
-logarithm of the temperature and on the bias, which is one of odds.
+bias, one before the fitted map and one behind it, take scoring steps (Newton's method with the
+expected curvature) on the log-loss of the survival, left to right as in the offline fit, with a
+normal prior on both around that fit: on the logarithm of the temperature and on the bias, which is
+one of odds.
 
 **Legality** (DESIGN.md, rule 3). With rejection sampling, admission of x_k may depend only on what
 was fixed before x_k was drawn, or is independent of it given that. The scaling changes from
@@ -59,8 +60,8 @@ _MIN_ERROR_OUTCOMES = 512  # with fewer, chance makes several percent of it
 class OnlineCalibration:
     """The scaling in force, and how wrong it has lately been.
 
-    Guarantees: a temperature stays within a factor of ``MAX_DRIFT`` of its offline fit, and so do
-    the odds that its bias makes; memory is bounded by the number of keys; the result does not
+    Guarantees: temperatures stay within a factor of ``MAX_DRIFT`` of 1, and so do the factors that
+    biases make of odds; memory is bounded by the number of keys; the result does not
     depend on records that were not passed in.
 
     Args:
@@ -86,8 +87,8 @@ class OnlineCalibration:
 
     @property
     def drift(self) -> float:
-        """Largest factor, up or down, between a temperature and its offline fit, or between the
-        odds that a bias makes and those of its fit; at least 1."""
+        """Largest factor, up or down, by which raw log-odds are divided before the offline map, or
+        odds multiplied behind it; at least 1."""
         drifts = [float(np.exp(np.abs(w.drift).max())) for w in self._windows.values()]
         return max(drifts, default=1.0)
 
@@ -99,10 +100,7 @@ class OnlineCalibration:
             return offline
         moved = window.scaling()
         known = min(num_positions, len(moved))
-        return LogitScaling(
-            moved.temperatures[:known] + offline.temperatures[known:],
-            moved.biases[:known] + offline.biases[known:],
-        )
+        return LogitScaling(moved.maps[:known] + offline.maps[known:])
 
     def observe(self, record: VerificationRecord) -> None:
         """Takes in one proposal that was planned, whether or not anything of it was admitted; the
@@ -125,8 +123,8 @@ class _Window:
     """The last rounds of one key, and the drift of its scaling.
 
     Attributes:
-        drift: ``[K, 2]`` logarithms of temperature over offline temperature, and what is added to
-            the offline bias.
+        drift: ``[K, 2]`` logarithms of what raw log-odds are divided by before the offline map, and
+            what is added behind it.
         pending: records not yet in the window.
         error: see ``OnlineCalibration.error``.
     """
@@ -145,9 +143,12 @@ class _Window:
 
     def scaling(self) -> LogitScaling:
         """The offline scaling, moved by the drift."""
-        temperatures = np.asarray(self._offline.temperatures) * np.exp(self.drift[:, 0])
-        biases = np.asarray(self._offline.biases) + self.drift[:, 1]
-        return LogitScaling(tuple(temperatures.tolist()), tuple(biases.tolist()))
+        drifts = self.drift.tolist()
+        return LogitScaling(
+            tuple(
+                line.moved(*drift) for line, drift in zip(self._offline.maps, drifts, strict=True)
+            )
+        )
 
     def take_in(self) -> None:
         """Moves the pending records into the window, over the oldest ones."""
@@ -179,23 +180,22 @@ class _Window:
             known = ~np.isnan(outcome)
             for _ in range(_NUM_SCORING_STEPS):
                 self._step(position, logits[known], before[known], outcome[known])
-            slope, bias = self._line(position)
-            before = before * sigmoid(logits * slope + bias)
+            before = before * sigmoid(self._scaled(position, logits)[0])
 
-    def _line(self, position: int) -> tuple[float, float]:
-        """Slope and bias of the calibrated logit over the raw one."""
-        temperature_drift, bias_drift = self.drift[position]
-        slope = np.exp(-temperature_drift) / self._offline.temperatures[position]
-        return float(slope), float(self._offline.biases[position] + bias_drift)
+    def _scaled(self, position: int, logits: Floats) -> tuple[Floats, Floats]:
+        """Calibrated logits ``[N]`` of raw ones, and their derivatives by drift, ``[2, N]``."""
+        log_temperature, bias = self.drift[position]
+        tempered = logits * np.exp(-log_temperature)
+        value, slope = self._offline.maps[position].value_and_slope(tempered)
+        return value + bias, np.stack((-slope * tempered, np.ones_like(slope)))
 
     def _step(self, position: int, logits: Floats, before: Floats, outcome: Floats) -> None:
         """One scoring step on the log-likelihood of the survival and the prior of the drift."""
-        slope, bias = self._line(position)
-        gradient, curvature = scoring_terms(logits, before, outcome, slope, bias)
-        by_drift = np.array([-slope, 1.0])  # of slope and bias, by the two drifts
+        scaled, by_drift = self._scaled(position, logits)
+        gradient, curvature = scoring_terms(scaled, by_drift, before, outcome)
         precision = _PRIOR_STD**-2
-        gradient = by_drift * gradient - precision * self.drift[position]
-        curvature = np.outer(by_drift, by_drift) * curvature + precision * np.eye(2)
+        gradient -= precision * self.drift[position]
+        curvature += precision * np.eye(2)
         step = np.clip(np.linalg.solve(curvature, gradient), -_LARGEST_STEP, _LARGEST_STEP)
         largest = np.log(MAX_DRIFT)
         self.drift[position] = np.clip(self.drift[position] + step, -largest, largest)
