@@ -18,6 +18,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_CHOICES = 16
+MAX_GRAMMAR_CHARS = 256 * 1024
 
 
 class SpeculationMode(enum.Enum):
@@ -41,6 +42,31 @@ class Priority(enum.IntEnum):
 
 
 _PATIENCE_S = {Priority.INTERACTIVE: 0.0, Priority.DEFAULT: 5.0, Priority.BATCH: 60.0}
+
+
+class GrammarKind(enum.Enum):
+    """What a grammar is written in."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an output must be, as a whole: the end-of-sequence token comes only behind all of it.
+
+    Attributes:
+        source: a JSON schema, a regular expression (Rust's syntax, without look-around), or a
+            grammar in llguidance's form of Lark.
+    """
+
+    kind: GrammarKind
+    source: str
+
+
+# Any JSON object.
+JSON_OBJECT = Grammar(GrammarKind.JSON_SCHEMA, '{"type": "object"}')
 
 
 class TokenSource(enum.IntEnum):
@@ -78,6 +104,7 @@ class SamplingParams:
         logit_bias: token id -> added to its logit.
         ignore_eos: go on behind the end-of-sequence token.
         logprobs: number of top log-probabilities per token (0..20), or ``None`` for none at all.
+        grammar: what the output must be. Where it allows nothing but an end, ``min_tokens`` yields.
     """
 
     temperature: float = 1.0
@@ -95,6 +122,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -160,6 +188,20 @@ class SamplingParams:
                     "sampling.stop",
                     f"each string must have 1 to {MAX_STOP_STRING_CHARS} characters",
                 )
+        if self.grammar is not None:
+            self._validate_grammar(self.grammar)
+
+    def _validate_grammar(self, grammar: Grammar) -> None:
+        """What can be said of it without compiling it."""
+        if not 1 <= len(grammar.source) <= MAX_GRAMMAR_CHARS:
+            raise InvalidRequestError(
+                "sampling.grammar",
+                f"must have 1 to {MAX_GRAMMAR_CHARS} characters, has {len(grammar.source)}",
+            )
+        if self.ignore_eos:
+            raise InvalidRequestError(
+                "sampling.ignore_eos", "a grammar ends with the end-of-sequence token"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from cluster.engine.curve_keeper import CurveKeeper
 from cluster.engine.draft_client import DraftClient
 from cluster.engine.drafting import feature_slots
 from cluster.engine.feature_refresh import FeatureRefresh
+from cluster.engine.grammar import GrammarCompiler, GrammarMatcher
 from cluster.engine.load import EngineLoad, SpeculationLoad
 from cluster.engine.pages import PagePool
 from cluster.engine.planning import RecordObserver
@@ -30,6 +31,7 @@ from cluster.engine.scheduler import ScheduledSequence, Scheduler, flatten
 from cluster.engine.sequence import Sequence
 from cluster.engine.speculator import Speculator
 from cluster.engine.step_input import StepInput
+from cluster.engine.vocabulary import Vocabulary
 from cluster.errors import InvalidRequestError
 from cluster.request import FinishReason, Request, RequestOutput, SpeculationStats
 from cluster.speculation.calibration import Calibration
@@ -57,7 +59,7 @@ class Engine:
     Args:
         config: the cluster's configuration.
         runner: the target's shards.
-        tokenizer: needed for stop strings only.
+        tokenizer: needed for stop strings and grammars only.
         eos_token_ids: tokens that end an output.
         draft_client: the drafters, or ``None`` to decode plainly.
         calibration: of the drafter's confidences; unset: they are taken as they are.
@@ -89,6 +91,8 @@ class Engine:
         self._runner = runner
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
+        vocabulary = tokenizer and Vocabulary(tokenizer, self.vocab_size, eos_token_ids)
+        self.grammars = GrammarCompiler(vocabulary, has_end=bool(eos_token_ids))
         self._pages = PagePool(shard.num_pages, shard.page_size, shard.cache.release)
         self._pages.check_holds(self.max_model_len)
         self._prefixes = PrefixCache(
@@ -122,8 +126,8 @@ class Engine:
         """Whether ``step`` would do anything."""
         return bool(self._sequences)
 
-    def add_request(self, request: Request) -> None:
-        """Queues a request.
+    def add_request(self, request: Request, grammar: GrammarMatcher | None = None) -> None:
+        """Queues a request, with a matcher that ``grammars`` has made for it, or makes one here.
 
         Raises:
             InvalidRequestError: a field cannot be served, or the id is in use.
@@ -136,7 +140,8 @@ class Engine:
         )
         if request.request_id in self._sequences:
             raise InvalidRequestError("request_id", f"'{request.request_id}' is being served")
-        sequence = Sequence.of(request, max_model_len=self.max_model_len, tokenizer=self._tokenizer)
+        matcher = grammar or self.grammars.matcher(request)
+        sequence = Sequence.of(request, self.max_model_len, self._tokenizer, matcher)
         self._scheduler.add(sequence)
         if not self._sequences:
             self._last_finish = time.monotonic()  # what idled was not slow
@@ -357,8 +362,9 @@ class Engine:
             sequence = entry.sequence
             sequence.is_in_flight = False
             reason = None
-            if entry.samples:
-                output, reason = self._commit(entry, next(samples))
+            sample = next(samples) if entry.samples else None
+            if sample is not None and sequence.check_grammar():
+                output, reason = self._commit(entry, sample)
                 outputs.append(output)
             else:
                 sequence.num_computed_tokens += entry.num_tokens

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from cluster.config import SpeculativeConfig
 from cluster.engine.draft_client import DraftClient
 from cluster.engine.engine import Engine
+from cluster.engine.grammar import GrammarMatcher
 from cluster.engine.load import EngineLoad
 from cluster.errors import DsparkError, ReplicaLostError
 from cluster.request import Request, RequestOutput
@@ -45,7 +47,20 @@ class _Swap:
     done: Future[None] = field(default_factory=Future)
 
 
-_Message = Request | _Cancellation | _Swap
+@dataclass(frozen=True)
+class _Constrained:
+    """A request with its compiled grammar, or with what is wrong with that."""
+
+    request: Request
+    grammar: GrammarMatcher | None = None
+    error: Exception | None = None
+
+
+_Message = Request | _Constrained | _Cancellation | _Swap
+
+
+def _request_of(message: Request | _Constrained) -> Request:
+    return message if isinstance(message, Request) else message.request
 
 
 def _lost(request_id: str, reason: str) -> RequestOutput:
@@ -57,7 +72,7 @@ class EngineLoop:
 
     Every submitted request ends in exactly one last output, also when it is refused (then that is
     its only one) and when the engine fails (then ``ReplicaLostError``). ``failure`` tells what
-    broke the engine; nothing is served behind that.
+    broke the engine; nothing is served behind that. Grammars are compiled in a thread of their own.
 
     Args:
         engine: not to be touched by anyone else from now on.
@@ -76,6 +91,9 @@ class EngineLoop:
         self._end_reason: str | None = None
         self._num_taken_in = 0
         self._load = engine.load()
+        # One, so that a cancellation cannot overtake its request.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._compiling: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -92,19 +110,26 @@ class EngineLoop:
 
     def submit(self, request: Request) -> None:
         """Hands over a request; every answer, refusals included, comes through ``on_outputs``."""
+        if request.sampling.grammar is None:
+            self._post(request)
+            return
         with self._wake:
-            reason = self._end_reason
-            if reason is None:
-                self._inbox.append(request)
-                self._wake.notify()
-        if reason is not None:
-            self._on_outputs([_lost(request.request_id, reason)])
+            self._compiling.add(request.request_id)
+        try:
+            self._compiler.submit(self._compile, request)
+        except RuntimeError:  # the engine has ended, and so has its compiler
+            self._post(request)
 
     def cancel(self, request_id: str, error: Exception) -> None:
         """Ends a request with ``error`` before the next pass; unknown ids are ignored."""
+        cancellation = _Cancellation(request_id, error)
         with self._wake:
-            self._inbox.append(_Cancellation(request_id, error))
-            self._wake.notify()
+            is_compiling = request_id in self._compiling
+        if not is_compiling:
+            self._post(cancellation)
+            return
+        with contextlib.suppress(RuntimeError):  # the engine has ended: so has the request
+            self._compiler.submit(self._post, cancellation)
 
     def swap_drafter(
         self,
@@ -140,6 +165,24 @@ class EngineLoop:
     def predicted_step_s(self) -> float:
         """Seconds that the longest step is expected to take, for watchdogs."""
         return self.engine.predicted_step_s()
+
+    def _post(self, message: Request | _Constrained | _Cancellation) -> None:
+        with self._wake:
+            reason = self._end_reason
+            if reason is None:
+                self._inbox.append(message)
+                self._wake.notify()
+        if reason is not None and not isinstance(message, _Cancellation):
+            self._on_outputs([_lost(_request_of(message).request_id, reason)])
+
+    def _compile(self, request: Request) -> None:
+        try:
+            message = _Constrained(request, self.engine.grammars.matcher(request))
+        except Exception as error:  # of this request alone, whatever it is
+            message = _Constrained(request, error=error)
+        self._post(message)
+        with self._wake:
+            self._compiling.discard(request.request_id)
 
     def _run(self) -> None:
         try:
@@ -194,11 +237,20 @@ class EngineLoop:
             self.engine.cancel(message.request_id, message.error)
             return []
         self._num_taken_in += 1
+        request, grammar = _request_of(message), None
+        if isinstance(message, _Constrained):
+            if message.error is not None:
+                return [
+                    RequestOutput(
+                        request_id=request.request_id, token_offset=0, error=message.error
+                    )
+                ]
+            grammar = message.grammar
         try:
-            self.engine.add_request(message)
+            self.engine.add_request(request, grammar)
         except DsparkError as error:
-            return [RequestOutput(request_id=message.request_id, token_offset=0, error=error)]
-        self._active.add(message.request_id)
+            return [RequestOutput(request_id=request.request_id, token_offset=0, error=error)]
+        self._active.add(request.request_id)
         return []
 
     def _update_load(self) -> None:
@@ -226,7 +278,9 @@ class EngineLoop:
     def _fail_all(self, reason: str) -> None:
         with self._wake:
             self._end_reason = reason
-        waiting = [m.request_id for m in self._inbox if isinstance(m, Request)]
+        waiting = [
+            _request_of(m).request_id for m in self._inbox if isinstance(m, Request | _Constrained)
+        ]
         for message in self._inbox:
             # One that nobody waits for any more takes no exception.
             if isinstance(message, _Swap) and message.done.set_running_or_notify_cancel():
@@ -235,6 +289,7 @@ class EngineLoop:
         self._deliver([_lost(request_id, reason) for request_id in [*waiting, *self._active]])
 
     def _close_engine(self) -> None:
+        self._compiler.shutdown(wait=False)
         try:
             self.engine.close()
         except Exception:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from cluster.engine.grammar import GrammarMasks, GrammarMatcher
 from cluster.request import PositionLogprobs, SamplingParams, TokenLogprob, TokenSource
 from cluster.speculation.coupling import coupled_pick, gumbel_noise
 from cluster.speculation.proposal import DraftProposal, dequantize_draft_probs
@@ -34,6 +35,7 @@ class SampleInput:
         choice_index: part of the coupled noise.
         draft_token_ids: guesses verified in this pass, k of them; it owns k+1 rows of the logits.
         proposal: where they come from, for their draft distribution.
+        grammar: what the output must follow, behind ``token_ids``.
     """
 
     params: SamplingParams
@@ -42,6 +44,7 @@ class SampleInput:
     choice_index: int
     draft_token_ids: tuple[int, ...]
     proposal: DraftProposal | None
+    grammar: GrammarMatcher | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Sampler:
         seed: int | None = None,
     ) -> None:
         self._batches = _BatchCache(eos_token_ids)
+        self._eos_token_ids = eos_token_ids
+        self._grammar_masks = GrammarMasks(torch.get_num_threads())
         self.trust_drafter = trust_drafter
         self._device = device or torch.device("cpu")
         seeds = np.random.SeedSequence(seed).generate_state(2, dtype=np.uint64)
@@ -195,7 +200,36 @@ class Sampler:
             )
             extra["output_counts"] = blocks.flatten(0, 1)
             extra["prompt_mask"] = prompts.to(device).repeat_interleave(positions, dim=0)
+        self._constrain(block, positions, extra)
         return expanded, extra
+
+    def _constrain(self, block: _Block, positions: int, extra: dict[str, torch.Tensor]) -> None:
+        """Adds what grammars allow, each position's as if the guesses before it were committed.
+
+        A guess that its grammar forbids is never accepted, so nothing behind it matters.
+        """
+        constrained = [i for i, e in enumerate(block.entries) if e.grammar is not None]
+        if not constrained:
+            return
+        members = [(e.grammar, e.draft_token_ids) for e in block.entries if e.grammar is not None]
+        allowed = self._grammar_masks.of(
+            members, num_positions=positions, vocab_size=block.vocab_size
+        )
+        starts = torch.tensor(constrained) * positions
+        rows = (starts.unsqueeze(1) + torch.arange(positions)).reshape(-1)
+        device = block.draft_token_ids.device
+        extra["allowed_mask"] = allowed.to(device)
+        extra["constrained_rows"] = rows.to(device)
+        if "num_output_tokens" not in extra:
+            return
+        # Where a grammar allows nothing but an end, `min_tokens` cannot hold it back.
+        for index, member in enumerate(constrained):
+            params = block.entries[member].params
+            if params.min_tokens > 0:
+                ending = sorted(params.ending_token_ids(self._eos_token_ids))
+                mine = slice(index * positions, (index + 1) * positions)
+                others = allowed[mine].sum(dim=1) - allowed[mine][:, ending].sum(dim=1)
+                extra["num_output_tokens"][rows[mine][others == 0].to(device)] = params.min_tokens
 
 
 class _BatchCache:

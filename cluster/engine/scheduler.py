@@ -55,6 +55,7 @@ class ScheduledSequence:
             choice_index=sequence.request.choice_index,
             draft_token_ids=self.draft_token_ids,
             proposal=sequence.proposal,
+            grammar=sequence.grammar,
         )
 
 

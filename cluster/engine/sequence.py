@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.engine.draft_client import SessionKey
+from cluster.engine.grammar import GrammarMatcher
 from cluster.engine.text import TextStream
 from cluster.errors import DeadlineExceededError, InvalidRequestError, QueueFullError
 from cluster.request import FinishReason, Request, SpeculationStats, Usage
@@ -32,6 +33,7 @@ class Sequence:
         has_outdated_features: those in the cache are a former drafter's.
         end_error: set when it must end without finishing; acted on between passes.
         text: present where stop strings must be looked for.
+        grammar: present where the output must follow one; it stands behind the output so far.
     """
 
     request: Request
@@ -49,6 +51,7 @@ class Sequence:
     end_error: Exception | None = None
     has_outdated_features: bool = False
     text: TextStream | None = None
+    grammar: GrammarMatcher | None = None
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     proposal: DraftProposal | None = None
     session: SessionKey | None = None
@@ -57,15 +60,23 @@ class Sequence:
     num_bulk_features: int = 0
 
     @classmethod
-    def of(cls, request: Request, *, max_model_len: int, tokenizer: Any) -> Sequence:
+    def of(
+        cls,
+        request: Request,
+        max_model_len: int,
+        tokenizer: Any,
+        grammar: GrammarMatcher | None = None,
+    ) -> Sequence:
         """A request that nothing was done for yet.
 
         Args:
             max_model_len: no output goes beyond it.
             tokenizer: ``None`` if there is none; stop strings are looked for with it.
+            grammar: of the request, at its beginning.
 
         Raises:
-            InvalidRequestError: there are stop strings and no tokenizer.
+            InvalidRequestError: there are stop strings and no tokenizer, or the tokens to resume
+                from do not follow the grammar.
         """
         text = None
         if request.sampling.stop:
@@ -74,6 +85,8 @@ class Sequence:
             text = TextStream(tokenizer, request.sampling.stop)
             for token_id in request.resume_token_ids:
                 text.push(token_id)
+        if grammar is not None and not grammar.accept(request.resume_token_ids):
+            raise InvalidRequestError("resume_token_ids", "do not follow the grammar")
         num_prompt_tokens = len(request.prompt_token_ids)
         return cls(
             request=request,
@@ -81,6 +94,7 @@ class Sequence:
             num_prompt_tokens=num_prompt_tokens,
             max_output_tokens=min(request.sampling.max_tokens, max_model_len - num_prompt_tokens),
             text=text,
+            grammar=grammar,
         )
 
     @property
@@ -121,7 +135,17 @@ class Sequence:
             reason = self._finish_reason(token_id, eos_token_ids)
             if reason is not None:
                 return reason
+            if self.grammar is not None:
+                self.grammar.accept((token_id,))
         return None
+
+    def check_grammar(self) -> bool:
+        """Whether what was sampled can be committed; it cannot where the grammar has failed, and
+        then the request ends."""
+        error = self.grammar.error if self.grammar is not None else None
+        if error is not None:
+            self.end_error = InvalidRequestError("sampling.grammar", error)
+        return error is None
 
     def usage(self) -> Usage:
         """What it has used so far."""

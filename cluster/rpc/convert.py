@@ -15,8 +15,11 @@ from google.protobuf.message import Message
 from cluster.engine.pace import PaceStats
 from cluster.errors import InvalidRequestError
 from cluster.request import (
+    JSON_OBJECT,
     MAX_CHOICES,
     FinishReason,
+    Grammar,
+    GrammarKind,
     PositionLogprobs,
     Priority,
     Request,
@@ -146,13 +149,18 @@ def priority_from_proto(priority: int) -> Priority:
 
 
 def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
-    """Reads sampling parameters; the values are not checked (``SamplingParams.validate`` does)."""
+    """Reads sampling parameters; the values are not checked (``SamplingParams.validate`` does).
+
+    Raises:
+        InvalidRequestError: a kind of grammar of a later version.
+    """
     given = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
     return SamplingParams(
         **given,
         stop_token_ids=tuple(message.stop_token_ids),
         stop=tuple(message.stop),
         logit_bias=dict(message.logit_bias),
+        grammar=_grammar_from_proto(message.grammar) if message.HasField("grammar") else None,
     )
 
 
@@ -169,6 +177,9 @@ def sampling_to_proto(sampling: SamplingParams) -> common_pb2.SamplingParams:
         message.logit_bias.update(sampling.logit_bias)
     except (TypeError, ValueError) as error:
         raise InvalidRequestError("sampling.logit_bias", str(error)) from None
+    if sampling.grammar is not None:
+        kind, source = sampling.grammar.kind.value, sampling.grammar.source
+        _assign(message.grammar, kind, source, name="sampling.grammar")
     return message
 
 
@@ -332,6 +343,15 @@ def usage_from_proto(message: common_pb2.Usage) -> Usage:
         cached_prompt_tokens=message.cached_prompt_tokens,
         speculation=stats_from_proto(message.speculation),
     )
+
+
+def _grammar_from_proto(message: common_pb2.Grammar) -> Grammar:
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequestError("sampling.grammar", "has no kind that is known here")
+    if kind == "json_object":
+        return JSON_OBJECT
+    return Grammar(GrammarKind(kind), getattr(message, kind))
 
 
 def _set_logprob(message: common_pb2.TokenLogprob, value: TokenLogprob) -> None:

@@ -162,6 +162,7 @@ def adjust_logits(
     output_counts: torch.Tensor | None = None,
     prompt_mask: torch.Tensor | None = None,
     allowed_mask: torch.Tensor | None = None,
+    constrained_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Steps 1 to 3: bias, penalties, tokens that are not allowed.
 
@@ -175,7 +176,8 @@ def adjust_logits(
         output_counts: ``[M, V]`` integer, how often each token was put out before the position,
             for the M rows of ``batch.penalised_rows``; needed where there are any.
         prompt_mask: ``[M, V]`` bool, which tokens the prompt contains, for the same rows.
-        allowed_mask: ``[N, V]`` bool of a grammar; at least one token of a row must be allowed.
+        allowed_mask: ``[C, V]`` bool of grammars; at least one token of a row must be allowed.
+        constrained_rows: ``[C]`` int64, ascending: the rows of ``allowed_mask``; unset: all N.
 
     Returns:
         ``[N, V]`` float32, ``-inf`` where removed; where no row asks for anything, ``logits``.
@@ -197,8 +199,11 @@ def adjust_logits(
         if output_counts is None or prompt_mask is None:
             raise ValueError("rows with penalties need output_counts and prompt_mask")
         _apply_penalties(logits, batch, output_counts, prompt_mask)
-    if allowed_mask is not None:
+    if allowed_mask is not None and constrained_rows is None:
         logits.masked_fill_(~allowed_mask, -torch.inf)
+    elif allowed_mask is not None:
+        constrained = logits[constrained_rows].masked_fill_(~allowed_mask, -torch.inf)
+        logits[constrained_rows] = constrained
     if batch.stop_rows.numel() > 0:
         if num_output_tokens is None:
             raise ValueError("rows with min_tokens need num_output_tokens")
@@ -216,6 +221,7 @@ def process_logits(
     output_counts: torch.Tensor | None = None,
     prompt_mask: torch.Tensor | None = None,
     allowed_mask: torch.Tensor | None = None,
+    constrained_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """All steps: log-probabilities of the law that each row's request asks for.
 
@@ -235,6 +241,7 @@ def process_logits(
         output_counts=output_counts,
         prompt_mask=prompt_mask,
         allowed_mask=allowed_mask,
+        constrained_rows=constrained_rows,
     )
     best_token_ids = logits.argmax(dim=-1, keepdim=True)
     # The best is 0, so no temperature can overflow it.

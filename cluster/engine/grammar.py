@@ -1,0 +1,177 @@
+"""Grammars that an output must follow: compiled once, then one matcher for each request.
+
+The work is llguidance's (guidance-ai, MIT): it walks a grammar and a tokenizer's vocabulary
+together and says which tokens may come next.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from llguidance import LLExecutor, LLMatcher, LLParserLimits
+
+from cluster.engine.vocabulary import Vocabulary
+from cluster.errors import InvalidRequestError
+from cluster.request import Grammar, GrammarKind, Request
+
+_FIELD = "sampling.grammar"
+_MAX_KEPT = 64
+_MAX_MESSAGE_CHARS = 300
+_WORD_BITS = 32
+# Without a bound a model that likes spaces could go on with them for ever.
+_JSON_DEFAULTS: Any = {"whitespace_pattern": r"[ \t\n\r]{0,16}"}
+# What is not enforced must not be accepted, whatever the schema's own `x-guidance` says.
+_JSON_OVERRIDES: Any = {"lenient": False}
+
+
+class GrammarMatcher:
+    """Where one output stands in its grammar. Belongs to one thread at a time.
+
+    Guarantees: ``fill_masks`` leaves it as it was; after ``accept`` of an output's tokens it is
+    in the same state however those tokens came about.
+    """
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    @property
+    def error(self) -> str | None:
+        """Why it can say nothing any more: a limit was reached, or a token did not fit."""
+        return _one_line(self._matcher.get_error()) if self._matcher.is_error() else None
+
+    def accept(self, token_ids: Sequence[int]) -> bool:
+        """Commits output tokens; returns whether they follow the grammar."""
+        return self._matcher.consume_tokens(list(token_ids))
+
+    def fill_masks(
+        self, draft_token_ids: Sequence[int], masks: torch.Tensor, executor: LLExecutor
+    ) -> None:
+        """Writes which tokens may follow at each position of a drafted block.
+
+        Args:
+            draft_token_ids: k of them; position j is behind the first j.
+            masks: ``[k+1, ceil(V/32)]`` int32 on the CPU, contiguous: bit i of word w is token
+                32w+i. Rows behind a token that cannot be accepted stay as they were.
+        """
+        row_bytes = masks.shape[1] * masks.element_size()
+        if not draft_token_ids:
+            self._matcher.unsafe_compute_mask_ptr(masks.data_ptr(), row_bytes)
+            return
+        executor.unsafe_compute_mask_ptr_with_draft_token(
+            [(self._matcher, 0, list(draft_token_ids))], masks.data_ptr(), row_bytes, masks.shape[0]
+        )
+
+
+class GrammarCompiler:
+    """Compiles clients' grammars for one tokenizer. Thread-safe, and not for an event loop.
+
+    Guarantees: work and memory of a grammar are bounded by llguidance's limits, when compiled as
+    well as at each token. What was compiled lately is kept.
+
+    Args:
+        vocabulary: the target's; ``None`` refuses every grammar.
+        has_end: whether the target has a token that ends an output.
+    """
+
+    def __init__(self, vocabulary: Vocabulary | None, *, has_end: bool) -> None:
+        self._vocabulary = vocabulary
+        self._has_end = has_end
+        self._kept: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def matcher(self, request: Request) -> GrammarMatcher | None:
+        """``compile`` of the request's grammar, if it has one. Raises: InvalidRequestError."""
+        grammar = request.sampling.grammar
+        return None if grammar is None else self.compile(grammar)
+
+    def compile(self, grammar: Grammar) -> GrammarMatcher:
+        """A matcher at the grammar's beginning.
+
+        Raises:
+            InvalidRequestError: the grammar is broken, asks for something that is not enforced, or
+                is too large; or the model has no tokenizer, or no token that ends an output.
+        """
+        if self._vocabulary is None:
+            raise InvalidRequestError(_FIELD, "this engine has no tokenizer")
+        if not self._has_end:
+            raise InvalidRequestError(_FIELD, "the model has no end-of-sequence token")
+        with self._lock:
+            kept = self._kept.get(grammar) or _compile(self._vocabulary, grammar)
+            self._kept[grammar] = kept
+            self._kept.move_to_end(grammar)
+            if len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+            return GrammarMatcher(kept.deep_copy())
+
+
+class GrammarMasks:
+    """Allowed tokens of a batch's constrained rows; one for each engine.
+
+    Args:
+        num_threads: for the masks of one pass.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self._executor = LLExecutor(num_threads)
+
+    def of(
+        self,
+        members: Sequence[tuple[GrammarMatcher, Sequence[int]]],
+        *,
+        num_positions: int,
+        vocab_size: int,
+    ) -> torch.Tensor:
+        """Which tokens may come at each position of each member's block.
+
+        Args:
+            members: matchers with their draft tokens, fewer than ``num_positions``.
+
+        Returns:
+            ``[len(members) * num_positions, vocab_size]`` bool on the CPU. Positions that cannot be
+            reached, and those of a matcher with an ``error``, allow everything.
+        """
+        num_words = -(-vocab_size // _WORD_BITS)
+        shape = (len(members), num_positions, num_words)
+        words = torch.full(shape, -1, dtype=torch.int32)
+        for index, (matcher, draft_token_ids) in enumerate(members):
+            if matcher.error is None:
+                matcher.fill_masks(draft_token_ids, words[index], self._executor)
+            if matcher.error is not None:
+                words[index] = -1
+        bits = words.view(-1, num_words, 1) >> torch.arange(_WORD_BITS, dtype=torch.int32)
+        return (bits & 1).bool().flatten(1)[:, :vocab_size]
+
+
+def _compile(vocabulary: Vocabulary, grammar: Grammar) -> LLMatcher:
+    """Lets other threads run. Raises: InvalidRequestError."""
+    limits = LLParserLimits(verbose_errors=False)
+    matcher = LLMatcher(vocabulary.tokens, _source(grammar), log_level=0, limits=limits)
+    if matcher.is_error():
+        raise InvalidRequestError(_FIELD, _one_line(matcher.get_error()))
+    return matcher
+
+
+def _source(grammar: Grammar) -> str:
+    """The grammar in llguidance's own form. Raises: InvalidRequestError."""
+    if grammar.kind is GrammarKind.REGEX:
+        return LLMatcher.grammar_from_regex(grammar.source)
+    if grammar.kind is GrammarKind.LARK:
+        return LLMatcher.grammar_from_lark(grammar.source)
+    try:
+        if not isinstance(json.loads(grammar.source), dict):
+            raise InvalidRequestError(_FIELD, "the schema must be an object")
+        return LLMatcher.grammar_from_json_schema(
+            grammar.source, defaults=_JSON_DEFAULTS, overrides=_JSON_OVERRIDES
+        )
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(_FIELD, _one_line(f"the schema is not JSON: {error}")) from None
+
+
+def _one_line(message: str) -> str:
+    """What went wrong; llguidance underlines it in the grammar, over several lines."""
+    return " ".join(message.split())[:_MAX_MESSAGE_CHARS]
