@@ -279,6 +279,9 @@ class RouterConfig(Section):
         default=60.0, ge=0, description="how long a request waits for a ready target replica"
     )
     max_message_mb: int = Field(default=16, ge=1)
+    chat_template: str | None = Field(
+        default=None, description="a Jinja file; chatml, where the tokenizer has none; unset: its"
+    )
     max_metadata_kb: int = Field(default=16, ge=1, description="headers of one call")
     max_streams_per_connection: int = Field(default=1024, ge=1, description="further ones wait")
     slow_reader_timeout_s: float = Field(

@@ -13,12 +13,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from cluster.errors import InvalidRequestError
+from cluster.grammar import Grammar
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_CHOICES = 16
-MAX_GRAMMAR_CHARS = 256 * 1024
 
 
 class SpeculationMode(enum.Enum):
@@ -42,31 +42,6 @@ class Priority(enum.IntEnum):
 
 
 _PATIENCE_S = {Priority.INTERACTIVE: 0.0, Priority.DEFAULT: 5.0, Priority.BATCH: 60.0}
-
-
-class GrammarKind(enum.Enum):
-    """What a grammar is written in."""
-
-    JSON_SCHEMA = "json_schema"
-    REGEX = "regex"
-    LARK = "lark"
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """What an output must be, as a whole: the end-of-sequence token comes only behind all of it.
-
-    Attributes:
-        source: a JSON schema, a regular expression (Rust's syntax, without look-around), or a
-            grammar in llguidance's form of Lark.
-    """
-
-    kind: GrammarKind
-    source: str
-
-
-# Any JSON object.
-JSON_OBJECT = Grammar(GrammarKind.JSON_SCHEMA, '{"type": "object"}')
 
 
 class TokenSource(enum.IntEnum):
@@ -189,19 +164,11 @@ class SamplingParams:
                     f"each string must have 1 to {MAX_STOP_STRING_CHARS} characters",
                 )
         if self.grammar is not None:
-            self._validate_grammar(self.grammar)
-
-    def _validate_grammar(self, grammar: Grammar) -> None:
-        """What can be said of it without compiling it."""
-        if not 1 <= len(grammar.source) <= MAX_GRAMMAR_CHARS:
-            raise InvalidRequestError(
-                "sampling.grammar",
-                f"must have 1 to {MAX_GRAMMAR_CHARS} characters, has {len(grammar.source)}",
-            )
-        if self.ignore_eos:
-            raise InvalidRequestError(
-                "sampling.ignore_eos", "a grammar ends with the end-of-sequence token"
-            )
+            self.grammar.validate()
+            if self.ignore_eos:
+                raise InvalidRequestError(
+                    "sampling.ignore_eos", "a grammar ends with the end-of-sequence token"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

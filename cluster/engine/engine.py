@@ -31,7 +31,6 @@ from cluster.engine.scheduler import ScheduledSequence, Scheduler, flatten
 from cluster.engine.sequence import Sequence
 from cluster.engine.speculator import Speculator
 from cluster.engine.step_input import StepInput
-from cluster.engine.vocabulary import Vocabulary
 from cluster.errors import InvalidRequestError
 from cluster.request import FinishReason, Request, RequestOutput, SpeculationStats
 from cluster.speculation.calibration import Calibration
@@ -91,8 +90,7 @@ class Engine:
         self._runner = runner
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
-        vocabulary = tokenizer and Vocabulary(tokenizer, self.vocab_size, eos_token_ids)
-        self.grammars = GrammarCompiler(vocabulary, has_end=bool(eos_token_ids))
+        self.grammars = GrammarCompiler.of(tokenizer, self.vocab_size, eos_token_ids)
         self._pages = PagePool(shard.num_pages, shard.page_size, shard.cache.release)
         self._pages.check_holds(self.max_model_len)
         self._prefixes = PrefixCache(
@@ -247,10 +245,7 @@ class Engine:
         self._speculator.use_policy(speculative)
 
     def predicted_step_s(self) -> float:
-        """Seconds of the longest step: the largest pass, a full cache, every round too late.
-
-        For any thread.
-        """
+        """Seconds of the longest step, all bounds reached and all rounds late. For any thread."""
         speculator = self._speculator  # once: a swap may be taking it away
         draft_s = 0.0 if speculator is None else speculator.timeout_s * self._num_groups
         full_cache = self._pages.num_pages * self._pages.page_size

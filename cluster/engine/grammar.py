@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +17,16 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits
 
 from cluster.engine.vocabulary import Vocabulary
 from cluster.errors import InvalidRequestError
-from cluster.request import Grammar, GrammarKind, Request
+from cluster.grammar import Grammar, GrammarKind
+from cluster.request import Request
 
 _FIELD = "sampling.grammar"
 _MAX_KEPT = 64
 _MAX_MESSAGE_CHARS = 300
 _WORD_BITS = 32
-# Without a bound a model that likes spaces could go on with them for ever.
-_JSON_DEFAULTS: Any = {"whitespace_pattern": r"[ \t\n\r]{0,16}"}
-# What is not enforced must not be accepted, whatever the schema's own `x-guidance` says.
-_JSON_OVERRIDES: Any = {"lenient": False}
+# What is not enforced must not be accepted. And without a bound on white space, a model that likes
+# it could go on with it for ever.
+JSON_OPTIONS: Any = {"lenient": False, "whitespace_pattern": r"[ \t\n\r]{0,16}"}
 
 
 class GrammarMatcher:
@@ -77,6 +77,12 @@ class GrammarCompiler:
         vocabulary: the target's; ``None`` refuses every grammar.
         has_end: whether the target has a token that ends an output.
     """
+
+    @classmethod
+    def of(cls, tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> GrammarCompiler:
+        """For an engine's tokenizer, which may be ``None``."""
+        vocabulary = tokenizer and Vocabulary(tokenizer, vocab_size, eos_token_ids)
+        return cls(vocabulary, has_end=bool(eos_token_ids))
 
     def __init__(self, vocabulary: Vocabulary | None, *, has_end: bool) -> None:
         self._vocabulary = vocabulary
@@ -150,7 +156,12 @@ class GrammarMasks:
 def _compile(vocabulary: Vocabulary, grammar: Grammar) -> LLMatcher:
     """Lets other threads run. Raises: InvalidRequestError."""
     limits = LLParserLimits(verbose_errors=False)
-    matcher = LLMatcher(vocabulary.tokens, _source(grammar), log_level=0, limits=limits)
+    try:
+        tokens = vocabulary.tokens
+    except ValueError as error:
+        message = f"the model's tokenizer cannot be used with grammars: {_one_line(str(error))}"
+        raise InvalidRequestError(_FIELD, message) from None
+    matcher = LLMatcher(tokens, _source(grammar), log_level=0, limits=limits)
     if matcher.is_error():
         raise InvalidRequestError(_FIELD, _one_line(matcher.get_error()))
     return matcher
@@ -165,9 +176,7 @@ def _source(grammar: Grammar) -> str:
     try:
         if not isinstance(json.loads(grammar.source), dict):
             raise InvalidRequestError(_FIELD, "the schema must be an object")
-        return LLMatcher.grammar_from_json_schema(
-            grammar.source, defaults=_JSON_DEFAULTS, overrides=_JSON_OVERRIDES
-        )
+        return LLMatcher.grammar_from_json_schema(grammar.source, overrides=JSON_OPTIONS)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(_FIELD, _one_line(f"the schema is not JSON: {error}")) from None
 

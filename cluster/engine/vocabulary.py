@@ -32,7 +32,11 @@ class Vocabulary:
 
     @property
     def tokens(self) -> LLTokenizer:
-        """Takes about a second the first time, for a large vocabulary."""
+        """Takes about a second the first time, for a large vocabulary.
+
+        Raises:
+            ValueError: llguidance does not understand how the tokenizer decodes.
+        """
         with self._lock:
             if self._made is None:
                 backend = self._tokenizer.backend_tokenizer
@@ -48,4 +52,7 @@ class Vocabulary:
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for, which may be a part of a character."""
-        return self.tokens.decode_bytes([token_id])
+        try:
+            return self.tokens.decode_bytes([token_id])
+        except ValueError:
+            return str(self._tokenizer.decode([token_id])).encode()

@@ -25,15 +25,9 @@ from cluster.rpc.channels import (
     open_blocking_channel,
     open_channel,
 )
+from cluster.rpc.chunk import Chunk, chunk_from_proto
 from cluster.rpc.cluster_status import ClusterStatus, cluster_status_from_proto
-from cluster.rpc.convert import (
-    GenerateCall,
-    finish_reason_from_proto,
-    generate_call_to_proto,
-    logprobs_from_proto,
-    token_sources_from_proto,
-    usage_from_proto,
-)
+from cluster.rpc.convert import GenerateCall, generate_call_to_proto
 from cluster.rpc.credentials import Credentials
 from cluster.rpc.status import from_rpc_error, has_details
 from cluster.v1 import inference_pb2, inference_pb2_grpc
@@ -41,31 +35,7 @@ from cluster.v1 import inference_pb2, inference_pb2_grpc
 STATUS_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """A piece of one choice.
-
-    Attributes:
-        text: what became final with this piece; it may lag behind the tokens.
-        offset: index in the completion of the first of ``token_ids``.
-        token_sources: one per token.
-        text_lengths: one per token: characters of ``text`` that it made final, in order. What is
-            left of ``text`` behind them was held back until the end.
-        logprobs: one per token where asked for, else empty.
-        finish_reason, usage: set on the choice's last chunk.
-    """
-
-    request_id: str
-    choice_index: int
-    attempt: int
-    offset: int
-    token_ids: tuple[int, ...]
-    token_sources: tuple[TokenSource, ...]
-    text: str
-    text_lengths: tuple[int, ...] = ()
-    logprobs: tuple[PositionLogprobs, ...] = ()
-    finish_reason: FinishReason | None = None
-    usage: Usage | None = None
+__all__ = ["AsyncClient", "Chunk", "Client", "Completion"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +128,7 @@ class Client:
         try:
             for message in stream:
                 started = True
-                yield _chunk(message)
+                yield chunk_from_proto(message)
         except grpc.RpcError as error:
             raise _error(error, self._address, started) from None
         finally:
@@ -242,7 +212,7 @@ class AsyncClient:
         try:
             async for message in stream:
                 started = True
-                yield _chunk(message)
+                yield chunk_from_proto(message)
         except grpc.RpcError as error:
             raise _error(error, self._address, started) from None
         finally:
@@ -331,22 +301,6 @@ def _call(
         sampling=sampling,
         speculation=speculation,
         **fields,
-    )
-
-
-def _chunk(message: inference_pb2.GenerateResponse) -> Chunk:
-    return Chunk(
-        request_id=message.request_id,
-        choice_index=message.choice_index,
-        attempt=message.attempt,
-        offset=message.token_offset,
-        token_ids=tuple(message.token_ids),
-        token_sources=token_sources_from_proto(message.token_sources),
-        text=message.text,
-        text_lengths=tuple(message.text_lengths),
-        logprobs=logprobs_from_proto(message.logprobs),
-        finish_reason=finish_reason_from_proto(message.finish_reason),
-        usage=usage_from_proto(message.usage) if message.HasField("usage") else None,
     )
 
 

@@ -14,12 +14,10 @@ from google.protobuf.message import Message
 
 from cluster.engine.pace import PaceStats
 from cluster.errors import InvalidRequestError
+from cluster.grammar import JSON_OBJECT, Grammar, GrammarKind
 from cluster.request import (
-    JSON_OBJECT,
     MAX_CHOICES,
     FinishReason,
-    Grammar,
-    GrammarKind,
     PositionLogprobs,
     Priority,
     Request,

@@ -32,14 +32,18 @@ class PromptEncoder:
         self._max_model_len = max_model_len
         self._max_chars = max_model_len * max(map(len, self._tokenizer.get_vocab()))
 
-    async def encode(self, text: str) -> tuple[int, ...]:
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The text's token ids; empty for an empty text unless the tokenizer adds some.
+
+        Args:
+            add_special_tokens: those that the tokenizer puts around a text; a chat template has
+                written them itself.
 
         Raises:
             InvalidRequestError: even in the longest tokens there are, the text exceeds the context.
         """
         if len(text) <= _MAX_INLINE_CHARS:
-            return tuple(self._tokenizer.encode(text).ids)
+            return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         if len(text) > self._max_chars:
             raise InvalidRequestError(
                 "prompt",
@@ -47,5 +51,7 @@ class PromptEncoder:
                 f"{self._max_model_len} tokens can hold",
             )
         # Unlike ``encode``, ``encode_batch`` lets other threads of Python run meanwhile.
-        encodings = await asyncio.to_thread(self._tokenizer.encode_batch, [text])
+        encodings = await asyncio.to_thread(
+            self._tokenizer.encode_batch, [text], add_special_tokens=add_special_tokens
+        )
         return tuple(encodings[0].ids)

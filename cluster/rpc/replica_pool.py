@@ -80,6 +80,11 @@ class ReplicaPool:
         self._by_slot: dict[int, ReplicaConnection] = {}
         self._waiting: dict[Placeable, _Wait] = {}
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether some replica can take requests."""
+        return any(connection.is_ready for connection in self._connections.values())
+
     def set_replicas(self, replicas: Iterable[tuple[str, str]]) -> None:
         """Connects to new (id, ``host:port``) pairs, and retires those that are missing."""
         wanted = set(replicas)

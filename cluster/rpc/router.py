@@ -13,6 +13,8 @@ from grpc import aio
 from transformers import PreTrainedTokenizerFast
 
 import cluster
+from cluster.engine.grammar import GrammarCompiler
+from cluster.engine.vocabulary import Vocabulary
 from cluster.errors import InvalidRequestError, QueueFullError, RequestCancelledError
 from cluster.request import Request
 from cluster.routing.admission import Admission, Admitted
@@ -27,7 +29,7 @@ from cluster.rpc.serving import ServingState, bind
 from cluster.rpc.status import abort
 from cluster.rpc.tls import ChannelTls, ServerTls
 from cluster.security.api_keys import ApiKey
-from cluster.security.authenticator import Authenticator
+from cluster.security.authenticator import ANYBODY, Authenticator
 from cluster.security.key_limits import KeyLimits
 from cluster.security.refusals import Refusal
 from cluster.v1 import inference_pb2, inference_pb2_grpc
@@ -96,9 +98,11 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         self.key_limits = KeyLimits(self.authenticator.refusals)
         self._tls = tls
         self.router_id = router_id or f"router-{uuid.uuid4().hex[:12]}"
-        self._tokenizer = tokenizer
-        self._encoder = PromptEncoder(tokenizer, max_model_len)
-        self._model_name = model_name
+        self.tokenizer = tokenizer
+        self.encoder = PromptEncoder(tokenizer, max_model_len)
+        self.vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_ids)
+        self.model_name = model_name
+        self._grammars = GrammarCompiler(self.vocabulary, has_end=bool(eos_token_ids))
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -112,7 +116,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             max_metadata_bytes=max_metadata_bytes,
             max_streams=max_streams,
         )
-        self._slow_reader_timeout_s = slow_reader_timeout_s
+        self.slow_reader_timeout_s = slow_reader_timeout_s
         self._active: dict[str, Generation] = {}
         self._pool = ReplicaPool(
             self.router_id,
@@ -132,6 +136,16 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
     def num_queued_tokens(self) -> int:
         """Prompt tokens and most output tokens that the active requests still need."""
         return self._admission.num_queued_tokens
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether some target replica can take requests."""
+        return self._pool.is_ready
+
+    @property
+    def max_model_len(self) -> int:
+        """The context in tokens, as the ready replicas have it."""
+        return self._pool.limits(self._vocab_size, self._max_model_len)[1]
 
     def set_replicas(self, replicas: Iterable[tuple[str, str]]) -> None:
         """Names all replicas, as (id, ``host:port``), that requests may run on from now on."""
@@ -164,8 +178,9 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         """Streams the request's chunks."""
         try:
+            call = generate_call_from_proto(request)
             timeout_s = context.time_remaining()
-            async with aclosing(self._generate(request, timeout_s, caller())) as chunks:
+            async with aclosing(self.generate(call, timeout_s, caller())) as chunks:
                 async for chunk in chunks:
                     await self._write(context, chunk)
         except Exception as error:
@@ -176,25 +191,34 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.GetStatusResponse:
         """Answers from the replicas' latest reports."""
         return inference_pb2.GetStatusResponse(
-            model=self._model_name,
+            model=self.model_name,
             router_id=self.router_id,
             replicas=self._pool.statuses(),
             num_active_requests=self.num_active_requests,
             version=cluster.__version__,
         )
 
-    async def _generate(
-        self, message: inference_pb2.GenerateRequest, timeout_s: float | None, key: ApiKey
+    async def generate(
+        self, call: GenerateCall, timeout_s: float | None = None, key: ApiKey = ANYBODY
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """Streams a call's chunks; however it is left, nothing of the call runs on.
+
+        Args:
+            timeout_s: until the call's deadline; unset: it has none.
+            key: whose call it is, for its limits.
+
+        Raises:
+            InvalidRequestError, QueueFullError: before the call costs a replica anything.
+            ReplicaLostError, DeadlineExceededError: no replica could run it, or not in time.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self.key_limits.begin(key) as limited:
-            call = generate_call_from_proto(message)
             request = await self._to_request(call, deadline)
             limited.take_tokens(_num_tokens(request, call.num_choices))
             generation = Generation(
                 request,
                 call.num_choices,
-                self._tokenizer,
+                self.tokenizer,
                 self._pool,
                 self._eos_token_ids,
                 self._queue_timeout_s,
@@ -210,18 +234,18 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         """Sends a chunk. Raises: RequestCancelledError: the client does not read."""
         try:
-            async with asyncio.timeout(self._slow_reader_timeout_s):
+            async with asyncio.timeout(self.slow_reader_timeout_s):
                 await context.write(chunk)
         except TimeoutError:
             self.authenticator.refusals.count(Refusal.SLOW_READER, context.peer())
             raise RequestCancelledError(
-                f"the client has read nothing for {self._slow_reader_timeout_s:g} s"
+                f"the client has read nothing for {self.slow_reader_timeout_s:g} s"
             ) from None
 
     async def _to_request(self, call: GenerateCall, deadline: float | None) -> Request:
         """The tokenised, validated request of the first choice. Raises: InvalidRequestError."""
         prompt = call.prompt
-        token_ids = await self._encoder.encode(prompt) if isinstance(prompt, str) else prompt
+        token_ids = await self.encoder.encode(prompt) if isinstance(prompt, str) else prompt
         vocab_size, max_model_len = self._pool.limits(self._vocab_size, self._max_model_len)
         sampling = call.sampling
         room = max_model_len - len(token_ids)
@@ -242,6 +266,8 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             max_model_len=max_model_len,
             eos_token_ids=self._eos_token_ids,
         )
+        if sampling.grammar is not None:
+            await asyncio.to_thread(self._grammars.compile, sampling.grammar)
         return request
 
     @contextmanager

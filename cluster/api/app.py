@@ -1,0 +1,153 @@
+"""The application: which paths there are."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+import cluster
+from cluster.api.answers import check_model
+from cluster.api.body_limit import BodyLimit
+from cluster.api.chat import ChatCompletionRequest, ChatCompletions
+from cluster.api.chat_template import ChatTemplate
+from cluster.api.completions import CompletionRequest, Completions
+from cluster.api.errors import add_error_handlers, error_response
+from cluster.api.fields import REFUSALS
+from cluster.api.streaming import EventStream, unless_disconnected
+from cluster.api.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from cluster.errors import ReplicaLostError
+from cluster.rpc.router import RouterServer
+
+_MB = 1 << 20
+
+
+def create_app(
+    router: RouterServer,
+    *,
+    chat_template: str | None = None,
+    max_body_bytes: int = 16 * _MB,
+) -> FastAPI:
+    """The HTTP API of a router; to be served in the router's event loop.
+
+    API keys are those of the router; probes need none.
+
+    Args:
+        chat_template: ``chatml``, the text of a template, or ``None`` for the tokenizer's own.
+        max_body_bytes: larger bodies are refused unread.
+
+    Raises:
+        ConfigError: the chat template cannot be used.
+    """
+    app = FastAPI(title="dspark-cluster", version=cluster.__version__)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    known = {*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields}
+    add_error_handlers(app, REFUSALS, known)
+    app.include_router(_probes(router))
+    template = ChatTemplate(router.tokenizer, chat_template)
+
+    async def authenticate(request: Request) -> None:
+        peer = request.client.host if request.client is not None else ""
+        header = request.headers.get("authorization")
+        request.state.api_key = router.authenticator.authenticate(header, peer)
+
+    with_key = [Depends(authenticate)]
+    app.include_router(_openai(router, template), dependencies=with_key)
+    app.include_router(_tokens(router, template), dependencies=with_key)
+    return app
+
+
+def _openai(router: RouterServer, template: ChatTemplate) -> APIRouter:
+    paths = APIRouter(prefix="/v1")
+    model = {
+        "id": router.model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "dspark-cluster",
+        "root": router.model_name,
+        "parent": None,
+    }
+
+    @paths.get("/models")
+    async def list_models() -> dict[str, Any]:
+        """The one model that is served."""
+        return {"object": "list", "data": [{**model, "max_model_len": router.max_model_len}]}
+
+    @paths.get("/models/{name:path}")
+    async def get_model(name: str) -> dict[str, Any]:
+        """The model of that name."""
+        check_model(router, name)
+        return {**model, "max_model_len": router.max_model_len}
+
+    @paths.post("/completions")
+    async def complete(fields: CompletionRequest, request: Request) -> Response:
+        """Goes on with prompts."""
+        work = await Completions.of(router, fields, request.state.api_key)
+        return await _answer(router, work, request, fields.stream)
+
+    @paths.post("/chat/completions")
+    async def complete_chat(fields: ChatCompletionRequest, request: Request) -> Response:
+        """Answers a conversation."""
+        work = await ChatCompletions.of(router, fields, template, request.state.api_key)
+        return await _answer(router, work, request, fields.stream)
+
+    return paths
+
+
+def _tokens(router: RouterServer, template: ChatTemplate) -> APIRouter:
+    paths = APIRouter()
+
+    @paths.post("/tokenize")
+    async def tokenize_prompt(fields: TokenizeRequest) -> dict[str, Any]:
+        """The token ids of a prompt, or of a conversation."""
+        return await tokenize(router, fields, template)
+
+    @paths.post("/detokenize")
+    async def detokenize_tokens(fields: DetokenizeRequest) -> dict[str, Any]:
+        """The text of token ids."""
+        return detokenize(router, fields)
+
+    return paths
+
+
+def _probes(router: RouterServer) -> APIRouter:
+    paths = APIRouter()
+
+    @paths.get("/health")
+    async def health() -> Response:
+        """The router lives."""
+        return Response()
+
+    @paths.get("/ready")
+    async def ready() -> Response:
+        """A target replica takes requests; 503 otherwise."""
+        if router.is_ready:
+            return JSONResponse({"status": "ready"})
+        return error_response(ReplicaLostError("no target replica is ready"))
+
+    @paths.get("/version")
+    async def version() -> dict[str, str]:
+        """Of this software."""
+        return {"version": cluster.__version__}
+
+    return paths
+
+
+async def _answer(
+    router: RouterServer,
+    work: Completions | ChatCompletions,
+    request: Request,
+    is_stream: bool,
+) -> Response:
+    """Runs the work, and ends it when its client leaves."""
+    if not is_stream:
+        return JSONResponse(await unless_disconnected(request, work.complete()))
+    events = work.events()
+    try:
+        first = await unless_disconnected(request, anext(events))
+    except BaseException:
+        await events.aclose()
+        raise
+    return EventStream(first, events, router.slow_reader_timeout_s)

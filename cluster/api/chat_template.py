@@ -1,0 +1,206 @@
+"""Messages as a prompt: the tokenizer's own chat template, or one that is configured."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from jinja2 import TemplateError
+from pydantic import Field
+from transformers import PreTrainedTokenizerFast
+
+from cluster.api.fields import Fields
+from cluster.api.tools import BEGIN, Tool
+from cluster.errors import ConfigError, InvalidRequestError
+
+# For a model without a template of its own, where it is asked for: ChatML, with Hermes' tools.
+CHATML = """\
+{%- if tools %}<|im_start|>system
+{%- if messages[0].role == 'system' %}
+{{ messages[0].content }}
+{%- endif %}
+You may call these functions:
+<tools>
+{%- for tool in tools %}
+{{ tool.function | tojson }}
+{%- endfor %}
+</tools>
+For each call answer with a JSON object with its name and arguments:
+<tool_call>
+{"name": NAME, "arguments": ARGUMENTS}
+</tool_call><|im_end|>
+{% endif %}
+{%- for message in messages %}
+{%- if not (tools and loop.first and message.role == 'system') %}<|im_start|>{{ message.role }}
+{{ message.content or '' }}
+{%- for call in message.tool_calls or [] %}
+<tool_call>
+{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{%- endfor %}<|im_end|>
+{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+_CHATML_END = "<|im_end|>"
+# Other ways of writing a call that begin with the same marker.
+_OTHER_FORMS = ("<function=", "<arg_key>")
+
+
+class TextPart(Fields):
+    """A piece of a message's text; nothing else is served."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Fields):
+    """The function of an earlier call; ``arguments`` is JSON."""
+
+    name: str
+    arguments: str
+
+
+class EarlierCall(Fields):
+    """A call of an earlier answer."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Fields):
+    """One message of a conversation. ``developer`` is another name for ``system``."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[EarlierCall] = Field(default_factory=list)
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it. Raises: InvalidRequestError."""
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": content}
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if (value := getattr(self, name)) is not None:
+                message[name] = value
+        if self.tool_calls:
+            message["tool_calls"] = [_call_for_template(call) for call in self.tool_calls]
+        return message
+
+
+class ChatFields(Fields):
+    """The part of a request that becomes the prompt."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    add_generation_prompt: bool = Field(
+        default=True, description="end the prompt where an answer begins"
+    )
+    continue_final_message: bool = Field(
+        default=False, description="go on with the last message; without add_generation_prompt"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="variables of the model's template"
+    )
+
+
+class ChatTemplate:
+    """Renders conversations.
+
+    Args:
+        tokenizer: the target's.
+        configured: ``chatml``, the text of a template, or ``None`` for the tokenizer's own.
+
+    Raises:
+        ConfigError: ``chatml`` is asked for, and the tokenizer has a template of its own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, configured: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self.stop: tuple[str, ...] = ()
+        own = tokenizer.chat_template
+        if configured == "chatml":
+            if own:
+                raise ConfigError("router.chat_template", "the tokenizer has one of its own")
+            self._template: str | dict[str, str] | None = CHATML
+            self.stop = (_CHATML_END,)  # which the model need not know as a token
+        else:
+            self._template = configured or own
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the template tells of tools, and of calls in the form that is read here."""
+        text = json.dumps(self._template)
+        return BEGIN in text and "tools" in text and not any(form in text for form in _OTHER_FORMS)
+
+    async def render(self, fields: ChatFields, tools: Sequence[Tool] = ()) -> str:
+        """The prompt. Raises: InvalidRequestError."""
+        if self._template is None:
+            raise InvalidRequestError(
+                "messages",
+                "the model has no chat template: use /v1/completions, or configure "
+                "router.chat_template",
+            )
+        if fields.continue_final_message and fields.add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message", "cannot go with add_generation_prompt: true"
+            )
+        reserved = {"messages", "tools", "chat_template", "tokenize", "conversation"}
+        if taken := reserved.intersection(fields.chat_template_kwargs):
+            raise InvalidRequestError("chat_template_kwargs", f"cannot hold {min(taken)}")
+        messages = [message.for_template() for message in fields.messages]
+        described = [tool.model_dump(exclude_unset=True) for tool in tools]
+        template = self._template
+        if isinstance(template, dict):
+            template = self._tokenizer.get_chat_template(None, described or None)
+        try:
+            # In a thread, since a conversation may be long.
+            return await asyncio.to_thread(
+                self._tokenizer.apply_chat_template,
+                messages,
+                tools=described or None,
+                chat_template=template,
+                add_generation_prompt=fields.add_generation_prompt,
+                continue_final_message=fields.continue_final_message,
+                tokenize=False,
+                **fields.chat_template_kwargs,
+            )
+        except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+            raise InvalidRequestError("messages", f"the chat template refuses: {error}") from None
+
+
+def read_template(configured: str | None) -> str | None:
+    """The template that a configuration names: ``chatml``, or the text of a file.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if configured in (None, "chatml"):
+        return configured
+    try:
+        return Path(configured).read_text()
+    except OSError as error:
+        raise ConfigError(
+            "router.chat_template", f"{configured} cannot be read: {error.strerror}"
+        ) from None
+
+
+def _call_for_template(call: EarlierCall) -> dict[str, Any]:
+    """Templates write arguments as JSON themselves."""
+    try:
+        arguments = json.loads(call.function.arguments)
+    except ValueError:
+        raise InvalidRequestError(
+            "messages", "the arguments of an earlier tool call are not JSON"
+        ) from None
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}

@@ -1,0 +1,166 @@
+"""Errors as OpenAI's clients expect them: a status, and a JSON object that names the field.
+
+======================  ======  ==========================
+error                   status  type
+======================  ======  ==========================
+InvalidRequestError     400     invalid_request_error
+UnauthenticatedError    401     authentication_error
+PermissionDeniedError   403     permission_error
+ModelNotFoundError      404     invalid_request_error
+RequestTooLargeError    413     invalid_request_error
+RequestCancelledError   499     cancelled_error
+QueueFullError          429     rate_limit_error
+ReplicaLostError        503     unavailable_error
+DeadlineExceededError   504     timeout_error
+any other               500     server_error
+======================  ======  ==========================
+
+A full queue carries ``Retry-After``. The message of an error that is not a DsparkError stays on the
+server: it might quote the prompt.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import traceback
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from cluster.errors import (
+    DeadlineExceededError,
+    DsparkError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    QueueFullError,
+    ReplicaLostError,
+    RequestCancelledError,
+    UnauthenticatedError,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The request names a model that is not served here."""
+
+
+class RequestTooLargeError(DsparkError):
+    """The request's body is larger than what is read."""
+
+
+class _Kind(NamedTuple):
+    error: type[Exception]
+    status: int
+    type: str
+    code: str | None
+
+
+_KINDS = (
+    _Kind(ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
+    _Kind(InvalidRequestError, 400, "invalid_request_error", None),
+    _Kind(UnauthenticatedError, 401, "authentication_error", "invalid_api_key"),
+    _Kind(PermissionDeniedError, 403, "permission_error", "permission_denied"),
+    _Kind(RequestTooLargeError, 413, "invalid_request_error", "request_too_large"),
+    _Kind(RequestCancelledError, 499, "cancelled_error", "cancelled"),
+    _Kind(QueueFullError, 429, "rate_limit_error", "queue_full"),
+    _Kind(ReplicaLostError, 503, "unavailable_error", "replica_unavailable"),
+    _Kind(DeadlineExceededError, 504, "timeout_error", "deadline_exceeded"),
+    _Kind(Exception, 500, "server_error", "internal_error"),
+)
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """``{"error": {...}}`` of an exception."""
+    kind = _kind_of(error)
+    if isinstance(error, InvalidRequestError):
+        return _body(str(error), kind.type, error.field or None, kind.code)
+    if isinstance(error, DsparkError):
+        return _body(str(error), kind.type, None, kind.code)
+    # Where it happened, but not what it says.
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request failed with %s\n%s", type(error).__name__, frames)
+    return _body(f"internal error ({type(error).__name__})", kind.type, None, kind.code)
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The answer to a request that failed before it began to answer."""
+    headers = {}
+    if isinstance(error, QueueFullError):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, UnauthenticatedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), _kind_of(error).status, headers)
+
+
+def add_error_handlers(
+    app: FastAPI, refusals: Mapping[str, str], known_fields: Collection[str]
+) -> None:
+    """Has every error of ``app`` answered in OpenAI's form.
+
+    Args:
+        refusals: why a field of a body that is known but not served is refused, by its name.
+        known_fields: of bodies, for suggestions.
+    """
+
+    async def on_error(_: Request, error: Exception) -> JSONResponse:
+        return error_response(error)
+
+    async def on_invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return error_response(_as_invalid_request(error.errors()[0], refusals, known_fields))
+
+    async def on_http(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+        body = _body(str(error.detail), kind, None, None)
+        return JSONResponse(body, error.status_code, error.headers)
+
+    app.add_exception_handler(DsparkError, on_error)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(Exception, on_error)
+
+
+def to_client_field(field: str, names: dict[str, str]) -> str:
+    """A field of ``cluster.request`` as the client wrote it: by ``names``, or without section."""
+    if field in names:
+        return names[field]
+    section, _, name = field.partition(".")
+    return name if section in ("sampling", "speculation") and name else section
+
+
+def _as_invalid_request(
+    error: Mapping[str, Any], refusals: Mapping[str, str], known_fields: Collection[str]
+) -> InvalidRequestError:
+    """What pydantic found, by the path of the field in the body."""
+    location: Sequence[Any] = error["loc"][1:]  # behind "body"
+    if error["type"] == "json_invalid" or not location:
+        return InvalidRequestError("", f"the body is not a JSON object: {error['msg']}")
+    name = str(location[0])
+    if error["type"] == "extra_forbidden" and len(location) == 1:
+        unknown = f"is not known here{_nearest(name, known_fields)}"
+        return InvalidRequestError(name, refusals.get(name, unknown))
+    message = error["msg"].removeprefix("Value error, ")
+    path = ".".join(str(part) for part in location)
+    return InvalidRequestError(name, message if path == name else f"{message} (at {path})")
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    """`` (did you mean 'X'?)``, or nothing."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean '{found[0]}'?)" if found else ""
+
+
+def _kind_of(error: Exception) -> _Kind:
+    return next(kind for kind in _KINDS if isinstance(error, kind.error))
+
+
+def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

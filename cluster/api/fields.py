@@ -1,0 +1,250 @@
+"""The fields that a completion and a chat completion share, and what becomes of the rest.
+
+No field is ignored: what is not served is refused by name, unless its value asks for nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cluster.errors import InvalidRequestError
+from cluster.grammar import JSON_OBJECT, Grammar, GrammarKind
+from cluster.request import (
+    Priority,
+    SamplingParams,
+    SpeculationMode,
+    SpeculationParams,
+)
+
+# Fields that change no output, whatever they hold.
+_WITHOUT_EFFECT = frozenset(
+    {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"}
+)
+# Fields that are not served, with the values that ask for nothing.
+_NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "function_call": ("none",),
+    "functions": ([],),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1.0,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+# Why, where "is not served" does not say enough.
+REFUSALS = dict.fromkeys(_NOTHING_ASKED, "is not served") | {
+    "audio": "is not served: text only",
+    "function_call": "is not served: use tool_choice",
+    "functions": "is not served: use tools",
+    "modalities": "is not served: text only",
+    "prompt_logprobs": "is not served: log-probabilities are of output tokens",
+    "suffix": "is not served: text is only continued",
+}
+
+
+class Fields(BaseModel):
+    """An object of a request: types are exact, and unknown names are refused. Null is unset."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None
+            and (name in cls.model_fields or not _asks_for_nothing(name, value))
+        }
+
+
+class StreamOptions(Fields):
+    """What a stream carries beside its text."""
+
+    include_usage: bool = Field(default=False, description="one more event at the end, with usage")
+    continuous_usage_stats: bool = Field(default=False, description="usage on every event")
+    include_obfuscation: Literal[False] = Field(
+        default=False, description="events are not padded to equal lengths"
+    )
+
+
+class JsonSchemaFormat(Fields):
+    """OpenAI's envelope of a schema. It is always enforced, whatever ``strict`` says."""
+
+    name: str = ""
+    description: str = ""
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool = True
+
+
+class ResponseFormat(Fields):
+    """What the whole answer is."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    def to_grammar(self) -> Grammar | None:
+        """Raises: InvalidRequestError."""
+        if self.type == "json_schema":
+            if self.json_schema is None:
+                raise InvalidRequestError("response_format", "json_schema is missing")
+            return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(self.json_schema.schema_))
+        return JSON_OBJECT if self.type == "json_object" else None
+
+
+class StructuredOutputs(Fields):
+    """vLLM's way to ask for a grammar: exactly one of these."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = Field(default=None, description="llguidance's form of Lark")
+
+    def to_grammar(self) -> Grammar:
+        """Raises: InvalidRequestError."""
+        found: list[Grammar] = []
+        if self.json_ is not None:
+            source = self.json_ if isinstance(self.json_, str) else json.dumps(self.json_)
+            found.append(Grammar(GrammarKind.JSON_SCHEMA, source))
+        if self.json_object:
+            found.append(JSON_OBJECT)
+        if self.regex is not None:
+            found.append(Grammar(GrammarKind.REGEX, self.regex))
+        if self.choice:
+            alternatives = " | ".join(json.dumps(text) for text in self.choice)
+            found.append(Grammar(GrammarKind.LARK, f"start: {alternatives}"))
+        if self.grammar is not None:
+            found.append(Grammar(GrammarKind.LARK, self.grammar))
+        if len(found) != 1:
+            raise InvalidRequestError(
+                "structured_outputs", "needs one of json, json_object, regex, choice and grammar"
+            )
+        return found[0]
+
+
+class GenerationFields(Fields):
+    """Fields of both kinds of completion. Ranges are checked by ``SamplingParams.validate``."""
+
+    model: str | None = Field(default=None, description="as /v1/models names it")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(default=1, description="choices, 1 to 16")
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = Field(default=0, description="0 or -1: off")
+    min_p: float = 0.0
+    seed: int | None = Field(
+        default=None, description="makes the output reproducible, with and without speculation"
+    )
+    stop: str | list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[str, float] = Field(default_factory=dict, description="by token id")
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    speculation: Literal["auto", "off"] = Field(
+        default="auto", description="off: this request decodes plainly"
+    )
+    num_speculative_tokens: int | None = Field(
+        default=None, description="most draft tokens of a round of this request; 0 is as off"
+    )
+    priority: Literal["interactive", "default", "batch", 0] = Field(
+        default="default", description="who waits for whom; 0 is the default"
+    )
+    timeout_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="the request ends with 504 behind that time"
+    )
+    return_token_ids: bool = Field(default=False, description="each choice's tokens, as ids")
+    return_token_sources: bool = Field(
+        default=False,
+        description="where each token came from (target, accepted, recovered, bonus), and how many "
+        "characters of text it made final",
+    )
+    return_speculation_stats: bool = Field(
+        default=False, description="counts of drafts and acceptances in the usage"
+    )
+
+    def to_grammar(self) -> Grammar | None:
+        """What the answer must be, if anything was asked. Raises: InvalidRequestError."""
+        grammar = self.response_format.to_grammar() if self.response_format is not None else None
+        if self.structured_outputs is None:
+            return grammar
+        if grammar is not None:
+            raise InvalidRequestError("structured_outputs", "cannot go with response_format")
+        return self.structured_outputs.to_grammar()
+
+    def to_sampling(
+        self, *, max_tokens: int, logprobs: int | None, grammar: Grammar | None
+    ) -> SamplingParams:
+        """The sampling parameters, not checked yet. Raises: InvalidRequestError."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=0 if self.top_k == -1 else self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=self.seed,
+            stop_token_ids=tuple(self.stop_token_ids),
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias={_token_id(name): bias for name, bias in self.logit_bias.items()},
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+            grammar=grammar,
+        )
+
+    def to_speculation(self) -> SpeculationParams:
+        """Whether and how far the request is speculated on."""
+        return SpeculationParams(
+            mode=SpeculationMode(self.speculation),
+            num_speculative_tokens=self.num_speculative_tokens,
+        )
+
+    def to_priority(self) -> Priority:
+        """Who waits for whom."""
+        return Priority[self.priority.upper()] if self.priority else Priority.DEFAULT
+
+    @property
+    def grammar_field(self) -> str:
+        """The field that a grammar came from, for errors."""
+        return "structured_outputs" if self.structured_outputs is not None else "response_format"
+
+    def check_together(self) -> None:
+        """Raises: InvalidRequestError."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options", "needs stream: true")
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    return name in _WITHOUT_EFFECT or value in _NOTHING_ASKED.get(name, ())
+
+
+def _token_id(name: str) -> int:
+    try:
+        return int(name)
+    except ValueError:
+        raise InvalidRequestError("logit_bias", f"'{name}' is not a token id") from None

@@ -1,0 +1,79 @@
+"""Log-probabilities in the two shapes that OpenAI gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.engine.vocabulary import Vocabulary
+from cluster.request import PositionLogprobs
+
+_LOWEST = -9999.0  # of a token without any chance: JSON has no infinity
+
+
+class TokenTexts:
+    """How single tokens are written: as text where they are text, else by their bytes."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+
+    def text_and_bytes(self, token_id: int) -> tuple[str, list[int]]:
+        """The token's text, and its bytes; a part of a character is ``bytes:\\xe4\\xbd``."""
+        data = self._vocabulary.token_bytes(token_id)
+        try:
+            return data.decode(), list(data)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data)
+
+    def text(self, token_id: int) -> str:
+        """The token's text."""
+        return self.text_and_bytes(token_id)[0]
+
+
+def completion_logprobs(
+    positions: Sequence[PositionLogprobs],
+    text_lengths: Sequence[int],
+    first_offset: int,
+    texts: TokenTexts,
+) -> dict[str, Any]:
+    """The shape of ``/v1/completions``.
+
+    Args:
+        positions: one per token.
+        text_lengths: characters of the text that each token made final.
+        first_offset: where the first token's text begins in the choice's text.
+    """
+    offsets = [first_offset + sum(text_lengths[:index]) for index in range(len(positions))]
+    return {
+        "tokens": [texts.text(position.chosen.token_id) for position in positions],
+        "token_logprobs": [_finite(position.chosen.logprob) for position in positions],
+        "top_logprobs": [
+            {
+                texts.text(entry.token_id): _finite(entry.logprob)
+                for entry in (*position.top, position.chosen)
+            }
+            for position in positions
+        ],
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(positions: Sequence[PositionLogprobs], texts: TokenTexts) -> dict[str, Any]:
+    """The shape of ``/v1/chat/completions``."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        text, data = texts.text_and_bytes(token_id)
+        return {"token": text, "logprob": _finite(logprob), "bytes": data}
+
+    content = [
+        {
+            **entry(position.chosen.token_id, position.chosen.logprob),
+            "top_logprobs": [entry(top.token_id, top.logprob) for top in position.top],
+        }
+        for position in positions
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LOWEST)

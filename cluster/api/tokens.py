@@ -1,0 +1,66 @@
+"""``/tokenize`` and ``/detokenize``, in vLLM's shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from cluster.api.answers import check_model
+from cluster.api.chat_template import ChatFields, ChatTemplate, Message
+from cluster.api.fields import Fields
+from cluster.errors import InvalidRequestError
+from cluster.rpc.router import RouterServer
+
+
+class TokenizeRequest(ChatFields):
+    """The body of ``/tokenize``: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] = Field(default_factory=list)
+    add_special_tokens: bool | None = Field(
+        default=None, description="unset: with a prompt, and not with messages"
+    )
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Fields):
+    """The body of ``/detokenize``."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+async def tokenize(
+    router: RouterServer, fields: TokenizeRequest, template: ChatTemplate
+) -> dict[str, Any]:
+    """Raises: InvalidRequestError, ModelNotFoundError."""
+    check_model(router, fields.model)
+    if (fields.prompt is None) == (not fields.messages):
+        raise InvalidRequestError("prompt", "either it or messages must be given")
+    text = fields.prompt if fields.prompt is not None else await template.render(fields)
+    with_special = fields.add_special_tokens
+    if with_special is None:
+        with_special = fields.prompt is not None
+    token_ids = await router.encoder.encode(text, add_special_tokens=with_special)
+    answer: dict[str, Any] = {
+        "count": len(token_ids),
+        "max_model_len": router.max_model_len,
+        "tokens": list(token_ids),
+    }
+    if fields.return_token_strs:
+        answer["token_strs"] = router.tokenizer.convert_ids_to_tokens(list(token_ids))
+    return answer
+
+
+def detokenize(router: RouterServer, fields: DetokenizeRequest) -> dict[str, Any]:
+    """Raises: InvalidRequestError, ModelNotFoundError."""
+    check_model(router, fields.model)
+    size = len(router.tokenizer)
+    for token_id in fields.tokens:
+        if not 0 <= token_id < size:
+            raise InvalidRequestError(
+                "tokens", f"token id {token_id} is outside the vocabulary of {size}"
+            )
+    return {"prompt": router.tokenizer.decode(fields.tokens)}

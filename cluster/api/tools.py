@@ -1,0 +1,218 @@
+"""Tool calls: the grammar that makes a model write them well, and reading them from its text.
+
+The form is the one of Hermes and Qwen templates, one or more of::
+
+    <tool_call>
+    {"name": "NAME", "arguments": {...}}
+    </tool_call>
+
+Arguments always follow the tool's schema, whether the model chooses to call or must.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import Field
+
+from cluster.api.fields import Fields
+from cluster.engine.grammar import JSON_OPTIONS
+from cluster.errors import InvalidRequestError
+from cluster.grammar import Grammar, GrammarKind
+
+BEGIN = "<tool_call>"
+END = "</tool_call>"
+MAX_TOOLS = 128
+
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+class FunctionTool(Fields):
+    """A function that may be called. Its schema is always enforced, whatever ``strict`` says."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = Field(default_factory=lambda: dict(_ANY_OBJECT))
+    strict: bool = True
+
+
+class Tool(Fields):
+    """A tool; functions are the only ones."""
+
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class NamedFunction(Fields):
+    """Which function."""
+
+    name: str
+
+
+class NamedToolChoice(Fields):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """What a request says of tools.
+
+    Attributes:
+        functions: those that may be called, at least one.
+        must_call: the answer is calls and nothing else.
+        may_repeat: more than one call.
+    """
+
+    functions: Sequence[FunctionTool]
+    must_call: bool
+    may_repeat: bool
+
+    def to_grammar(self) -> Grammar:
+        """What the answer may be."""
+        call = f"call: {json.dumps(BEGIN)} body"
+        if self.must_call:
+            start = 'start: call ("\\n" call)*' if self.may_repeat else "start: call"
+        else:
+            # Lazy: text ends where a call begins, so that none can be written in another form.
+            call = f"call: trigger body\ntrigger[lazy]: TEXT {json.dumps(BEGIN)}"
+            call += "\nrest: TEXT\nTEXT: /(.|\\n)*/"
+            start = "start: call* rest" if self.may_repeat else "start: call | rest"
+        names = [f"body_{index}" for index in range(len(self.functions))]
+        lines = [start, call, f"body: {' | '.join(names)}"]
+        for name, function in zip(names, self.functions, strict=True):
+            head = f'\n{{"name": {json.dumps(function.name)}, "arguments": '
+            schema = json.dumps(function.parameters | {"x-guidance": JSON_OPTIONS})
+            tail = "}\n" + END
+            lines.append(f"{name}: {json.dumps(head)} %json {schema} {json.dumps(tail)}")
+        return Grammar(GrammarKind.LARK, "\n".join(lines) + "\n")
+
+
+def tool_use(
+    tools: Sequence[Tool], choice: ToolChoice | None, *, may_repeat: bool
+) -> ToolUse | None:
+    """What is asked for; ``None`` where no tool may be called.
+
+    Args:
+        choice: unset: ``auto`` where there are tools.
+
+    Raises:
+        InvalidRequestError: a tool cannot be, or is not there.
+    """
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise InvalidRequestError("tool_choice", "needs tools")
+        return None
+    if choice == "none":
+        return None
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequestError("tools", f"at most {MAX_TOOLS}")
+    functions = [tool.function for tool in tools]
+    names = [function.name for function in functions]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise InvalidRequestError(
+                "tools", f"'{name}' is no name: 1 to 64 letters, digits, _ and -"
+            )
+    if len(set(names)) < len(names):
+        raise InvalidRequestError("tools", "two functions have the same name")
+    if isinstance(choice, NamedToolChoice):
+        wanted = [function for function in functions if function.name == choice.function.name]
+        if not wanted:
+            raise InvalidRequestError(
+                "tool_choice", f"'{choice.function.name}' is none of the tools"
+            )
+        return ToolUse(wanted, must_call=True, may_repeat=False)
+    return ToolUse(functions, must_call=choice == "required", may_repeat=may_repeat)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One finished call; ``arguments`` is JSON."""
+
+    name: str
+    arguments: str
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+
+    def to_json(self) -> dict[str, Any]:
+        """As in a message."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+class ToolCallReader:
+    """Parts a choice's text, as it comes, into content and calls.
+
+    Guarantees: content and calls come in order, and none of the text is lost: what begins as a call
+    and is none, or is cut off, is content.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._is_behind_call = False  # directly: the line's end belongs to the call
+
+    def push(self, text: str) -> list[str | ToolCall]:
+        """What became certain with more text."""
+        self._held += text
+        found: list[str | ToolCall] = []
+        while True:
+            if self._is_behind_call and self._held:
+                self._held = self._held.removeprefix("\n")
+                self._is_behind_call = False
+            start = self._held.find(BEGIN)
+            if start < 0:
+                kept = _partial_length(self._held, BEGIN)
+                _add_content(found, self._held[: len(self._held) - kept])
+                self._held = self._held[len(self._held) - kept :]
+                return found
+            _add_content(found, self._held[:start])
+            self._held = self._held[start:]
+            end = self._held.find(END)
+            if end < 0:
+                return found
+            call = _read_call(self._held[len(BEGIN) : end])
+            end += len(END)
+            if call is None:
+                _add_content(found, self._held[:end])
+            else:
+                found.append(call)
+                self._is_behind_call = True
+            self._held = self._held[end:]
+
+    def finish(self) -> str:
+        """What is left: content."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _add_content(found: list[str | ToolCall], text: str) -> None:
+    if text:
+        found.append(text)
+
+
+def _partial_length(text: str, marker: str) -> int:
+    """How much of the text's end could be the beginning of ``marker``."""
+    for length in range(min(len(marker) - 1, len(text)), 0, -1):
+        if text.endswith(marker[:length]):
+            return length
+    return 0
+
+
+def _read_call(body: str) -> ToolCall | None:
+    try:
+        call = json.loads(body)
+        name, arguments = call["name"], call["arguments"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return ToolCall(str(name), json.dumps(arguments, ensure_ascii=False))

@@ -1,0 +1,201 @@
+"""The HTTP door without any engine behind it: keys, probes, and what cannot be served."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+import yaml
+
+from cluster.api.app import create_app
+from cluster.api.chat_template import CHATML, ChatTemplate, read_template
+from cluster.api.errors import error_response
+from cluster.api.fields import StructuredOutputs
+from cluster.api.tools import FunctionTool, ToolCall, ToolCallReader, ToolUse
+from cluster.engine.grammar import GrammarCompiler
+from cluster.engine.vocabulary import Vocabulary
+from cluster.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    QueueFullError,
+    ReplicaLostError,
+)
+from cluster.rpc.router import RouterServer
+from cluster.security.api_keys import hash_key
+from cluster.security.authenticator import Authenticator
+from tests.test_text import small_tokenizer
+
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+@asynccontextmanager
+async def door(
+    authenticator: Authenticator | None = None, **app: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    router = RouterServer(
+        tokenizer=small_tokenizer(),
+        model_name="small",
+        vocab_size=300,
+        max_model_len=64,
+        wait_s=0.05,
+        authenticator=authenticator,
+    )
+    transport = httpx.ASGITransport(app=create_app(router, **app), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        yield client
+    assert router.num_active_requests == 0
+
+
+async def test_without_a_replica_nothing_is_ready() -> None:
+    async with door() as client:
+        assert (await client.get("/health")).status_code == 200
+        ready = await client.get("/ready")
+        assert (ready.status_code, ready.json()["error"]["code"]) == (503, "replica_unavailable")
+        for stream in (False, True):
+            body = {"prompt": "x", "stream": stream}
+            answer = await client.post("/v1/completions", json=body)
+            assert answer.status_code == 503
+            assert answer.json()["error"]["type"] == "unavailable_error"
+
+
+async def test_a_model_without_a_template_has_no_chat() -> None:
+    async with door() as client:
+        answer = await client.post("/v1/chat/completions", json={"messages": MESSAGES})
+        assert answer.status_code == 400
+        assert "no chat template" in answer.json()["error"]["message"]
+    async with door(chat_template="{{ messages[0].content }}") as client:
+        tokens = (await client.post("/tokenize", json={"messages": MESSAGES})).json()["tokens"]
+        assert small_tokenizer().decode(tokens) == "x"
+        tool = {"type": "function", "function": {"name": "f"}}
+        answer = await client.post(
+            "/v1/chat/completions", json={"messages": MESSAGES, "tools": [tool]}
+        )
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+    async with door(chat_template="{{ raise_exception('only one message') }}") as client:
+        answer = await client.post("/v1/chat/completions", json={"messages": MESSAGES})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+        assert "only one message" in answer.json()["error"]["message"]
+
+
+def test_chatml_is_only_for_tokenizers_without_a_template(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer()
+    assert ChatTemplate(tokenizer, "chatml").calls_tools
+    tokenizer.chat_template = "{{ messages }}"
+    with pytest.raises(ConfigError):
+        ChatTemplate(tokenizer, "chatml")
+    (tmp_path / "own.jinja").write_text(CHATML)
+    assert read_template(str(tmp_path / "own.jinja")) == CHATML
+    with pytest.raises(ConfigError) as caught:
+        read_template(str(tmp_path / "missing.jinja"))
+    assert caught.value.key == "router.chat_template"
+
+
+async def test_keys_are_asked_for_where_there_are_any(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    entry = {"name": "me", "sha256": hash_key("secret"), "max_concurrent_requests": 0}
+    file.write_text(yaml.safe_dump({"keys": [{**entry, "max_concurrent_requests": 1}]}))
+    async with door(Authenticator(str(file))) as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions")):
+                answer = await client.request(method, path, headers=headers, json={"prompt": "x"})
+                assert answer.status_code == 401
+                assert answer.headers["WWW-Authenticate"] == "Bearer"
+                assert answer.json()["error"]["type"] == "authentication_error"
+        good = {"Authorization": "Bearer secret"}
+        assert (await client.get("/v1/models", headers=good)).status_code == 200
+        assert (await client.get("/health")).status_code == 200
+        # Its limit of one request at a time holds here as well.
+        answer = await client.post(
+            "/v1/completions", headers=good, json={"prompt": ["x", "y"], "max_tokens": 2}
+        )
+        assert answer.status_code == 429
+
+
+async def test_a_body_is_read_no_further_than_it_may_be() -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b'{"prompt": "'
+        for _ in range(100):
+            yield b"x" * 100
+
+    async with door(max_body_bytes=1000) as client:
+        for content in (b"x" * 1001, pieces()):  # announced, and not
+            answer = await client.post("/v1/completions", content=content)
+            assert answer.status_code == 413
+            assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_errors_have_statuses_and_tell_nothing_of_prompts() -> None:
+    full = error_response(QueueFullError("full", 2.3))
+    assert (full.status_code, full.headers["Retry-After"]) == (429, "3")
+    assert error_response(ReplicaLostError("gone")).status_code == 503
+    assert error_response(DeadlineExceededError("late")).status_code == 504
+    internal = error_response(ValueError("a secret prompt"))
+    assert internal.status_code == 500
+    assert b"secret" not in bytes(internal.body)
+
+
+# -------------------------------------------------------------------------------------- tool calls
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_calls_are_read_however_their_text_comes(size: int) -> None:
+    text = f"Well, 1 < 2. {CALL}\n{CALL} bye <tool_call>{{no}}</tool_call> <tool_"
+    reader = ToolCallReader()
+    parts: list[str | ToolCall] = []
+    for start in range(0, len(text), size):
+        parts += reader.push(text[start : start + size])
+    parts.append(reader.finish())
+    calls = [part for part in parts if isinstance(part, ToolCall)]
+    assert [(call.name, call.arguments) for call in calls] == [("f", '{"a": 1}')] * 2
+    assert len({call.id for call in calls}) == 2
+    content = "".join(part for part in parts if isinstance(part, str))
+    assert content == "Well, 1 < 2.  bye <tool_call>{no}</tool_call> <tool_"
+
+
+@pytest.mark.parametrize(
+    ("must_call", "may_repeat", "good", "bad"),
+    [
+        (True, True, [CALL, f"{CALL}\n{CALL}"], ["hi", f"{CALL} hi", CALL.replace('"f"', '"h"')]),
+        (True, False, [CALL], [f"{CALL}\n{CALL}"]),
+        (
+            False,
+            True,
+            ["hi", "", f"hi {CALL}", f"{CALL}\n{CALL}", "a <tool b", f"{CALL} bye"],
+            ["a <tool_call> b", CALL.replace('"a"', '"b"'), CALL.replace("1", '"x"')],
+        ),
+        (False, False, ["hi", f"hi {CALL}"], [f"{CALL}\n{CALL}"]),
+    ],
+)
+def test_the_grammar_of_calls(
+    must_call: bool, may_repeat: bool, good: list[str], bad: list[str]
+) -> None:
+    functions = [FunctionTool(name="f", parameters=SCHEMA), FunctionTool(name="g")]
+    grammar = ToolUse(functions, must_call=must_call, may_repeat=may_repeat).to_grammar()
+    tokenizer = small_tokenizer()
+    end = tokenizer.eos_token_id
+    compiler = GrammarCompiler(Vocabulary(tokenizer, 300, (end,)), has_end=True)
+    for text in good:
+        assert compiler.compile(grammar).accept([*tokenizer.encode(text), end]), text
+    for text in bad:
+        assert not compiler.compile(grammar).accept([*tokenizer.encode(text), end]), text
+
+
+def test_choices_are_taken_literally() -> None:
+    tokenizer = small_tokenizer()
+    end = tokenizer.eos_token_id
+    compiler = GrammarCompiler(Vocabulary(tokenizer, 300, (end,)), has_end=True)
+    choices = ['a "b"\\n', "é\n", "x|y"]
+    grammar = StructuredOutputs(choice=choices).to_grammar()
+    for text in choices:
+        assert compiler.compile(grammar).accept([*tokenizer.encode(text), end]), text
+    assert not compiler.compile(grammar).accept([*tokenizer.encode("x"), end])
+    with pytest.raises(InvalidRequestError):
+        StructuredOutputs(choice=[]).to_grammar()

@@ -1,0 +1,648 @@
+"""The official OpenAI client, unchanged, against our HTTP door, with and without speculation."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any, Literal
+
+import openai
+import pytest
+from openai import OpenAI
+from pydantic import BaseModel
+
+from tests.api_tools import ApiServer, serving
+from tests.engine_tools import make_config
+from tests.models import DRAFTER, TARGET
+
+pytestmark = pytest.mark.timeout(300)
+
+MODEL = "stdlib-7m"
+PROMPT = "def read_json(path):\n    "
+MESSAGES: list[Any] = [{"role": "user", "content": "Write a function that reads a file."}]
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+SEEDED: dict[str, Any] = {"temperature": 0.9, "seed": 11}
+# Both of a kind are much the same to the code; each is there with --run-slow.
+ONE_FAST = [
+    pytest.param(SEEDED, id="seeded"),
+    pytest.param(GREEDY, id="greedy", marks=pytest.mark.slow),
+]
+MAX_QUEUED_TOKENS = 6000
+CITY_TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"enum": ["Rome", "Oslo"]},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            },
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+CLOCK_TOOL: Any = {"type": "function", "function": {"name": "get_time"}}
+
+
+class Person(BaseModel):
+    role: Literal["admin", "user"]
+    active: bool
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ApiServer]:
+    config = make_config(TARGET, DRAFTER, max_model_len=512, max_num_seqs=16)
+    limits = {"max_queued_tokens": MAX_QUEUED_TOKENS}
+    with serving(config, router=limits, chat_template="chatml") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: ApiServer) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def complete(client: OpenAI, prompt: Any = PROMPT, **fields: Any) -> Any:
+    extra = {name: fields.pop(name) for name in EXTENSIONS if name in fields}
+    return client.completions.create(
+        model=MODEL, prompt=prompt, extra_body=extra or None, **{"max_tokens": 12, **fields}
+    )
+
+
+EXTENSIONS = (
+    "ignore_eos",
+    "min_p",
+    "min_tokens",
+    "num_speculative_tokens",
+    "repetition_penalty",
+    "return_speculation_stats",
+    "return_token_ids",
+    "return_token_sources",
+    "speculation",
+    "stop_token_ids",
+    "structured_outputs",
+    "timeout_seconds",
+    "top_k",
+)
+
+
+def post(server: ApiServer, path: str, body: Any) -> tuple[int, Any, dict[str, str]]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(
+        server.url + path, data, {"Content-Type": "application/json"}, method="POST"
+    )
+    return send(request)
+
+
+def send(request: urllib.request.Request | str) -> tuple[int, Any, dict[str, str]]:
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = answer.read()
+            return answer.status, json.loads(text) if text else None, dict(answer.headers)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read()), dict(error.headers)
+
+
+# ----------------------------------------------------------------- on and off, feature by feature
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "greedy": GREEDY,
+    "seed": SEEDED,
+    "penalties": {
+        **SEEDED,
+        "presence_penalty": 0.7,
+        "frequency_penalty": 0.9,
+        "repetition_penalty": 1.2,
+    },
+    "logprobs": {**GREEDY, "logprobs": 3},
+    "grammar": {**SEEDED, "structured_outputs": {"regex": "[a-c]{2}-[0-9]{3}"}},
+    "stop": {**GREEDY, "stop": ["(", "\n"]},
+    "n": {**SEEDED, "n": 3},
+    "min_p": {**SEEDED, "min_p": 0.2},
+    "logit_bias": {**SEEDED, "logit_bias": {"357": 4.0, "5": -100}},
+    "top_k": {**SEEDED, "top_k": 5, "top_p": 0.9},
+    "min_tokens": {**GREEDY, "min_tokens": 8, "stop_token_ids": [220]},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_speculation_changes_no_answer(client: OpenAI, feature: str) -> None:
+    answers = {}
+    for mode in ("auto", "off"):
+        answer = complete(
+            client,
+            speculation=mode,
+            return_token_ids=True,
+            return_speculation_stats=True,
+            **FEATURES[feature],
+        )
+        assert len(answer.choices) == FEATURES[feature].get("n", 1)
+        answers[mode] = answer
+    on, off = answers["auto"], answers["off"]
+    assert off.usage.speculation["num_draft_tokens"] == 0
+    if feature != "grammar":  # an answer so short may be over before anything was drafted
+        assert on.usage.speculation["num_draft_tokens"] > 0
+    assert on.usage.completion_tokens == off.usage.completion_tokens
+    for mine, theirs in zip(on.choices, off.choices, strict=True):
+        assert mine.token_ids == theirs.token_ids
+        assert (mine.text, mine.finish_reason) == (theirs.text, theirs.finish_reason)
+        if feature == "logprobs":
+            assert mine.logprobs.tokens == theirs.logprobs.tokens
+            assert mine.logprobs.token_logprobs == pytest.approx(
+                theirs.logprobs.token_logprobs, abs=1e-4
+            )
+
+
+@pytest.mark.slow
+def test_features_do_what_they_say(client: OpenAI) -> None:
+    base = complete(client, **GREEDY).choices[0].text
+    assert complete(client, temperature=1.0, min_p=1.0).choices[0].text == base
+    assert complete(client, temperature=1.0, top_k=1).choices[0].text == base
+    assert complete(client, temperature=1.0, top_p=1e-6).choices[0].text == base
+    assert (
+        complete(client, **FEATURES["penalties"]).choices[0].text
+        != complete(client, **SEEDED).choices[0].text
+    )
+    stopped = complete(client, **GREEDY, stop="(").choices[0]
+    assert (stopped.text, stopped.finish_reason) == (base.split("(")[0], "stop")
+    biased = complete(client, **GREEDY, logit_bias={"95": 100}, max_tokens=3).choices[0]
+    assert biased.text == "}}}"
+    many = complete(client, **SEEDED, n=4).choices
+    assert [choice.index for choice in many] == [0, 1, 2, 3]
+    assert len({choice.text for choice in many}) > 1
+    matched = complete(client, **FEATURES["grammar"]).choices[0]
+    assert re.fullmatch("[a-c]{2}-[0-9]{3}", matched.text)
+    assert matched.finish_reason == "stop"
+    short = complete(client, **GREEDY, max_tokens=2)
+    assert short.choices[0].finish_reason == "length"
+    assert short.usage.completion_tokens == 2
+    assert short.usage.total_tokens == short.usage.prompt_tokens + 2
+
+
+def test_log_probabilities_are_the_target_s(client: OpenAI) -> None:
+    choice = complete(client, **GREEDY, logprobs=2).choices[0]
+    logprobs = choice.logprobs
+    assert "".join(logprobs.tokens) == choice.text
+    for index, (token, value) in enumerate(
+        zip(logprobs.tokens, logprobs.token_logprobs, strict=True)
+    ):
+        assert value <= 0
+        top = logprobs.top_logprobs[index]
+        assert len(top) == 2
+        assert max(top, key=top.get) == token  # greedy takes the best
+        assert choice.text[logprobs.text_offset[index] :].startswith(token)
+    biased = complete(client, **GREEDY, logprobs=1, logit_bias={"95": 100}, max_tokens=1).choices[0]
+    assert biased.logprobs.token_logprobs[0] < -1  # before bias and temperature
+
+
+# -------------------------------------------------------------------------------------- prompts
+
+
+@pytest.mark.slow
+def test_every_kind_of_prompt(server: ApiServer, client: OpenAI) -> None:
+    texts = [PROMPT, "import os\n"]
+    token_ids = [post(server, "/tokenize", {"prompt": text})[1]["tokens"] for text in texts]
+    one = [complete(client, text, **SEEDED, n=2).choices for text in texts]
+    expected = [choice.text for choices in one for choice in choices]
+    for prompt in (texts, token_ids):
+        choices = complete(client, prompt, **SEEDED, n=2).choices
+        assert [choice.index for choice in choices] == [0, 1, 2, 3]
+        assert [choice.text for choice in choices] == expected
+    alone = complete(client, token_ids[0], **SEEDED)
+    assert alone.choices[0].text == expected[0]
+    assert alone.usage.prompt_tokens == len(token_ids[0])
+
+
+@pytest.mark.slow
+def test_echo_begins_with_the_prompt(client: OpenAI) -> None:
+    plain = complete(client, **GREEDY).choices[0].text
+    assert complete(client, **GREEDY, echo=True).choices[0].text == PROMPT + plain
+    pieces = complete(client, **GREEDY, echo=True, stream=True)
+    assert "".join(p.choices[0].text for p in pieces) == PROMPT + plain
+
+
+def test_tokens_and_text(server: ApiServer) -> None:
+    status, answer, _ = post(server, "/tokenize", {"prompt": "a b", "return_token_strs": True})
+    assert status == 200
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    assert answer["max_model_len"] == 512
+    status, text, _ = post(server, "/detokenize", {"tokens": answer["tokens"]})
+    assert text == {"prompt": "a b"}
+    status, chat, _ = post(server, "/tokenize", {"messages": MESSAGES})
+    _, prompt, _ = post(server, "/detokenize", {"tokens": chat["tokens"]})
+    assert prompt["prompt"].endswith("<|im_start|>assistant\n")
+    assert post(server, "/detokenize", {"tokens": [10**9]})[1]["error"]["param"] == "tokens"
+    assert post(server, "/tokenize", {})[1]["error"]["param"] == "prompt"
+
+
+# -------------------------------------------------------------------------------------- streaming
+
+
+@pytest.mark.parametrize("fields", [GREEDY, {**SEEDED, "n": 2, "logprobs": 1}], ids=["one", "n"])
+def test_a_stream_is_the_answer_in_pieces(client: OpenAI, fields: dict[str, Any]) -> None:
+    whole = complete(client, **fields)
+    pieces = list(complete(client, **fields, stream=True, stream_options={"include_usage": True}))
+    assert pieces[-1].choices == []
+    assert pieces[-1].usage == whole.usage
+    assert all(piece.usage is None for piece in pieces[:-1])
+    assert len({piece.id for piece in pieces}) == 1
+    for choice in whole.choices:
+        mine = [p.choices[0] for p in pieces[:-1] if p.choices[0].index == choice.index]
+        assert len(mine) > 1
+        assert "".join(piece.text for piece in mine) == choice.text
+        assert [piece.finish_reason for piece in mine[:-1]] == [None] * (len(mine) - 1)
+        assert mine[-1].finish_reason == choice.finish_reason
+        if choice.logprobs is not None:
+            offsets = [o for piece in mine for o in piece.logprobs.text_offset]
+            assert offsets == choice.logprobs.text_offset
+
+
+def test_sources_and_counts_are_there_when_asked_for(client: OpenAI) -> None:
+    pieces = list(
+        complete(
+            client,
+            **GREEDY,
+            stream=True,
+            stream_options={"include_usage": True},
+            return_token_sources=True,
+            return_token_ids=True,
+            return_speculation_stats=True,
+        )
+    )
+    choices = [piece.choices[0] for piece in pieces[:-1]]
+    sources = [source for choice in choices for source in choice.token_sources]
+    assert len(sources) == 12 == sum(len(choice.token_ids) for choice in choices)
+    assert "accepted" in sources
+    for choice in choices:
+        assert sum(choice.text_lengths) <= len(choice.text)
+    counts = pieces[-1].usage.speculation
+    assert counts["num_accepted_tokens"] == sources.count("accepted")
+    assert counts["acceptance_length"] > 1
+    assert not hasattr(complete(client, **GREEDY).choices[0], "token_ids")
+
+
+def test_requests_as_vllm_s_benchmark_sends_them(server: ApiServer) -> None:
+    body = {
+        "model": MODEL,
+        "prompt": PROMPT,
+        "repetition_penalty": 1.0,
+        "temperature": 0.0,
+        "max_tokens": 12,
+        "logprobs": None,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+        "best_of": 1,
+        "use_beam_search": False,
+    }
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "Authorization": "Bearer none"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        lines = answer.read().decode().split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    assert all("text" in event["choices"][0] for event in events[:-1])
+    assert events[-1]["choices"] == []
+    assert events[-1]["usage"]["completion_tokens"] == 12
+
+
+# ------------------------------------------------------------------------------------------- chat
+
+
+def chat(client: OpenAI, **fields: Any) -> Any:
+    extra = {name: fields.pop(name) for name in EXTENSIONS if name in fields}
+    return client.chat.completions.create(
+        model=MODEL,
+        extra_body=extra or None,
+        **{"messages": MESSAGES, "max_completion_tokens": 12, **fields},
+    )
+
+
+@pytest.mark.parametrize("fields", ONE_FAST)
+def test_chat_does_not_depend_on_speculation(client: OpenAI, fields: dict[str, Any]) -> None:
+    on = chat(client, **fields, n=2, logprobs=True, top_logprobs=2)
+    off = chat(client, **fields, n=2, logprobs=True, top_logprobs=2, speculation="off")
+    for mine, theirs in zip(on.choices, off.choices, strict=True):
+        assert mine.message.content == theirs.message.content
+        assert mine.message.role == "assistant"
+        assert mine.finish_reason == theirs.finish_reason
+        entries = mine.logprobs.content
+        joined = b"".join(bytes(entry.bytes) for entry in entries).decode(errors="replace")
+        assert joined.startswith(mine.message.content)
+        assert all(len(entry.top_logprobs) == 2 for entry in entries)
+        assert [e.logprob for e in entries] == pytest.approx(
+            [e.logprob for e in theirs.logprobs.content], abs=1e-4
+        )
+
+
+@pytest.mark.slow
+def test_a_chat_stream_is_the_answer_in_pieces(client: OpenAI) -> None:
+    whole = chat(client, **GREEDY)
+    pieces = list(chat(client, **GREEDY, stream=True, stream_options={"include_usage": True}))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert pieces[-1].usage == whole.usage
+    deltas = [piece.choices[0] for piece in pieces[:-1]]
+    text = "".join(choice.delta.content or "" for choice in deltas)
+    assert text == whole.choices[0].message.content
+    assert deltas[-1].finish_reason == whole.choices[0].finish_reason
+
+
+def test_roles_and_parts_of_messages(server: ApiServer, client: OpenAI) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    conversation = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "c", "refusal": None},
+        {"role": "user", "content": "d"},
+    ]
+    _, answer, _ = post(server, "/tokenize", {"messages": conversation})
+    _, text, _ = post(server, "/detokenize", {"tokens": answer["tokens"]})
+    assert text["prompt"] == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nab<|im_end|>\n"
+        "<|im_start|>assistant\nc<|im_end|>\n<|im_start|>user\nd<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    image = [{"type": "image_url", "image_url": {"url": "x"}}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, messages=[{"role": "user", "content": image}])
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize("fields", ONE_FAST)
+def test_an_answer_follows_its_schema(client: OpenAI, fields: dict[str, Any]) -> None:
+    texts = set()
+    for mode in ("auto", "off"):
+        answer = client.chat.completions.parse(
+            model=MODEL,
+            messages=MESSAGES,
+            response_format=Person,
+            max_completion_tokens=100,
+            extra_body={"speculation": mode},
+            **fields,
+        )
+        assert isinstance(answer.choices[0].message.parsed, Person)
+        texts.add(answer.choices[0].message.content)
+    assert len(texts) == 1
+
+
+@pytest.mark.slow
+def test_any_json_object(client: OpenAI) -> None:
+    answer = chat(
+        client, **SEEDED, response_format={"type": "json_object"}, max_completion_tokens=4
+    )
+    assert answer.choices[0].message.content.lstrip().startswith("{")
+    assert chat(client, **GREEDY, response_format={"type": "text"}).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param("required"),
+        pytest.param({"type": "function", "function": {"name": "get_weather"}}, id="named"),
+    ],
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_calls_that_must_be_made(client: OpenAI, choice: Any, fields: dict[str, Any]) -> None:
+    tools = [CITY_TOOL] if choice == "required" else [CITY_TOOL, CLOCK_TOOL]
+    request = {
+        **fields,
+        "tools": tools,
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "max_completion_tokens": 120,
+    }
+    found = []
+    for mode in ("auto", "off"):
+        answer = chat(client, **request, speculation=mode).choices[0]
+        assert answer.finish_reason == "tool_calls"
+        assert answer.message.content is None
+        (call,) = answer.message.tool_calls
+        assert call.function.name == "get_weather"
+        arguments = json.loads(call.function.arguments)
+        assert arguments["city"] in ("Rome", "Oslo")
+        assert 1 <= arguments["days"] <= 9
+        found.append(arguments)
+    assert found[0] == found[1]
+    deltas = [piece.choices[0] for piece in chat(client, **request, stream=True)]
+    (streamed,) = [call for d in deltas for call in d.delta.tool_calls or []]
+    assert (streamed.index, streamed.function.name) == (0, "get_weather")
+    assert json.loads(streamed.function.arguments) == found[0]
+    assert deltas[-1].finish_reason == "tool_calls"
+
+
+@pytest.mark.slow
+def test_calls_that_may_be_made(server: ApiServer, client: OpenAI) -> None:
+    """The small model never calls; a conversation goes on behind calls and their results."""
+    answer = chat(client, **GREEDY, tools=[CITY_TOOL, CLOCK_TOOL]).choices[0]
+    assert answer.message.content
+    assert answer.message.tool_calls is None
+    conversation = [
+        *MESSAGES,
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {
+                    "id": "call_1",
+                    "type": "function",
+                    "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    assert chat(client, messages=conversation, tools=[CITY_TOOL], **GREEDY).choices
+    _, tokens, _ = post(server, "/tokenize", {"messages": conversation})
+    _, text, _ = post(server, "/detokenize", {"tokens": tokens["tokens"]})
+    assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}' in text["prompt"]
+    with_none = chat(client, **GREEDY, tools=[CITY_TOOL], tool_choice="none")
+    assert with_none.choices[0].message.content == chat(client, **GREEDY).choices[0].message.content
+
+
+# ------------------------------------------------------------------------------- refusals and ends
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_k": 2**40}, "top_k"),
+    ({"n": 0}, "n"),
+    ({"n": 17}, "n"),
+    ({"seed": 2**70}, "seed"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 2**40}, "max_tokens"),
+    ({"min_tokens": 99}, "min_tokens"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"5000000": 1}}, "logit_bias"),
+    ({"stop": [""]}, "stop"),
+    ({"best_of": 3}, "best_of"),
+    ({"suffix": "end"}, "suffix"),
+    ({"echo": True, "logprobs": 1}, "echo"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": [5_000_000]}, "prompt"),
+    ({"prompt": {"text": "x"}}, "prompt"),
+    ({"prompt": "word " * 5000}, "prompt"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"temprature": 1}, "temprature"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"store": True}, "store"),
+    ({"speculation": "maybe"}, "speculation"),
+    ({"num_speculative_tokens": -1}, "num_speculative_tokens"),
+    ({"timeout_seconds": 0}, "timeout_seconds"),
+    ({"structured_outputs": {"regex": "(a"}}, "structured_outputs"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "json_object": True}}, "structured_outputs"),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"uniqueItems": True}},
+            }
+        },
+        "response_format",
+    ),
+    ({"response_format": {"type": "xml"}}, "response_format"),
+    ({"ignore_eos": True, "response_format": {"type": "json_object"}}, "ignore_eos"),
+]
+REFUSED_CHATS: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "king", "content": "x"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "word " * 5000}]}, "messages"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+    ({"tools": [CITY_TOOL, CITY_TOOL]}, "tools"),
+    (
+        {
+            "tools": [CITY_TOOL],
+            "tool_choice": {"type": "function", "function": {"name": "other"}},
+        },
+        "tool_choice",
+    ),
+    ({"tools": [CITY_TOOL], "response_format": {"type": "json_object"}}, "response_format"),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "foo"}}}]},
+        "tools",
+    ),
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ({"modalities": ["audio"]}, "modalities"),
+]
+WITHOUT_EFFECT: dict[str, Any] = {
+    "user": "me",
+    "store": False,
+    "metadata": {"a": "b"},
+    "service_tier": "auto",
+    "suffix": None,
+    "best_of": 1,
+    "temprature": None,
+    "top_k": -1,
+}
+
+
+def test_bad_input_names_its_field(server: ApiServer) -> None:
+    for path, base, cases in (
+        ("/v1/completions", {"model": MODEL, "prompt": "x", "max_tokens": 8}, REFUSED),
+        ("/v1/chat/completions", {"model": MODEL, "messages": MESSAGES}, REFUSED_CHATS),
+    ):
+        for fields, name in cases:
+            for stream in (False, True):
+                body = {**base, "stream": stream, **fields}
+                if name == "stream_options":
+                    body["stream"] = False
+                status, answer, _ = post(server, path, body)
+                assert status == 400, fields
+                assert answer["error"]["param"] == name, (fields, answer)
+                assert answer["error"]["type"] == "invalid_request_error"
+    assert server.engine_loop.load().num_running == 0
+    misspelt = post(server, "/v1/completions", {"prompt": "x", "temprature": 1})[1]["error"]
+    assert "did you mean 'temperature'?" in misspelt["message"]
+
+
+def test_what_asks_for_nothing_is_taken(server: ApiServer) -> None:
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 2, **WITHOUT_EFFECT}
+    assert post(server, "/v1/completions", body)[0] == 200
+
+
+def test_what_is_no_request(server: ApiServer) -> None:
+    assert post(server, "/v1/completions", b"{")[0] == 400
+    assert post(server, "/v1/completions", b"[1]")[0] == 400
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Length", str(17 << 20))
+    connection.endheaders()
+    assert connection.getresponse().status == 413  # unread
+    connection.close()
+    status, answer, _ = send(f"{server.url}/v1/nothing")
+    assert (status, answer["error"]["type"]) == (404, "invalid_request_error")
+    assert send(f"{server.url}/v1/completions")[0] == 405
+
+
+def test_models_and_probes(server: ApiServer, client: OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert model.id == MODEL
+    assert client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="other", prompt="x")
+    assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
+    assert send(f"{server.url}/health")[:2] == (200, None)
+    assert send(f"{server.url}/ready")[:2] == (200, {"status": "ready"})
+    assert send(f"{server.url}/version")[0] == 200
+    paths = send(f"{server.url}/openapi.json")[1]["paths"]
+    assert {"/v1/completions", "/v1/chat/completions", "/tokenize", "/ready"} <= paths.keys()
+
+
+def test_a_full_queue_says_when_to_come_again(server: ApiServer, client: OpenAI) -> None:
+    fields: dict[str, Any] = {"n": 8, "max_tokens": 400, "ignore_eos": True}
+    with closing(complete(client, **fields, stream=True)) as running:
+        next(iter(running))
+        with pytest.raises(openai.RateLimitError) as caught:
+            complete(client, **fields)
+    assert caught.value.code == "queue_full"
+    assert int(caught.value.response.headers["Retry-After"]) >= 1
+    idle(server)
+
+
+def test_a_deadline_is_504(server: ApiServer, client: OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError) as caught:
+        complete(client, max_tokens=480, n=8, ignore_eos=True, timeout_seconds=0.1)
+    assert caught.value.status_code == 504
+    idle(server)
+
+
+def test_a_client_that_leaves_ends_its_request(server: ApiServer, client: OpenAI) -> None:
+    fields: dict[str, Any] = {"max_tokens": 480, "n": 8, "ignore_eos": True}
+    stream = complete(client, **fields, stream=True)
+    next(iter(stream))
+    assert server.engine_loop.load().num_running > 0
+    stream.close()
+    idle(server)
+    with pytest.raises(openai.APITimeoutError):
+        complete(client, **fields, timeout=0.3)
+    idle(server)
+
+
+def idle(server: ApiServer) -> None:
+    deadline = time.monotonic() + 10
+    while server.router.num_active_requests or server.engine_loop.load().kv_cache_usage:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
