@@ -283,7 +283,9 @@ class RouterConfig(Section):
         default=None, description="a Jinja file; chatml, where the tokenizer has none; unset: its"
     )
     max_metadata_kb: int = Field(default=16, ge=1, description="headers of one call")
-    max_streams_per_connection: int = Field(default=1024, ge=1, description="further ones wait")
+    max_streams_per_connection: int = Field(
+        default=1024, ge=1, description="further ones wait, or are refused"
+    )
     slow_reader_timeout_s: float = Field(
         default=60.0, gt=0, description="a client that takes no chunk for so long is cut off"
     )

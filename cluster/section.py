@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.errors import ConfigError
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring = 2, 80
 
 
 class Section(BaseModel):
@@ -31,6 +36,26 @@ def parse_section(section: type[SectionT], values: Any) -> SectionT:
         return section.model_validate(values)
     except ValidationError as error:
         raise _as_config_error(section, error) from None
+
+
+def parse_yaml(name: str, text: str | bytes) -> Any:
+    """The document of a YAML file.
+
+    Args:
+        name: of the file, for errors, which quote nothing of it.
+
+    Raises:
+        ConfigError: it is not one YAML document, or nested too deeply.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        where = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise ConfigError(name, f"is not YAML: {error.problem}{where}") from None
+    except (yaml.YAMLError, ValueError):  # ValueError: dates and numbers that there are not
+        raise ConfigError(name, "is not YAML") from None
+    except RecursionError:
+        raise ConfigError(name, "is nested too deeply") from None
 
 
 def resolve_path(model: str, base_dir: Path) -> str:
@@ -61,7 +86,8 @@ def _as_config_error(root: type[BaseModel], error: ValidationError) -> ConfigErr
         return ConfigError(key, "is required")
     message = first["msg"].removeprefix("Value error, ")
     if first["loc"]:
-        message = f"{message}, got {first['input']!r}"
+        # Shortened: aliases of YAML make small files of endless values.
+        message = f"{message}, got {_SHORT.repr(first['input'])}"
     return ConfigError(key, message)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
+from cluster.section import parse_yaml
 
 # What Serve has to be told of an application whose parts come and go with the load.
 _AUTOSCALING_POLICY = {"policy_function": "cluster.actors.autoscaling:ApplicationPolicy"}
@@ -25,11 +24,10 @@ def load_serve_config(path: Path) -> tuple[dict[str, Any], ClusterConfig]:
         ConfigError: unreadable file, no application, or a bad value in it.
     """
     try:
-        document = yaml.safe_load(path.read_text())
+        text = path.read_bytes()
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), f"is not YAML: {error}") from None
+    document = parse_yaml(str(path), text)
     applications = document.get("applications") if isinstance(document, dict) else None
     if not isinstance(applications, list) or len(applications) != 1:
         raise ConfigError("applications", "must be a list with one application")

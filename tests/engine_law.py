@@ -11,6 +11,7 @@ import enum
 import functools
 import itertools
 import multiprocessing
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,12 +70,17 @@ class Case:
 
 
 class Fault(enum.Enum):
-    """Mistakes that the law test must catch; see also ``tests.law.shift_law``."""
+    """Mistakes that the law test must catch; see also ``tests.law.shift_law``.
+
+    All but ``HOSTILE``, which must change nothing where the drafter is not trusted: it drafts any
+    tokens, and is surest of those that are least likely to be right.
+    """
 
     SHARED_NOISE = enum.auto()  # one noise for drafting and accepting
     NOT_RENORMALISED = enum.auto()  # verifies with truncated q, sampled from renormalised q
     DRAFT_PROB_AS_CONFIDENCE = enum.auto()  # admission by q(x_k)
     RETROSPECTIVE = enum.auto()  # admission of x_k by c_k+1
+    HOSTILE = enum.auto()
 
 
 # ------------------------------------------------------------------------- the models and the law
@@ -352,6 +358,23 @@ def _plant_in_drafter(fault: Fault | None) -> None:
             for proposal, values in zip(proposals, rows, strict=True)
         ]
 
+    generator = random.Random(1)
+
+    def lie(self: BlockMethod, drafts: Any) -> list[DraftProposal]:
+        proposals = []
+        for proposal in original_run(self, drafts):
+            tokens = [generator.randrange(VOCAB_SIZE) for _ in proposal.draft_token_ids]
+            confidences = [
+                generator.uniform(0.0, 0.5) if lied == drafted else generator.uniform(0.5, 1.0)
+                for lied, drafted in zip(tokens, proposal.draft_token_ids, strict=True)
+            ]
+            proposals.append(
+                replace(proposal, draft_token_ids=tuple(tokens), confidences=tuple(confidences))
+            )
+        return proposals
+
+    if fault is Fault.HOSTILE:
+        patch.setattr(BlockMethod, "run", lie)
     if fault is Fault.SHARED_NOISE:
         patch.setattr("cluster.engine.draft_sampling.sample_from_probs", sample)
     if fault in (Fault.SHARED_NOISE, Fault.DRAFT_PROB_AS_CONFIDENCE):

@@ -61,6 +61,8 @@ class FakeEngineLoop:
         self.submitted: list[Request] = []
         self.cancelled: list[tuple[str, Exception, float]] = []  # id, error, when
         self.on_step: Callable[[int], None] = lambda step: None
+        # Asked at each step: whether a request that was taken waits, as behind a full batch.
+        self.is_queued: Callable[[Request], bool] = lambda request: False
         self._on_outputs = on_outputs
         self._completion = completion
         self._step_s = step_s
@@ -140,6 +142,8 @@ class FakeEngineLoop:
             with self._lock:
                 outputs, self._ended = self._ended, []
                 for active in list(self._active.values()):
+                    if self.is_queued(active.request):
+                        continue
                     output = self._advance(active)
                     self._num_output_tokens += len(output.token_ids)
                     outputs.append(output)

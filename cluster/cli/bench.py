@@ -18,6 +18,8 @@ from cluster.cli.drafters import (
 )
 from cluster.cli.eval import add_comparison, comparison_of
 from cluster.cli.frontier import add_burst, add_frontier, run_burst, run_frontier
+from cluster.cli.fuzz import add_arguments as add_fuzz
+from cluster.cli.fuzz import run as run_fuzz
 from cluster.cli.load import add_load, add_overhead, run_load, run_overhead
 from cluster.cli.router import add_arguments as add_router
 from cluster.cli.router import run as run_router
@@ -200,6 +202,12 @@ _SUITES = {
         "speculation and without any",
         add_burst,
         run_burst,
+    ),
+    "fuzz": _Suite(
+        "broken messages against what clients, replicas and drafters send, and against the "
+        "configuration: by functions, guided by their branches, and through live sockets",
+        add_fuzz,
+        run_fuzz,
     ),
     "widen": _Suite(
         "a small trained target and its drafter in models of a larger shape whose outputs are the "

@@ -15,7 +15,7 @@ import torch
 from cluster.engine.draft_client import DraftResult, DraftRound, DraftSampling, SessionKey
 from cluster.engine.draft_engine import Addition, DraftEngine
 from cluster.engine.pace import PaceStats
-from cluster.errors import QueueFullError
+from cluster.errors import DsparkError, QueueFullError
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,10 @@ class DraftLoop:
                 queued.on_done(length or 0)
 
     def _fail(self, replica_id: str, queued: _QueuedChunk, error: Exception) -> None:
-        logger.error("appending draft features failed", exc_info=error)
+        if isinstance(error, DsparkError):  # the sender's fault, which it is told
+            logger.debug("draft features of %s are refused: %s", replica_id, error)
+        else:
+            logger.error("appending draft features failed", exc_info=error)
         self._engine.close(replica_id, queued.chunk.session)
         queued.on_done(error)
 

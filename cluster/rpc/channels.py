@@ -73,7 +73,8 @@ def server_options(
             again, and find servers that are new. ``None``: they live as long as the client likes.
         max_connection_age_grace_s: when their running calls are cut off, after that.
         max_metadata_bytes: the largest headers of a call; ``None``: gRPC's own limit.
-        max_streams: calls of one connection at a time, more wait at the client; ``None``: any.
+        max_streams: calls of one connection at a time; more wait at the client, or are refused
+            where it did not know of the limit yet. ``None``: any.
     """
     limits: Options = []
     if max_connection_age_s is not None:

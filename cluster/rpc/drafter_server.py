@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 from grpc_status import rpc_status
@@ -270,6 +271,8 @@ async def _read_hello(context: aio.ServicerContext) -> Any:
         message = await asyncio.wait_for(context.read(), HANDSHAKE_TIMEOUT_S)
     except TimeoutError:
         await abort(context, DeadlineExceededError("no greeting"))
+    except DecodeError as error:
+        await abort(context, error)
     if message is aio.EOF or message.WhichOneof("message") != "hello":
         await abort(context, InvalidRequestError("hello", "must be a stream's first message"))
     if not 1 <= len(message.hello.replica_id) <= MAX_REPLICA_ID_CHARS:

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
 from cluster.errors import DsparkError, PermissionDeniedError
@@ -29,7 +30,8 @@ class Guard(aio.ServerInterceptor):
     """Lets a call through when every check has.
 
     Guarantees: a method that is added to the service is guarded as well; a refused call never
-    reaches it. Health and reflection are open.
+    reaches it. Nothing of a call is decoded before its checks, and what cannot be decoded is
+    refused as any other bad input. Health and reflection are open.
 
     Args:
         checks: each takes the call's context and raises a ``DsparkError`` to refuse it.
@@ -53,23 +55,31 @@ class Guard(aio.ServerInterceptor):
         for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
             behaviour = getattr(handler, kind)
             if behaviour is not None and asyncio.iscoroutinefunction(behaviour):
-                return handler._replace(**{kind: self._guarded(behaviour, is_open)})
+                decode = None if handler.request_streaming else handler.request_deserializer
+                changes: dict[str, Any] = {kind: self._guarded(behaviour, is_open, decode)}
+                if decode is not None:  # else a stranger's bytes would be decoded unasked
+                    changes["request_deserializer"] = None
+                return handler._replace(**changes)
         if not is_open:
             raise TypeError(f"{handler_call_details.method} cannot be guarded: no coroutine")
         return handler
 
     def _guarded(
-        self, behaviour: Callable[[Any, Any], Awaitable[Any]], is_open: bool
+        self,
+        behaviour: Callable[[Any, Any], Awaitable[Any]],
+        is_open: bool,
+        decode: Callable[[bytes], Any] | None,
     ) -> Callable[[Any, Any], Awaitable[Any]]:
         async def call(request: Any, context: aio.ServicerContext) -> Any:
             if self._handshakes is not None:
                 self._handshakes.called_from(context.peer())
-            if not is_open:
-                try:
-                    for check in self._checks:
-                        check(context)
-                except DsparkError as error:
-                    await abort(context, error)
+            try:
+                for check in () if is_open else self._checks:
+                    check(context)
+                if decode is not None:
+                    request = decode(request)
+            except (DsparkError, DecodeError) as error:
+                await abort(context, error)
             return await behaviour(request, context)
 
         return call

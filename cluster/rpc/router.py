@@ -63,7 +63,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         max_message_bytes: the largest message sent or received.
         max_connection_age_s, max_connection_age_grace_s: as in ``server_options``.
         max_metadata_bytes: the largest headers of a call.
-        max_streams: calls of one connection at a time; more wait at the client.
+        max_streams: calls of one connection at a time; more wait, or are refused.
         slow_reader_timeout_s: a client that takes no chunk for so long loses its request.
         authenticator: who may call; unset: everybody.
         tls: of the clients' door; unset: plaintext.

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import grpc
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -113,6 +114,8 @@ _BY_CODE = {
 
 def to_status(error: Exception) -> status_pb2.Status:
     """The status that ends a client's call."""
+    if isinstance(error, DecodeError):  # protobuf's, of a stream's message
+        error = InvalidRequestError("message", "cannot be decoded")
     kind = _kind_of(error)
     info = error_details_pb2.ErrorInfo(reason=kind.reason, domain=DOMAIN)
     if isinstance(error, InvalidRequestError):

@@ -20,11 +20,10 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, field_validator
 
 from cluster.errors import ConfigError
-from cluster.section import Section, parse_section
+from cluster.section import Section, parse_section, parse_yaml
 
 KEY_PREFIX = "dspark_"
 _NUM_RANDOM_BYTES = 32
@@ -73,20 +72,24 @@ def read_keys(path: str) -> tuple[ApiKey, ...]:
     Raises:
         ConfigError: naming file and entry; never quotes a hash.
     """
+    name = f"security.api_keys_file {path}"
     try:
-        document: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_bytes()
     except OSError as error:
-        raise ConfigError("security.api_keys_file", f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ConfigError("security.api_keys_file", f"{path} is not YAML") from None
+        raise ConfigError(name, f"cannot be read: {error.strerror}") from None
+    return parse_keys(parse_yaml(name, text), name)
+
+
+def parse_keys(document: Any, name: str = "keys") -> tuple[ApiKey, ...]:
+    """The keys of a file's document. Raises: ConfigError, as ``read_keys``."""
     try:
         keys = parse_section(_KeyFile, document).keys
     except ConfigError as error:
         # Without the value, which may be a key that somebody has put there unhashed.
         message = error.message.partition(", got ")[0]
-        raise ConfigError(f"security.api_keys_file {path}: {error.key}", message) from None
+        raise ConfigError(f"{name}: {error.key}", message) from None
     for attribute in ("name", "sha256"):
         values = [getattr(key, attribute) for key in keys]
         if len(set(values)) != len(values):
-            raise ConfigError("security.api_keys_file", f"{path} has the same {attribute} twice")
+            raise ConfigError(name, f"has the same {attribute} twice")
     return tuple(keys)

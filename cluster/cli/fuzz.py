@@ -1,0 +1,51 @@
+"""``dspark bench fuzz``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from cluster.cli.drafters import note, positive
+
+if TYPE_CHECKING:
+    from cluster.bench.report import Report
+
+_SURFACES = ("client", "drafter", "config")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the suite's options."""
+    parser.add_argument(
+        "--surface",
+        action="append",
+        choices=_SURFACES,
+        help="what is sent broken messages; repeatable (all)",
+    )
+    parser.add_argument(
+        "--messages",
+        type=positive,
+        default=20_000,
+        metavar="N",
+        help="for each surface, in a process of its own (20000)",
+    )
+    parser.add_argument(
+        "--live",
+        type=int,
+        default=2_000,
+        metavar="N",
+        help="for each surface with a port, through sockets (2000)",
+    )
+    parser.add_argument("--seed", type=positive, default=1, metavar="N")
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Runs the suite. Raises: ConfigError: a package is missing."""
+    from cluster.bench import fuzz
+
+    return fuzz.run(
+        surfaces=args.surface or _SURFACES,
+        num_messages=args.messages,
+        num_live_messages=args.live,
+        seed=args.seed,
+        note=note,
+    )
