@@ -13,10 +13,9 @@ import resource
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from grpc import aio
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -30,12 +29,13 @@ from cluster.request import FinishReason, Request, RequestOutput, TokenSource, U
 from cluster.routing.prefix_journal import PrefixJournal
 from cluster.rpc.channels import PROTOCOL_VERSION, open_channel
 from cluster.rpc.drafter_server import DrafterServer
+from cluster.rpc.raw_call import call_stream, call_unary
 from cluster.rpc.replica_server import ReplicaServer
 from cluster.rpc.router import RouterServer
-from cluster.rpc.status import has_details
 from cluster.v1 import drafter_pb2
 
 _CALL_TIMEOUT_S = 20.0
+_GENERATE = "/cluster.v1.InferenceService/Generate"
 _NUM_AT_ONCE = 16
 # What is broken ends its stream, and those behind it are not read.
 _MESSAGES_PER_STREAM = 3
@@ -47,7 +47,7 @@ class LiveCounts:
 
     Attributes:
         num_messages: sent.
-        outcomes: of calls, by status; ``WITHOUT DETAILS`` behind those that are no answer of ours.
+        outcomes: of calls, as ``cluster.rpc.raw_call`` names them.
         untyped: statuses that no message may cause.
     """
 
@@ -101,14 +101,12 @@ async def _fuzz_router(counts: LiveCounts, num_messages: int, rng: random.Random
     _, seeds, mutate = SURFACES["client"].load()
     failures: list[str] = []
     async with open_channel(address) as channel:
-        generate = channel.unary_stream("/cluster.v1.InferenceService/Generate")
 
-        async def call(data: bytes) -> None:
-            async with asyncio.timeout(_CALL_TIMEOUT_S):
-                async for _ in generate(data, timeout=_CALL_TIMEOUT_S):
-                    pass
+        async def call(data: bytes) -> str:
+            return await call_unary(channel, _GENERATE, data, timeout_s=_CALL_TIMEOUT_S)
 
-        await call(seeds[0])  # valid: else nothing that follows would say much
+        if (outcome := await call(seeds[0])) != "OK":
+            failures.append(f"a valid request ended with {outcome}")
 
         async def worker(number: int) -> None:
             while counts.num_messages < num_messages:
@@ -116,7 +114,8 @@ async def _fuzz_router(counts: LiveCounts, num_messages: int, rng: random.Random
                 await _count(counts, call(_changed(rng, seeds, mutate)))
 
         await asyncio.gather(*(worker(number) for number in range(_NUM_AT_ONCE)))
-        await call(seeds[0])
+        if (outcome := await call(seeds[0])) != "OK":
+            failures.append(f"a valid request ended with {outcome} behind the others")
         await asyncio.sleep(0.2)
         if router.num_active_requests or router.num_queued_tokens or replica.num_active_requests:
             failures.append("requests are left")
@@ -145,34 +144,23 @@ async def _fuzz_drafter(counts: LiveCounts, num_messages: int, rng: random.Rando
     _, _, mutate = SURFACES["drafter"].load()
     async with open_channel(address) as channel:
 
-        async def stream(number: int) -> None:
-            kind = rng.choice(sorted(seeds))
-            method_name, mark, greet, valid = seeds[kind]
+        async def stream(number: int) -> str:
+            method_name, mark, greet, valid = seeds[rng.choice(sorted(seeds))]
             greeting = greet(f"replica-{number}")
             if rng.random() < 0.1:
                 greeting = _changed(rng, [greeting], lambda data, _: data)
-            call = channel.stream_stream(f"/cluster.v1.DrafterService/{method_name}")()
-            await call.write(greeting)
-            if rng.random() < 0.8:
-                await call.write(valid)
+            messages = [greeting] + ([valid] if rng.random() < 0.8 else [])
             for _ in range(rng.randint(1, _MESSAGES_PER_STREAM)):
                 counts.num_messages += 1
                 # The mutator's inputs say in a first byte which message they are.
-                await call.write(
-                    _changed(rng, [mark + valid], mutate, bytes_mutator=_behind_first)[1:]
-                )
-            await call.done_writing()
-            while await call.read() is not aio.EOF:
-                pass
-            code = await call.code()
-            if code.value[0] != 0:
-                raise aio.AioRpcError(
-                    code, await call.initial_metadata(), await call.trailing_metadata()
-                )
+                changed = _changed(rng, [mark + valid], mutate, bytes_mutator=_behind_first)
+                messages.append(changed[1:])
+            method = f"/cluster.v1.DrafterService/{method_name}"
+            return await call_stream(channel, method, messages, timeout_s=_CALL_TIMEOUT_S)
 
         async def worker(number: int) -> None:
             while counts.num_messages < num_messages:
-                await _count(counts, _within(stream(number)))
+                await _count(counts, stream(number))
 
         await asyncio.gather(*(worker(number) for number in range(_NUM_AT_ONCE)))
         await asyncio.sleep(0.3)
@@ -189,29 +177,13 @@ async def _fuzz_drafter(counts: LiveCounts, num_messages: int, rng: random.Rando
     return failures
 
 
-async def _count(counts: LiveCounts, call: Any) -> None:
+async def _count(counts: LiveCounts, call: Awaitable[str]) -> None:
     started = time.monotonic()
-    try:
-        await call
-        outcome = "OK"
-    except aio.AioRpcError as error:
-        outcome = error.code().name
-        if not has_details(error):
-            outcome += " without details"
-        elif outcome == "INTERNAL":
-            counts.untyped.append(f"INTERNAL: {error.details()}")
-    except asyncio.InvalidStateError:  # written behind the call's end
-        outcome = "ended while writing"
-    except TimeoutError:
-        outcome = "TIMEOUT"
-        counts.untyped.append("a call did not end")
-    counts.outcomes[outcome] += 1
+    outcome = await call
+    if outcome.startswith(("INTERNAL: ", "TIMEOUT")):
+        counts.untyped.append(outcome)
+    counts.outcomes[outcome.partition(":")[0]] += 1
     counts.slowest_s = max(counts.slowest_s, time.monotonic() - started)
-
-
-async def _within(call: Any) -> None:
-    async with asyncio.timeout(_CALL_TIMEOUT_S):
-        await call
 
 
 def _changed(
