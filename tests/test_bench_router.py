@@ -25,11 +25,12 @@ SHAPE = ConversationShape(
     starts_per_second=10.0,
     num_system_prompts=2,
     system_tokens=32,
+    mean_turns=3.0,
     think_s=0.5,
     max_context=300,
 )
 LENGTHS = [Arrival(0.0, 150, 12), Arrival(0.0, 80, 6)]
-FLEET = FleetShape(num_replicas=3, num_pages=200)
+FLEET = FleetShape(num_replicas=3, num_pages=200, warm_up_s=0.0)
 
 
 def test_conversations_are_what_was_asked_for() -> None:
@@ -77,20 +78,21 @@ def test_a_timed_replica_serves_what_the_engine_would() -> None:
 @pytest.mark.parametrize("num_routers", [1, 3])
 def test_following_prefixes_finds_more(num_routers: int) -> None:
     fleet = replace(FLEET, num_routers=num_routers)
-    conversations = make_conversations(SHAPE, LENGTHS, seed=2)
+    shape = replace(SHAPE, num_conversations=80)
+    conversations = make_conversations(shape, LENGTHS, seed=2)
     runs = {
         name: run_conversations(conversations, fleet, policy, seed=3)
         for name, policy in POLICIES.items()
     }
-    num_turns = sum(len(c.turns) for c in conversations)
     for result in runs.values():
-        assert len(result.queue_s) == len(result.first_token_s) == num_turns
-        assert sum(result.requests_by_replica) == num_turns
+        num_counted = sum(result.requests_by_replica)
+        assert 80 <= num_counted < sum(len(c.turns) for c in conversations)
+        assert len(result.queue_s) == len(result.first_token_s) == num_counted
         assert all(
             q <= f
             for q, f in zip(sorted(result.queue_s), sorted(result.first_token_s), strict=True)
         )
-    assert runs["prefix"].hit_rate > 1.5 * runs["random"].hit_rate
+    assert runs["prefix"].hit_rate > 1.3 * runs["random"].hit_rate
     again = run_conversations(conversations, fleet, POLICIES["prefix"], seed=3)
     assert again == runs["prefix"]
 

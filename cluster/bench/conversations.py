@@ -26,7 +26,7 @@ class ConversationShape:
         vocab_size: ids are below it.
     """
 
-    num_conversations: int = 200
+    num_conversations: int = 300
     starts_per_second: float = 2.5
     num_system_prompts: int = 8
     system_tokens: int = 64

@@ -26,6 +26,7 @@ class FleetShape:
 
     Attributes:
         num_pages: of each replica's cache.
+        warm_up_s: from the beginning, of which nothing is counted.
     """
 
     num_replicas: int = 4
@@ -35,6 +36,7 @@ class FleetShape:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     pass_time: PassTime = field(default_factory=PassTime)
+    warm_up_s: float = 40.0
 
 
 @dataclass
@@ -69,7 +71,11 @@ class RoutedRun:
 def run_conversations(
     conversations: Sequence[Conversation], fleet: FleetShape, policy: ChoicePolicy, seed: int
 ) -> RoutedRun:
-    """Runs all conversations to their ends; each turn goes to one of the routers at random."""
+    """Runs all conversations to their ends; each turn goes to one of the routers at random.
+
+    Counted are turns that come between ``warm_up_s`` and the start of the last conversation: before
+    and after that caches have room that they do not have in service.
+    """
     return _Run(conversations, fleet, policy, seed).run()
 
 
@@ -108,6 +114,7 @@ class _Run:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._now = 0.0
+        self._counted_s = fleet.warm_up_s, max(c.start_s for c in conversations)
         self._left = sum(len(c.turns) for c in conversations)
         self._context = [list(c.system) for c in conversations]
         self._places: dict[str, tuple[int, int, float]] = {}  # conversation, router, arrival
@@ -139,7 +146,7 @@ class _Run:
         router.sent(slot, request_id, prompt)
         self._num_sent[router_number, slot] += 1
         self._places[request_id] = (number, router_number, self._now)
-        self._result.requests_by_replica[slot] += 1
+        self._result.requests_by_replica[slot] += self._counts(self._now)
         self._replicas[slot].submit(request_id, prompt.token_ids, turn.answer, self._now)
         if not self._replicas[slot].is_busy:
             self._begin(slot)
@@ -147,7 +154,9 @@ class _Run:
     def _begin(self, slot: int) -> None:
         duration_s, begun = self._replicas[slot].begin()
         for request_id in begun:
-            self._result.queue_s.append(self._now - self._places[request_id][2])
+            arrived_at = self._places[request_id][2]
+            if self._counts(arrived_at):
+                self._result.queue_s.append(self._now - arrived_at)
         if duration_s:
             self._at(self._now + duration_s, partial(self._finish, slot))
 
@@ -156,13 +165,15 @@ class _Run:
         for request_id in first:
             _, router_number, arrived_at = self._places[request_id]
             self._routers[router_number].started(slot, request_id)
-            self._result.first_token_s.append(self._now - arrived_at)
+            if self._counts(arrived_at):
+                self._result.first_token_s.append(self._now - arrived_at)
         for sequence in ended:
             request_id = sequence.request.request_id
-            number, router_number, _ = self._places.pop(request_id)
+            number, router_number, arrived_at = self._places.pop(request_id)
             self._routers[router_number].ended(slot, request_id)
-            self._result.num_prompt_tokens += sequence.num_prompt_tokens
-            self._result.num_cached_tokens += sequence.usage().cached_prompt_tokens
+            if self._counts(arrived_at):
+                self._result.num_prompt_tokens += sequence.num_prompt_tokens
+                self._result.num_cached_tokens += sequence.usage().cached_prompt_tokens
             self._left -= 1
             conversation, turn_number = self._conversations[number], int(request_id.split("/")[1])
             self._context[number] += conversation.turns[turn_number].answer
@@ -170,6 +181,9 @@ class _Run:
                 next_at = self._now + conversation.turns[turn_number + 1].think_s
                 self._at(next_at, partial(self._ask, number, turn_number + 1))
         self._begin(slot)
+
+    def _counts(self, arrived_at: float) -> bool:
+        return self._counted_s[0] <= arrived_at <= self._counted_s[1]
 
     def _report(self) -> None:
         for router_number, router in enumerate(self._routers):

@@ -48,8 +48,8 @@ class RouterPlan:
     fleet: FleetShape = field(default_factory=FleetShape)
     trace: Path | None = None
     runs: int = 3
-    other_pages: Sequence[int] = (1000, 4000)
-    other_routers: Sequence[int] = (4,)
+    other_pages: Sequence[int] = ()
+    other_routers: Sequence[int] = ()
     pick_replicas: int = 1000
     pick_prompts: int = 1000
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CSV",
         help="openings and answers are as long as its prompts and outputs (default: generated)",
     )
-    parser.add_argument("--conversations", type=positive, default=200, metavar="N")
+    parser.add_argument("--conversations", type=positive, default=300, metavar="N")
     parser.add_argument(
         "--starts", type=float, default=2.5, metavar="R", help="conversations begun a second (2.5)"
     )
@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pages", type=positive, default=2000, metavar="N", help="of each replica's cache (2000)"
     )
     parser.add_argument("--runs", type=positive, default=3, metavar="N", help="of each policy (3)")
+    parser.add_argument("--routers", type=positive, default=1, metavar="N")
+    parser.add_argument(
+        "--sweep", action="store_true", help="also once with other cache sizes and with 4 routers"
+    )
     parser.add_argument(
         "--pick-replicas",
         type=positive,
@@ -61,7 +65,11 @@ def run(args: argparse.Namespace) -> Report:
         conversations=ConversationShape(
             num_conversations=args.conversations, starts_per_second=args.starts
         ),
-        fleet=FleetShape(num_replicas=args.replicas, num_pages=args.pages),
+        fleet=FleetShape(
+            num_replicas=args.replicas, num_routers=args.routers, num_pages=args.pages
+        ),
+        other_pages=(args.pages // 2, args.pages * 2) if args.sweep else (),
+        other_routers=(4,) if args.sweep else (),
         trace=args.trace,
         runs=args.runs,
         pick_replicas=args.pick_replicas,
