@@ -17,6 +17,7 @@ _LAYOUT = PrefixLayout(page_size=16, stride=1)
 _SYSTEM_TOKENS = 512
 _PROMPTS_A_REPLICA = 10
 _CHANGES = 64
+_ROUNDS = 5
 
 
 def measure_picks(num_replicas: int, num_prompts: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -26,7 +27,8 @@ def measure_picks(num_replicas: int, num_prompts: int = 1000, seed: int = 0) -> 
     Returns:
         ``pick_us`` and ``pick_p99_us``: filter, score and pick, prefixes looked up; ``digest_us``:
         a prompt's digests, once a request; ``sent_us``: taking the choice down; ``report_us``:
-        a replica's report with 64 pages gained and 64 lost. Medians of wall time.
+        a replica's report with 64 pages gained and 64 lost. Medians of wall time, of the choice
+        the least of five.
     """
     rng = np.random.default_rng(seed)
     system = rng.integers(0, 50_000, _SYSTEM_TOKENS).tolist()
@@ -47,7 +49,8 @@ def measure_picks(num_replicas: int, num_prompts: int = 1000, seed: int = 0) -> 
             num_counted=0,
             prefixes=PrefixChanges(0, True, tuple(keys)),
         )
-    picks_s = _times(picker.pick, prompts)
+    # The least of several medians: what other processes take is not the router's.
+    picks_s = min((_times(picker.pick, prompts) for _ in range(_ROUNDS)), key=np.median)
     picked = [(picker.pick(prompt) or 0, str(n), prompt) for n, prompt in enumerate(prompts)]
     sent_s = _times(lambda sent: picker.sent(*sent), picked)
     fresh = rng.integers(0, 2**63, (num_prompts + 1, _CHANGES)).tolist()

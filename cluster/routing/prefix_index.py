@@ -93,10 +93,18 @@ class PrefixIndex:
 
     def match_one(self, slot: int, keys: Sequence[int]) -> int:
         """How many of ``keys``, from the first on, one replica has."""
+        if slot >= len(self._by_slot):
+            return 0
+        held = self._by_slot[slot]
         for index, key in enumerate(keys):
-            if not self._having(key) >> slot & 1:
+            if key not in held and not self._expected.get(key, 0) >> slot & 1:
                 return index
         return len(keys)
+
+    def unreported(self, slot: int, keys: Sequence[int]) -> list[int]:
+        """Those of ``keys`` that a replica has not reported."""
+        held = self._by_slot[slot] if slot < len(self._by_slot) else ()
+        return [key for key in keys if key not in held]
 
     def _split(
         self,

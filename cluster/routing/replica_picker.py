@@ -195,6 +195,7 @@ class ReplicaPicker:
             index = self._index(replica.layout)
             keys = prompt.keys(replica.layout)
             num_cached = index.match_one(slot, keys) * replica.layout.num_tokens
+            keys = index.unreported(slot, keys)
             index.expect(slot, keys)
         replica.num_sent += 1
         num_output: float = prompt.max_output_tokens
