@@ -36,11 +36,9 @@ PAGE_SIZE = 16
 pytestmark = pytest.mark.skipif(not load_kernels(), reason="no C++ compiler to build kernels with")
 
 
-@pytest.fixture
-def packs() -> None:
-    """Skips where the processor has no bf16 dot products."""
-    if not can_pack():
-        pytest.skip("the processor has no AVX512-BF16")
+def skip_unless_packed(dtype: torch.dtype) -> None:
+    if not can_pack(dtype):
+        pytest.skip(f"the processor has no kernel for weights of {dtype}")
 
 
 class Attention:
@@ -215,33 +213,61 @@ def test_a_layer_that_no_pass_has_is_refused() -> None:
         attend_in_place(0, attention.query, attention.key, attention.value, layers, None, None)
 
 
-@pytest.mark.usefixtures("packs")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (2, 1), (770, 31), (768, 2560)])
-def test_packed_linear_layers(inputs: int, outputs: int, bias: bool) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_packed_linear_layers(
+    dtype: torch.dtype, tolerance: float, inputs: int, outputs: int, bias: bool
+) -> None:
+    skip_unless_packed(dtype)
     torch.manual_seed(0)
-    linear = nn.Linear(inputs, outputs, bias=bias, dtype=torch.bfloat16)
+    linear = nn.Linear(inputs, outputs, bias=bias, dtype=dtype)
     packed = PackedLinear(linear)
-    rows = torch.randn(27, inputs).bfloat16()
+    rows = torch.randn(27, inputs).to(dtype)
     expected = nn.functional.linear(
         rows.double(), linear.weight.double(), linear.bias.double() if bias else None
     )
     result = packed(rows)
-    torch.testing.assert_close(result.double(), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(packed(rows.view(3, 9, inputs)), result.view(3, 9, outputs))
-    for row, alone in zip(result, rows, strict=True):
-        assert torch.equal(packed(alone.unsqueeze(0))[0], row)
+    for count in range(1, 27):  # tiles of every height
+        assert torch.equal(packed(rows[:count]), result[:count])
+        assert torch.equal(packed(rows[count : count + 1])[0], result[count])
+    assert packed(rows[:0]).shape == (0, outputs)
 
 
-@pytest.mark.usefixtures("packs")
-def test_packing_keeps_hooks_and_what_is_no_bf16_linear_layer() -> None:
-    module = nn.Sequential(nn.Linear(4, 6, dtype=torch.bfloat16), nn.Linear(6, 2), nn.LayerNorm(2))
-    module[0].register_forward_hook(lambda _m, _i, output: output + 1)
-    before = module[0](torch.ones(1, 4, dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_linear_layers_pass_on_what_is_no_number(dtype: torch.dtype) -> None:
+    skip_unless_packed(dtype)
+    packed = PackedLinear(nn.Linear(4, 3, bias=False, dtype=dtype))
+    rows = torch.ones(3, 4, dtype=dtype)
+    rows[0, 1], rows[1, 2] = float("nan"), float("inf")
+    result = packed(rows)
+    assert result[0].isnan().all()
+    assert result[1].isinf().all()
+    assert result[2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_keeps_hooks_and_what_is_no_linear_layer(dtype: torch.dtype) -> None:
+    skip_unless_packed(dtype)
+    module = nn.Sequential(
+        nn.Linear(4, 6, dtype=dtype), nn.Linear(6, 2).double(), nn.LayerNorm(2).double()
+    )
+    module[0].register_forward_hook(lambda _m, _i, output: output.double() + 1)
+    before = module(torch.ones(1, 4, dtype=dtype))
     pack_linears(module)
     assert [type(child) for child in module] == [PackedLinear, nn.Linear, nn.LayerNorm]
-    after = module[0](torch.ones(1, 4, dtype=torch.bfloat16))
-    torch.testing.assert_close(after, before, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(module(torch.ones(1, 4, dtype=dtype)), before, rtol=2e-2, atol=2e-2)
+
+
+def test_packed_linear_layers_refuse_another_input() -> None:
+    skip_unless_packed(torch.bfloat16)
+    packed = PackedLinear(nn.Linear(4, 3, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="input has 6 columns, the weight 4"):
+        packed(torch.ones(1, 6, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="the weight is BFloat16, the input"):
+        packed(torch.ones(1, 4))
 
 
 def test_without_a_compiler_there_are_no_kernels(
@@ -301,6 +327,26 @@ def distance(values: torch.Tensor, expected: torch.Tensor) -> float:
     return float((values - expected).norm() / expected.norm())
 
 
+def check_alone_equals_batch(shard: TargetShard) -> None:
+    """Raises AssertionError where a sequence's pass depends on the sequences beside it."""
+    step = passes([20, 3, 1, 7])
+    hidden = shard.forward(step)
+    start = 0
+    for index, length in enumerate(step.query_lens.tolist()):
+        mine = slice(start, start + length)
+        alone = StepInput(
+            token_ids=step.token_ids[mine],
+            positions=step.positions[mine],
+            slots=step.slots[mine],
+            query_lens=step.query_lens[index : index + 1],
+            context_lens=step.context_lens[index : index + 1],
+            block_tables=step.block_tables[index : index + 1],
+            logit_rows=np.arange(length),
+        )
+        torch.testing.assert_close(shard.forward(alone), hidden[mine], rtol=0, atol=0)
+        start += length
+
+
 @pytest.mark.parametrize(
     ("dtype", "sliding", "tolerance"),
     [
@@ -335,6 +381,9 @@ def test_every_way_to_run_computes_the_same(
             assert distance(other_logits, logits) < tolerance
             assert distance(other_features, features) < tolerance
 
+    if can_pack(getattr(torch, dtype)):
+        check_alone_equals_batch(compiled)
+
     # A drafter that reads other layers is taken in while the engine runs.
     torch.manual_seed(4)
     projection = Projection(torch.randn(16, 64) / 8, (0, 2))
@@ -349,29 +398,6 @@ def test_every_way_to_run_computes_the_same(
         assert features.shape == (7, 16)
         assert distance(logits, results[0][0]) < tolerance
         assert distance(features, results[0][1]) < tolerance
-
-
-@pytest.mark.usefixtures("packs")
-def test_a_compiled_pass_gives_a_sequence_the_same_alone_and_in_a_batch(tmp_path: Path) -> None:
-    shard = make_shard(
-        save_tiny_target(tmp_path), layers=[1], dtype="bfloat16", enforce_eager=False
-    )
-    step = passes([20, 3, 1, 7])
-    hidden = shard.forward(step)
-    start = 0
-    for index, length in enumerate(step.query_lens.tolist()):
-        mine = slice(start, start + length)
-        alone = StepInput(
-            token_ids=step.token_ids[mine],
-            positions=step.positions[mine],
-            slots=step.slots[mine],
-            query_lens=step.query_lens[index : index + 1],
-            context_lens=step.context_lens[index : index + 1],
-            block_tables=step.block_tables[index : index + 1],
-            logit_rows=np.arange(length),
-        )
-        torch.testing.assert_close(shard.forward(alone), hidden[mine], rtol=0, atol=0)
-        start += length
 
 
 def test_a_target_that_cannot_be_compiled_is_served_layer_by_layer(
@@ -440,11 +466,10 @@ def test_a_drafter_drafts_the_same_however_it_runs(
             assert proposal.confidences == pytest.approx(other.confidences, abs=1e-5)
 
 
-def test_processors_without_bf16_products_compile_too(
+def test_processors_without_packed_weights_compile_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("kernels", "packed_linear", "joint_linear"):
-        monkeypatch.setattr(f"cluster.engine.cpu.{place}.can_pack", lambda: False)
+    monkeypatch.setattr("cluster.engine.cpu.packed_linear.can_pack", lambda _dtype: False)
     shard = make_shard(save_tiny_target(tmp_path), layers=[1], enforce_eager=False)
     assert shard.execution == "compiled"
     step = passes([5, 2])

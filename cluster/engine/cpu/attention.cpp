@@ -14,7 +14,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "block_products.h"
@@ -40,20 +39,25 @@ struct Task {
   int32_t sequence, head, heads, begin, end;
 };
 
+// What a thread computes in; kept from pass to pass.
 template <typename M>
 struct Scratch {
   std::vector<typename M::Packed> query, keys, values, weights;
   std::vector<float> scores, output, best, total;
 
-  explicit Scratch(const Shape& s)
-      : query(s.kv_heads * kRows * s.depth),
-        keys(s.depth * kTokens),
-        values(s.output_width() * kTokens),
-        weights(s.kv_heads * kRows * kTokens),
-        scores(s.kv_heads * kRows * kTokens),
-        output(s.kv_heads * kRows * s.output_width()),
-        best(s.kv_heads * kRows),
-        total(s.kv_heads * kRows) {}
+  void fit(const Shape& s) {
+    const auto grow = [](auto& part, int64_t size) {
+      if (int64_t(part.size()) < size) part.resize(size);
+    };
+    grow(query, s.kv_heads * kRows * s.depth);
+    grow(keys, s.depth * kTokens);
+    grow(values, s.output_width() * kTokens);
+    grow(weights, s.kv_heads * kRows * kTokens);
+    grow(scores, s.kv_heads * kRows * kTokens);
+    grow(output, s.kv_heads * kRows * s.output_width());
+    grow(best, s.kv_heads * kRows);
+    grow(total, s.kv_heads * kRows);
+  }
 };
 
 template <typename M>
@@ -140,9 +144,8 @@ struct Pass {
   // Scores of a block for all rows of all heads.
   void score(Scratch<M>& scratch, int64_t heads, int64_t rows, const Rows& block,
              const Rows& next) const {
-#ifdef __AVX512BF16__
-    if constexpr (std::is_same_v<M, Bf16Machine>)
-      if (rows <= 4) {
+    if constexpr (M::kFewRows > 0)
+      if (rows <= M::kFewRows) {
         constexpr decltype(&M::template score<1>) kScore[] = {
             M::template score<1>, M::template score<2>, M::template score<3>, M::template score<4>};
         for (int64_t t = 0; t < block.count; t += 16)
@@ -154,7 +157,6 @@ struct Pass {
           }
         return;
       }
-#endif
     for (int64_t h = 0; h < heads; ++h) {
       float* scores = scratch.scores.data() + h * kRows * kTokens;
       M::pack_keys(block.keys, block.count, h * s.depth, s.depth, scratch.keys.data());
@@ -168,28 +170,31 @@ struct Pass {
   void weigh(Scratch<M>& scratch, int64_t heads, int64_t rows, const Rows& block,
              const Rows& next) const {
     const int64_t width = s.output_width();
-#ifdef __AVX512BF16__
-    if constexpr (std::is_same_v<M, Bf16Machine>)
-      if (rows <= 4) {
+    if constexpr (M::kFewRows > 0)
+      if (rows <= M::kFewRows || !M::kPacksValues) {
         constexpr decltype(&M::template weigh<1>) kWeigh[] = {
             M::template weigh<1>, M::template weigh<2>, M::template weigh<3>, M::template weigh<4>};
         for (int64_t t = 0; t < block.count; t += 16)
           for (int64_t h = 0; h < heads; ++h) {
             prefetch(next.values, next.count, t, h, heads, s.value_depth);
-            kWeigh[rows - 1](block.values, t, block.count, h * s.value_depth, s.value_depth,
-                             scratch.weights.data() + h * kRows * kTokens,
-                             scratch.output.data() + h * kRows * width, width);
+            for (int64_t r = 0; r < rows; r += M::kFewRows)
+              kWeigh[std::min(M::kFewRows, rows - r) - 1](
+                  block.values, t, block.count, h * s.value_depth, s.value_depth,
+                  scratch.weights.data() + (h * kRows + r) * kTokens,
+                  scratch.output.data() + (h * kRows + r) * width, width);
           }
         return;
       }
-#endif
-    const int64_t tokens = (block.count + M::kPack - 1) / M::kPack * M::kPack;
-    for (int64_t h = 0; h < heads; ++h) {
-      M::pack_values(block.values, block.count, h * s.value_depth, s.value_depth, scratch.values.data());
-      for (int64_t d = 0; d < width; d += 64)
-        multiply<M>(scratch.weights.data() + h * kRows * kTokens, kTokens,
-                    scratch.values.data() + d * kTokens, tokens,
-                    scratch.output.data() + h * kRows * width + d, width, rows);
+    if constexpr (M::kPacksValues) {
+      const int64_t tokens = (block.count + M::kPack - 1) / M::kPack * M::kPack;
+      for (int64_t h = 0; h < heads; ++h) {
+        M::pack_values(block.values, block.count, h * s.value_depth, s.value_depth,
+                       scratch.values.data());
+        for (int64_t d = 0; d < width; d += 64)
+          multiply<M>(scratch.weights.data() + h * kRows * kTokens, kTokens,
+                      scratch.values.data() + d * kTokens, tokens,
+                      scratch.output.data() + h * kRows * width + d, width, rows);
+      }
     }
   }
 
@@ -271,8 +276,9 @@ void attend_pages(const at::Tensor& query, const at::Tensor& keys, const at::Ten
   const int64_t workers = std::min<int64_t>(at::get_num_threads(), tasks.size());
   std::atomic<size_t> next{0};
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    thread_local Scratch<M> scratch;
+    scratch.fit(s);
     for (; begin < end; ++begin) {
-      Scratch<M> scratch(s);
       for (size_t i; (i = next.fetch_add(1)) < tasks.size();) pass.run(tasks[i], scratch);
     }
   });
@@ -327,18 +333,28 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tens
   const auto run = [&]<typename M>() {
     attend_pages<M>(query, keys, values, layout.tables, layout.starts, layout.contexts, s, output);
   };
-  if (query.scalar_type() == at::kFloat) {
-    run.template operator()<AnyMachine<float>>();
-  } else {
-    TORCH_CHECK(query.scalar_type() == at::kBFloat16, "queries must be float32 or bfloat16");
+  TORCH_CHECK(query.scalar_type() == at::kFloat || query.scalar_type() == at::kBFloat16,
+              "queries must be float32 or bfloat16");
+  const bool is_float = query.scalar_type() == at::kFloat;
 #ifdef __AVX512BF16__
-    if (s.depth % 32 == 0 && s.value_depth % 32 == 0) {
-      run.template operator()<Bf16Machine>();
-      return output;
-    }
-#endif
-    run.template operator()<AnyMachine<at::BFloat16>>();
+  if (!is_float && s.depth % 32 == 0 && s.value_depth % 32 == 0) {
+    run.template operator()<Bf16Machine>();
+    return output;
   }
+#endif
+#ifdef DSPARK_TILES
+  if (s.depth % 16 == 0 && s.value_depth % 16 == 0) {
+    if (is_float)
+      run.template operator()<TiledMachine<float>>();
+    else
+      run.template operator()<TiledMachine<at::BFloat16>>();
+    return output;
+  }
+#endif
+  if (is_float)
+    run.template operator()<AnyMachine<float>>();
+  else
+    run.template operator()<AnyMachine<at::BFloat16>>();
   return output;
 }
 

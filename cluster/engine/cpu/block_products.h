@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "tiles.h"
+
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -21,12 +23,17 @@ constexpr int64_t kTokens = 64;  // of the cache at a time
 // `keys` and `values` are a block's rows; `Packed` is what they are multiplied in.
 //   pack_keys: [depth / kPack][64][kPack]; pack_values: [depth / 64][tokens / kPack][64][kPack].
 //   multiply: c[R, 64] += a[R, depth] * b[depth / kPack][64][kPack].
+// Where a block is multiplied without packing it (scores: up to kFewRows rows; values: these, or any
+// number), `score` and `weigh` take 16 tokens from t on, so that heads, which lie side by side, can be
+// gone through page by page; sums are made in the same order as from what is packed.
 
 template <typename T>
 struct AnyMachine {
   using Element = T;
   using Packed = float;
   static constexpr int64_t kPack = 1;
+  static constexpr int64_t kFewRows = 0;
+  static constexpr bool kPacksValues = true;
 
   static void narrow(const float* from, float* to) { std::memcpy(to, from, kTokens * sizeof(float)); }
 
@@ -90,6 +97,8 @@ struct Bf16Machine {
   using Element = at::BFloat16;
   using Packed = at::BFloat16;
   static constexpr int64_t kPack = 2;
+  static constexpr int64_t kFewRows = 4;
+  static constexpr bool kPacksValues = true;
 
   static void narrow(const float* from, Packed* to) {
     for (int64_t t = 0; t < kTokens; t += 32)
@@ -166,8 +175,6 @@ struct Bf16Machine {
       }
   }
 
-  // For few rows packing would cost more than it saves. These take 16 tokens from t on, so that
-  // heads, which lie side by side, can be gone through page by page; sums are made in the same order.
   template <int R>
   static void score(const Element* const* rows, int64_t t, int64_t count, int64_t first,
                     int64_t depth, const Packed* query, float* scores) {
@@ -202,6 +209,117 @@ struct Bf16Machine {
       }
       for (int r = 0; r < R; ++r)
         for (int j = 0; j < 2; ++j) _mm512_storeu_ps(output + r * width + d + j * 16, sums[r][j]);
+    }
+  }
+};
+#endif
+
+#ifdef DSPARK_TILES
+// 8 rows of 8 values of 32 bits become 8 columns of them.
+inline void transpose(__m256i* rows) {
+  __m256i a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+    a[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+  }
+}
+
+// For depths that are multiples of 16.
+template <typename T>
+struct TiledMachine {
+  using Element = T;
+  using Packed = float;
+  static constexpr int64_t kPack = 1;
+  static constexpr int64_t kFewRows = 4;
+  static constexpr bool kPacksValues = false;
+  static constexpr int64_t kPart = 32 / sizeof(T);  // depths that one register holds
+
+  static void narrow(const float* from, float* to) { std::memcpy(to, from, kTokens * sizeof(float)); }
+
+  // Calls use(i, column) with depth d + i of 8 tokens from t on, for every i below kPart.
+  template <typename Use>
+  static void columns(const T* const* rows, int64_t t, int64_t count, int64_t d, const Use& use) {
+    __m256i values[8];
+    for (int i = 0; i < 8; ++i)
+      values[i] = _mm256_loadu_si256((const __m256i*)(rows[std::min(t + i, count - 1)] + d));
+    transpose(values);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      if constexpr (sizeof(T) == 4) {
+        use(i, _mm256_castsi256_ps(values[i]));
+      } else {
+        use(2 * i, low_halves(values[i]));
+        use(2 * i + 1, high_halves(values[i]));
+      }
+  }
+
+  template <int R>
+  static void multiply(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
+                       int64_t c_stride) {
+    for (int64_t j = 0; j < kTokens; j += kColumns) {
+      __m256 sums[R][2];
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < 2; ++i) sums[r][i] = _mm256_loadu_ps(c + r * c_stride + j + i * 8);
+      for (int64_t k = 0; k < depth; ++k)
+        Panel<float>::template add<R>(a + k, a_stride, b + k * kTokens + j, sums);
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < 2; ++i) _mm256_storeu_ps(c + r * c_stride + j + i * 8, sums[r][i]);
+    }
+  }
+
+  static void pack_keys(const T* const* rows, int64_t count, int64_t first, int64_t depth,
+                        float* to) {
+    for (int64_t t = 0; t < count; t += 8)
+      for (int64_t d = 0; d < depth; d += kPart)
+        columns(rows, t, count, first + d, [&](int i, __m256 column) {
+          _mm256_storeu_ps(to + (d + i) * kTokens + t, column);
+        });
+  }
+
+  template <int R>
+  static void score(const T* const* rows, int64_t t, int64_t count, int64_t first, int64_t depth,
+                    const float* query, float* scores) {
+    for (int64_t end = std::min(t + 16, count); t < end; t += 8) {
+      __m256 sums[R];
+      for (int r = 0; r < R; ++r) sums[r] = _mm256_setzero_ps();
+      for (int64_t d = 0; d < depth; d += kPart)
+        columns(rows, t, count, first + d, [&](int i, __m256 column) {
+          for (int r = 0; r < R; ++r)
+            sums[r] = _mm256_fmadd_ps(_mm256_broadcast_ss(query + r * depth + d + i), column,
+                                      sums[r]);
+        });
+      for (int r = 0; r < R; ++r) _mm256_storeu_ps(scores + r * kTokens + t, sums[r]);
+    }
+  }
+
+  template <int R>
+  static void weigh(const T* const* rows, int64_t t, int64_t count, int64_t first, int64_t depth,
+                    const float* weights, float* output, int64_t width) {
+    for (int64_t d = 0; d < depth; d += kColumns) {
+      __m256 sums[R][2];
+      for (int r = 0; r < R; ++r)
+        for (int j = 0; j < 2; ++j) sums[r][j] = _mm256_loadu_ps(output + r * width + d + j * 8);
+      for (int64_t end = std::min(t + 16, count), i = t; i < end; ++i) {
+        const __m256 left = load8(rows[i] + first + d), right = load8(rows[i] + first + d + 8);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const __m256 weight = _mm256_broadcast_ss(weights + r * kTokens + i);
+          sums[r][0] = _mm256_fmadd_ps(weight, left, sums[r][0]);
+          sums[r][1] = _mm256_fmadd_ps(weight, right, sums[r][1]);
+        }
+      }
+      for (int r = 0; r < R; ++r)
+        for (int j = 0; j < 2; ++j) _mm256_storeu_ps(output + r * width + d + j * 8, sums[r][j]);
     }
   }
 };

@@ -9,8 +9,6 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from cluster.engine.cpu.kernels import can_pack
-
 
 class JoinLinears(CustomGraphPass):
     """A pass of the compiler: ``linear`` of one input, side by side, become one ``linears``.
@@ -21,8 +19,6 @@ class JoinLinears(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Changes the graph in place."""
-        if not can_pack():
-            return
         linear = torch.ops.dspark_cpu.linear.default
         by_input: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.find_nodes(op="call_function", target=linear):

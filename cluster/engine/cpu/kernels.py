@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _DTYPES = (torch.bfloat16, torch.float32)
 _FOLDER = Path(__file__).parent
 _SOURCES = ("linear.cpp", "attention.cpp")
-_HEADERS = ("block_products.h",)
+_HEADERS = ("block_products.h", "tiles.h")
 # Sums may be reordered, so that they use vectors; -ffast-math itself would change how all of the
 # process rounds.
 _FLAGS = (
@@ -60,9 +60,8 @@ def load_kernels() -> bool:
         logger.warning("computing without kernels of our own: %s", error)
         return False
     torch.library.register_fake("dspark_cpu::attend", _attend_shape)
-    if can_pack():
-        torch.library.register_fake("dspark_cpu::linear", _linear_shape)
-        torch.library.register_fake("dspark_cpu::linears", _linear_shapes)
+    torch.library.register_fake("dspark_cpu::linear", _linear_shape)
+    torch.library.register_fake("dspark_cpu::linears", _linear_shapes)
     return True
 
 
@@ -71,9 +70,12 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in _DTYPES and load_kernels()
 
 
-def can_pack() -> bool:
-    """Whether the loaded kernels have linear layers of packed weights (AVX512-BF16)."""
-    return hasattr(torch.ops.dspark_cpu, "linear")
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether the loaded kernels have linear layers of packed weights of ``dtype``.
+
+    bf16: with AVX512-BF16, or AVX2 and FMA; float32: with AVX2 and FMA, without AVX512.
+    """
+    return dtype in _DTYPES and bool(torch.ops.dspark_cpu.packs(dtype))
 
 
 def _built() -> Path:

@@ -1,4 +1,4 @@
-"""Linear layers with weights laid out for the processor's bf16 instructions."""
+"""Linear layers with weights laid out as the processor reads them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import torch
 from torch import nn
 
 from cluster.engine.cpu.kernels import can_pack
-
-_BLOCK = 32  # outputs that lie together
 
 
 class PackedLinear(nn.Module):
@@ -26,12 +24,13 @@ class PackedLinear(nn.Module):
         self.register_buffer("packed", torch.ops.dspark_cpu.pack(weight), persistent=False)
         bias = None
         if linear.bias is not None:
-            bias = torch.zeros(len(self.packed) * _BLOCK)
+            blocks, _, block, *_ = self.packed.shape
+            bias = torch.zeros(blocks * block)
             bias[: self.out_features] = linear.bias.detach()
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``, both bf16."""
+        """``[..., in_features]`` to ``[..., out_features]``, of the weight's dtype."""
         output: torch.Tensor = torch.ops.dspark_cpu.linear(
             input, self.packed, self.bias, self.out_features
         )
@@ -40,10 +39,10 @@ class PackedLinear(nn.Module):
 
 def packed(linear: nn.Module) -> nn.Module:
     """The layer with packed weights, hooks included; itself where it cannot be packed."""
-    if type(linear) is not nn.Linear or not can_pack():
+    if type(linear) is not nn.Linear or linear.weight.device.type != "cpu":
         return linear
-    weight = linear.weight
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or linear.in_features % 2:
+    dtype = linear.weight.dtype
+    if not can_pack(dtype) or (dtype == torch.bfloat16 and linear.in_features % 2):
         return linear
     new = PackedLinear(linear)
     for hook in linear._forward_hooks.values():
