@@ -228,7 +228,7 @@ def test_status_messages_carry_the_pace() -> None:
     assert pace_from_proto(drafter_to_proto(unpaced)) is None
 
 
-@pytest.mark.parametrize("name", ["h100-8b-tp1", "h100-70b-tp8"])
+@pytest.mark.parametrize("name", ["h100-8b-tp1", "h100-8b-a10", "h100-70b-tp8"])
 def test_a_configuration_names_the_profiles_that_are_shipped(name: str) -> None:
     values = {
         "target": {"model": "m", "pace": {"profile": name, "time_scale": 2}},
@@ -246,8 +246,17 @@ def test_a_configuration_names_the_profiles_that_are_shipped(name: str) -> None:
     np.testing.assert_allclose(drafting.curve.table, 2 * profile.drafter.table)
 
 
-# Of NVIDIA's data sheet, with the shares of them that docs/pace.md takes.
+# Of NVIDIA's data sheets, with the shares of them that docs/pace.md takes.
 _BYTES_PER_S, _FLOPS_PER_S, _LINK_BYTES_PER_S = 0.8 * 3.35e12, 0.6 * 989e12, 0.8 * 450e9
+_H100, _A10 = (_BYTES_PER_S, _FLOPS_PER_S), (0.8 * 600e9, 0.6 * 125e12)
+_8B = {
+    "weights": 7.505e9,
+    "gpus": 1,
+    "hidden": 4096,
+    "layers": 32,
+    "launch_s": 4e-4,
+    "drafter": 2 * 218.1e6 + 525.3e6,
+}
 
 
 def _target_seconds(shape: dict[str, Any], tokens: float, context: float) -> float:
@@ -263,21 +272,13 @@ def _target_seconds(shape: dict[str, Any], tokens: float, context: float) -> flo
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("name", "drafts_on", "shape"),
     [
-        (
-            "h100-8b-tp1",
-            {
-                "weights": 7.505e9,
-                "gpus": 1,
-                "hidden": 4096,
-                "layers": 32,
-                "launch_s": 4e-4,
-                "drafter": 2 * 218.1e6 + 525.3e6,
-            },
-        ),
+        ("h100-8b-tp1", _H100, _8B),
+        ("h100-8b-a10", _A10, _8B),
         (
             "h100-70b-tp8",
+            _H100,
             {
                 "weights": 69.50e9,
                 "gpus": 8,
@@ -289,7 +290,9 @@ def _target_seconds(shape: dict[str, Any], tokens: float, context: float) -> flo
         ),
     ],
 )
-def test_derived_profiles_are_what_their_derivation_says(name: str, shape: dict[str, Any]) -> None:
+def test_derived_profiles_are_what_their_derivation_says(
+    name: str, drafts_on: tuple[float, float], shape: dict[str, Any]
+) -> None:
     profile = read_profile(PROFILES / f"{name}.yaml")
     assert profile.target is not None
     assert profile.drafter is not None
@@ -299,8 +302,9 @@ def test_derived_profiles_are_what_their_derivation_says(name: str, shape: dict[
             assert profile.target.table[row, column] == pytest.approx(expected, rel=1e-3)
     for sessions, seconds in zip(profile.drafter.sessions, profile.drafter.table, strict=True):
         weights = shape["drafter"]
-        pass_s = max(2 * weights / _BYTES_PER_S, 2 * weights * 7 * sessions / _FLOPS_PER_S)
-        heads_s = 7 * (20e-6 + 128256 * 256 * 2 / _BYTES_PER_S)
+        bytes_per_s, flops_per_s = drafts_on
+        pass_s = max(2 * weights / bytes_per_s, 2 * weights * 7 * sessions / flops_per_s)
+        heads_s = 7 * (20e-6 + 128256 * 256 * 2 / bytes_per_s)
         assert seconds == pytest.approx(3e-4 + pass_s + heads_s, rel=1e-3)
 
 
