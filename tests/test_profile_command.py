@@ -10,10 +10,11 @@ import pytest
 from cluster import cli
 from cluster.cli.configuration import check_checkpoints
 from cluster.engine.curve_files import read_curve
+from cluster.engine.profile_files import read_profile
 from cluster.errors import ConfigError
 from cluster.models.checkpoint import target_digest
 from tests.engine_tools import make_config, make_engine
-from tests.models import save_tiny_target
+from tests.models import save_tiny_drafter, save_tiny_target
 
 OPTIONS = ["--dtype", "float32", "--num-threads", "1", "--max-num-seqs", "4"]
 
@@ -143,3 +144,25 @@ def test_a_broken_curve_is_found_before_anything_starts(target: str, tmp_path: P
     config = make_config(target, verify_curve=str(tmp_path / "curve.json"))
     with pytest.raises(ConfigError, match=r"curve\.json: format"):
         check_checkpoints(config)
+
+
+def test_a_device_profile_has_the_drafter_too(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drafter = save_tiny_drafter(tmp_path / "drafter", target)
+    path = tmp_path / "this-machine.json"
+    command = ["profile", target, *OPTIONS, "--enforce-eager", "--tokens", "1,8", "--contexts", "0"]
+    command += ["--repeats", "1", "--device-profile", str(path)]
+    assert cli.main([*command, "--drafter", f"dspark={drafter}", "--json"]) == 0
+    profile = read_profile(path)
+    assert profile.name == "this-machine"
+    assert f"target {Path(target).name}, drafter drafter" in profile.source
+    assert profile.target is not None
+    printed = json.loads(capsys.readouterr().out)["curve"]["seconds"]
+    assert profile.target.table.tolist() == printed
+    assert profile.drafter is not None
+    assert float(profile.drafter.seconds(1)) > 0
+
+
+def test_a_drafter_without_a_device_profile_is_refused(target: str) -> None:
+    assert cli.main(["profile", target, "--drafter", "ngram"]) == 2

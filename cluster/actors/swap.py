@@ -121,6 +121,17 @@ class RunningApplication:
             time.sleep(_POLL_S)
         raise ClusterStateError(f"not in use everywhere after {timeout_s:.0f} s: {missing}")
 
+    def set_num_drafters(self, num_drafters: int) -> None:
+        """Changes the number of drafters, at least 1, where it is fixed; does not wait for them.
+
+        Raises:
+            ConfigError: it follows the load, or there are none.
+        """
+        if not self._has_drafters() or self.config.drafter.is_scaled:
+            raise ConfigError("drafter.num_replicas", "is not fixed in the running cluster")
+        self._set_options(DRAFTER, {"num_replicas": num_drafters})
+        self._deploy_all()
+
     def _has_drafters(self) -> bool:
         return DRAFTER in serve.status().applications[self._name].deployments
 
@@ -148,14 +159,20 @@ class RunningApplication:
         return None
 
     def _deploy(self, speculative: SpeculativeConfig | None) -> None:
-        options = {d["name"]: d for d in self._application.get("deployments") or ()}
         for name in _SWAPPED:
-            options[name] = {
-                **options.get(name, {"name": name}),
-                "user_config": to_user_config(speculative),
-            }
+            self._set_options(name, {"user_config": to_user_config(speculative)})
+        self._deploy_all()
+
+    def _set_options(self, deployment: str, options: dict[str, Any]) -> None:
+        all_options = {d["name"]: d for d in self._application.get("deployments") or ()}
+        all_options[deployment] = {
+            **all_options.get(deployment, {"name": deployment}),
+            **options,
+        }
+        self._application["deployments"] = list(all_options.values())
+
+    def _deploy_all(self) -> None:
         # Serve keeps replicas as long as `args` and the import path stay what they are.
-        self._application["deployments"] = list(options.values())
         self._client.deploy_apps(
             ServeDeploySchema.model_validate({"applications": self._applications})
         )

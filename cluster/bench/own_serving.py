@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +35,7 @@ class OwnSettings:
         enforce_eager: whether layers run one by one.
         num_replicas: of the target.
         replica_choice: ``router.replica_choice``.
+        overrides: more keys of a configuration, by section; they win.
     """
 
     target: str
@@ -52,6 +54,7 @@ class OwnSettings:
     enforce_eager: bool = False
     num_replicas: int = 1
     replica_choice: str = "prefix"
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def values(self) -> dict[str, Any]:
         """The ``args`` of a configuration."""
@@ -81,6 +84,8 @@ class OwnSettings:
             if self.drafter.model is not None:
                 section["model"] = str(Path(self.drafter.model).resolve())
             values["speculative"] = section
+        for name, keys in self.overrides.items():
+            values[name] = {**values.get(name, {}), **keys}
         return values
 
     def document(self) -> dict[str, Any]:
@@ -141,6 +146,7 @@ class OwnCluster:
 
     def __init__(self, settings: OwnSettings, folder: Path) -> None:
         self.address = ""
+        self.ray_address = ""
         self._config = folder / "cluster.yaml"
         self._config.write_text(yaml.safe_dump(settings.document()), encoding="utf-8")
         self._log = folder / "cluster.log"
@@ -160,6 +166,7 @@ class OwnCluster:
             self._stop()
             raise DsparkError(f"the cluster does not start: {ready.get('error')} ({self._log})")
         self.address = ready["address"]
+        self.ray_address = ready["ray_address"]
         return self
 
     def __exit__(

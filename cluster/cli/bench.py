@@ -21,6 +21,8 @@ from cluster.cli.frontier import add_burst, add_frontier, run_burst, run_frontie
 from cluster.cli.fuzz import add_arguments as add_fuzz
 from cluster.cli.fuzz import run as run_fuzz
 from cluster.cli.load import add_load, add_overhead, run_load, run_overhead
+from cluster.cli.pool import add_arguments as add_pool
+from cluster.cli.pool import run as run_pool
 from cluster.cli.router import add_arguments as add_router
 from cluster.cli.router import run as run_router
 from cluster.cli.speed import add_arguments as add_speed
@@ -208,6 +210,12 @@ _SUITES = {
         "configuration: by functions, guided by their branches, and through live sockets",
         add_fuzz,
         run_fuzz,
+    ),
+    "pool": _Suite(
+        "drafters that come with the load, go to zero when speculation is off and come back, on a "
+        "cluster that is paced as GPUs",
+        add_pool,
+        run_pool,
     ),
     "widen": _Suite(
         "a small trained target and its drafter in models of a larger shape whose outputs are the "

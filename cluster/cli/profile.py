@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from cluster.engine.profile import CurveProfiler, StepProbe
     from cluster.speculation.verify_curve import VerifyCurve
 
+# Of drafters whose checkpoint has no block, and of what is sampled on the wire.
+_NUM_SPECULATIVE_TOKENS = 7
+_DRAFT_TOP_K = 64
 # Options that are the target's own configuration, by their key there.
 _TARGET_OPTIONS: dict[str, tuple[type, str]] = {
     "tensor_parallel_size": (int, "shards of each layer"),
@@ -64,6 +67,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--repeats", type=int, default=5, metavar="N", help="counted runs of each point (default 5)"
     )
     parser.add_argument("--out", metavar="FILE", help="save the table as JSON")
+    parser.add_argument(
+        "--drafter",
+        metavar="METHOD=DIR",
+        help="of --device-profile: its rounds are measured too, on one CPU thread",
+    )
+    parser.add_argument(
+        "--device-profile",
+        metavar="FILE",
+        help="save both curves as a device profile (JSON), for paced runs and the simulator",
+    )
     parser.add_argument("--plot", metavar="FILE", help="save a plot (PNG, PDF or SVG)")
     return parser
 
@@ -78,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     """
     values = {key: value for key in _TARGET_OPTIONS if (value := getattr(args, key)) is not None}
     values |= {"deterministic": args.deterministic, "enforce_eager": args.enforce_eager}
-    config = ClusterConfig.parse({"target": {"model": args.target, **values}})
+    config = ClusterConfig.parse({"target": {"model": args.target, **values}, **_drafter(args)})
     check_checkpoints(config)
     tokens = _sizes("--tokens", args.tokens, lowest=1)
     contexts = _sizes("--contexts", args.contexts, lowest=0)
@@ -109,12 +122,58 @@ def run(args: argparse.Namespace) -> int:
         curve = profiler.profile_all(args.repeats)
         seconds = time.perf_counter() - started
     _write(args, curve)
+    if args.device_profile is not None:
+        _write_device_profile(args, config, curve)
     if args.json:
         result = {"target": args.target, "seconds": round(seconds, 3), "curve": curve.to_dict()}
         print(json.dumps(result))
     else:
         _print(curve, profiler)
     return 0
+
+
+def _drafter(args: argparse.Namespace) -> dict[str, Any]:
+    """Sections of the drafter to measure, if one is named."""
+    if args.drafter is None:
+        return {}
+    if args.device_profile is None:
+        raise ConfigError("--drafter", "is measured for --device-profile, which is not given")
+    from cluster.bench.drafter_choice import DrafterChoice
+
+    choice = DrafterChoice.parse(args.drafter)
+    shape = {key: getattr(args, key) for key in ("dtype", "device") if getattr(args, key)}
+    return {
+        "speculative": choice.speculative(_NUM_SPECULATIVE_TOKENS, _DRAFT_TOP_K),
+        "drafter": {**shape, "enforce_eager": args.enforce_eager},
+    }
+
+
+def _write_device_profile(
+    args: argparse.Namespace, config: ClusterConfig, curve: VerifyCurve
+) -> None:
+    import torch
+
+    from cluster.engine.draft_factory import build_draft_engine
+    from cluster.engine.draft_profile import measure_draft_curve
+    from cluster.engine.machine import accelerator_name, num_cores, processor_name
+    from cluster.engine.profile_files import write_profile
+    from cluster.speculation.device_profile import DeviceProfile
+
+    draft_curve = None
+    if config.speculative is not None:
+        torch.set_num_threads(config.drafter.num_threads)
+        draft_curve = measure_draft_curve(build_draft_engine(config))
+    drafter = f", drafter {Path(args.drafter.partition('=')[2]).name}" if args.drafter else ""
+    path = Path(args.device_profile)
+    profile = DeviceProfile(
+        name=path.stem,
+        source=f"measured by `dspark profile` on {accelerator_name() or processor_name()}, "
+        f"{num_cores()} cores: target {Path(args.target).name}{drafter}, {config.target.dtype}",
+        target=curve,
+        drafter=draft_curve,
+    )
+    write_profile(path, profile)
+    report_to_stderr(f"saved {path}")
 
 
 def _sizes(option: str, text: str | None, *, lowest: int) -> list[int] | None:
@@ -143,7 +202,12 @@ def _check_sizes(probe: StepProbe, tokens: list[int] | None, contexts: list[int]
 
 def _check_files(args: argparse.Namespace) -> None:
     """Refuses files that could not be written, before anything long."""
-    for option, name in (("--out", args.out), ("--plot", args.plot)):
+    files = (
+        ("--out", args.out),
+        ("--plot", args.plot),
+        ("--device-profile", args.device_profile),
+    )
+    for option, name in files:
         if name is not None and not Path(name).resolve().parent.is_dir():
             raise ConfigError(option, f"no such folder: {Path(name).resolve().parent}")
     if args.plot is not None:

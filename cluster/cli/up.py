@@ -146,6 +146,7 @@ def _print_ready(
     if as_json:
         ready = {
             "address": state.address,
+            "ray_address": state.ray_address,
             "model": config.model_name,
             "replicas": config.target.initial,
             "shards": config.target.initial * config.target.num_shards,

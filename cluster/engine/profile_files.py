@@ -28,6 +28,19 @@ def read_profile(path: str | Path) -> DeviceProfile:
         raise ConfigError(f"{path}: {error.key}", error.message) from None
 
 
+def write_profile(path: str | Path, profile: DeviceProfile) -> None:
+    """Writes a device profile as JSON.
+
+    Raises:
+        ConfigError: the file cannot be written; names it.
+    """
+    try:
+        text = json.dumps(profile.to_dict(), indent=1) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be written: {error.strerror}") from None
+
+
 def _load(path: Path) -> Any:
     text = path.read_text(encoding="utf-8")
     # Not all JSON numbers are numbers in YAML 1.1.
