@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +44,21 @@ class RoundPredictor(Protocol):
     def __call__(
         self, num_sessions: float, num_tokens: int, *, added_drafters: int = 0
     ) -> float: ...
+
+
+class Planner(Protocol):
+    """``plan_speculation``."""
+
+    def __call__(
+        self,
+        load: PassLoad,
+        *,
+        profile: SurvivalProfile,
+        cost_model: CostModel,
+        draft_seconds: Callable[[float, int], float],
+        max_draft_tokens: int,
+        num_groups: int,
+    ) -> SpeculationPlan: ...
 
 
 class OrderKind(enum.Enum):
@@ -115,6 +131,7 @@ class SpeculationPolicy:
         grouping: "auto", "off" or "always".
         drafts_whole_blocks: whole blocks are drafted whatever is planned.
         num_stages: pipeline stages; with several, as many groups take turns anyway.
+        plan: ``plan_speculation``, or what remembers plans that it has made.
 
     Attributes:
         switch: between the modes.
@@ -133,7 +150,9 @@ class SpeculationPolicy:
         grouping: str = "auto",
         drafts_whole_blocks: bool = False,
         num_stages: int = 1,
+        plan: Planner = plan_speculation,
     ) -> None:
+        self._plan_speculation = plan
         self._cost_model = cost_model
         self._profile = profile
         self._predict_round = predict_round
@@ -329,7 +348,7 @@ class SpeculationPolicy:
         *,
         added_drafters: int = 0,
     ) -> SpeculationPlan:
-        return plan_speculation(
+        return self._plan_speculation(
             load,
             profile=self._profile,
             cost_model=self._cost_model,

@@ -1,0 +1,96 @@
+"""What is counted while a fleet is simulated, and the figures of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cluster.simulation.job import Job
+
+Floats = npt.NDArray[np.float64]
+
+_PERCENTILES = (50, 95, 99)
+_DIGITS = 5
+# Gaps are counted in bins that are 2% wide, from 0.1 ms to 1000 s.
+_GAP_EDGES = np.exp(np.arange(np.log(1e-4), np.log(1e3), np.log(1.02)))
+
+
+@dataclass
+class Statistics:
+    """Counts from ``since_s`` (simulated seconds) on; what came before is warm-up.
+
+    Attributes:
+        timeline: rows of the fleet's state over time (``FleetSimulation`` adds them).
+    """
+
+    since_s: float = 0.0
+    num_output_tokens: int = 0
+    num_steps: int = 0
+    num_rounds: int = 0
+    num_verified: int = 0
+    num_accepted: int = 0
+    num_ended: int = 0
+    num_refused: int = 0
+    num_preemptions: int = 0
+    first_token_s: list[float] = field(default_factory=list)
+    queue_s: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    by_load: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
+    timeline: list[dict[str, Any]] = field(default_factory=list)
+    _gaps: npt.NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(len(_GAP_EDGES) + 1, dtype=np.int64)
+    )
+
+    def add_gaps(self, gaps: Floats, times: int = 1) -> None:
+        """Times between the chunks of requests; each is counted ``times`` times."""
+        np.add.at(self._gaps, np.searchsorted(_GAP_EDGES, gaps), times)
+
+    def add_job(self, job: Job) -> None:
+        """Counts a request that has ended."""
+        if job.ended_s < self.since_s:
+            return
+        self.num_ended += 1
+        if job.arrival_s < self.since_s:
+            return
+        self.first_token_s.append(job.first_token_s - job.arrival_s)
+        self.queue_s.append(job.started_s - job.arrival_s)
+        if job.ended_s > job.first_token_s:
+            self.rates.append((job.num_output_tokens - 1) / (job.ended_s - job.first_token_s))
+
+    def add_budget(self, num_requests: int, num_verified: float, num_rounds: int) -> None:
+        """Guesses verified in passes of so many requests."""
+        entry = self.by_load[num_requests]
+        entry[0] += num_verified
+        entry[1] += num_rounds * num_requests
+
+    def gap_percentiles(self) -> dict[str, float | None]:
+        """Seconds, to 2%."""
+        total = self._gaps.sum()
+        if total == 0:
+            return {f"p{p}": None for p in _PERCENTILES}
+        ranks = np.cumsum(self._gaps) / total
+        found: dict[str, float | None] = {}
+        for p in _PERCENTILES:
+            bin = min(int(np.searchsorted(ranks, p / 100)), len(_GAP_EDGES) - 1)
+            found[f"p{p}"] = round(float(_GAP_EDGES[bin]), 6)
+        return found
+
+    def budget_by_load(self) -> dict[int, float]:
+        """Guesses verified for a request and pass, by requests in the pass."""
+        return {
+            load: round(verified / counted, 3)
+            for load, (verified, counted) in sorted(self.by_load.items())
+            if counted > 0
+        }
+
+
+def percentiles(values: list[float]) -> dict[str, float | None]:
+    """p50, p95 and p99; ``None`` of nothing."""
+    if not values:
+        return {f"p{p}": None for p in _PERCENTILES}
+    found = np.percentile(np.asarray(values), _PERCENTILES)
+    return {f"p{p}": round(float(v), _DIGITS) for p, v in zip(_PERCENTILES, found, strict=True)}
