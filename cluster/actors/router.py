@@ -1,4 +1,4 @@
-"""The clients' door: a Serve deployment with a gRPC server of its own."""
+"""The clients' door: a Serve deployment, HTTP by Serve and gRPC by a server of its own."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from cluster.actors.names import ROUTER, TARGET_REPLICA
 from cluster.config import ClusterConfig
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from cluster.rpc.router import RouterServer
 
 # Addresses that stand for all of a machine's; clients elsewhere need one that is its own.
 _ANY_ADDRESS = ("0.0.0.0", "::")
 
 
+@serve.ingress()
 class Router:
     """Takes clients' requests and spreads them over the target replicas that Serve calls running.
 
-    Guarantees: several routers of one machine share the configured port; when this one is stopped
-    it listens no longer, and its streams get the drain time to finish.
+    Guarantees: what comes over HTTP goes the way of what comes over gRPC; several routers of one
+    machine share the configured port; when this one is stopped it listens no longer, and its
+    streams get the drain time to finish.
     """
 
     # Serve awaits the constructor and the destructor of a deployment.
@@ -41,6 +45,18 @@ class Router:
             ),
             asyncio.create_task(watch_replicas(context.app_name, ROUTER, self._on_routers)),
         ]
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """What Serve's proxies hand HTTP requests to; Serve asks for it behind the constructor."""
+        from cluster.api.app import create_app
+        from cluster.api.chat_template import read_template
+
+        router = self._config.router
+        return create_app(
+            self._server,
+            chat_template=read_template(router.chat_template),
+            max_body_bytes=router.max_message_mb << 20,
+        )
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Where this router listens."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from cluster.cli.http_door import check_port, http_url, wait_http
 from cluster.cli.processes import end_processes, find_descendants, wait_gone
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterStateError, ConfigError, DeadlineExceededError, ReplicaLostError
@@ -53,6 +54,7 @@ class RunningCluster:
         """
         self.address = ""
         self.ray_address = ""
+        self.http_url = http_url(document)
         # Sockets live below it, and their paths may have about 100 characters.
         self.temp_dir = Path(tempfile.mkdtemp(prefix="dspark-", dir=_short_temp_dir()))
         self.startup_s = 0.0
@@ -97,6 +99,9 @@ class RunningCluster:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         from cluster.actors.launch import LaunchedCluster
 
+        is_here = "RAY_ADDRESS" not in os.environ
+        if is_here:
+            check_port(self._document)
         try:
             self._cluster = LaunchedCluster(self._document, self._config, self.temp_dir)
         except SystemExit:  # what Ray's own handler makes of SIGTERM
@@ -107,6 +112,8 @@ class RunningCluster:
         self.address = self._cluster.wait_running(deadline - time.monotonic())
         self._report("waiting for every part to be ready")
         wait_ready(self.address, self._config, deadline)
+        if is_here and self.http_url is not None:
+            wait_http(self.http_url, deadline)
 
     def _stop(self, *, keep_logs: bool) -> None:
         for number in self._handlers:

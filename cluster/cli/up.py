@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli.configuration import DEFAULT_CONFIG, read_configuration
+from cluster.cli.http_door import http_url
 from cluster.cli.processes import find_descendants, find_process
 from cluster.cli.running import RunningCluster, report_to_stderr
 from cluster.cli.state import (
@@ -100,7 +101,7 @@ def _hold(
                 children=children,
             )
             write_state(state)
-            _print_ready(state, config, cluster.startup_s, as_json=args.json)
+            _print_ready(state, config, cluster.http_url, cluster.startup_s, as_json=args.json)
             while True:
                 signal.pause()
     except KeyboardInterrupt:
@@ -123,8 +124,9 @@ def _start_detached(path: Path, args: argparse.Namespace) -> int:
         while child.poll() is None:
             state = read_state()
             if state is not None and state.is_ready and state.process.pid == child.pid:
-                config = read_configuration(str(path))[2]
-                _print_ready(state, config, time.monotonic() - started, as_json=args.json)
+                _, document, config = read_configuration(str(path))
+                url, startup_s = http_url(document), time.monotonic() - started
+                _print_ready(state, config, url, startup_s, as_json=args.json)
                 return 0
             time.sleep(_POLL_S)
     except BaseException:
@@ -140,13 +142,19 @@ def _start_detached(path: Path, args: argparse.Namespace) -> int:
 
 
 def _print_ready(
-    state: ClusterState, config: ClusterConfig, startup_s: float, *, as_json: bool
+    state: ClusterState,
+    config: ClusterConfig,
+    url: str | None,
+    startup_s: float,
+    *,
+    as_json: bool,
 ) -> None:
     num_drafters = config.drafter.initial if config.has_drafters else 0
     if as_json:
         ready = {
             "address": state.address,
             "ray_address": state.ray_address,
+            "http": url,
             "model": config.model_name,
             "replicas": config.target.initial,
             "shards": config.target.initial * config.target.num_shards,
@@ -157,8 +165,9 @@ def _print_ready(
         }
         print(json.dumps(ready), flush=True)
         return
+    where = state.address if url is None else f"{state.address} and {url}/v1"
     print(
-        f"{config.model_name} is ready at {state.address} after {startup_s:.1f} s: "
+        f"{config.model_name} is ready at {where} after {startup_s:.1f} s: "
         f"{config.target.initial} x {config.target.num_shards} target shards, "
         f"{num_drafters} drafters, {config.router.num_replicas} routers",
         flush=True,

@@ -1,0 +1,162 @@
+"""The official OpenAI client through Ray Serve's own proxy, on a real cluster."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from cluster.cli.running import RunningCluster
+from cluster.config import ClusterConfig
+from cluster.rpc.client import Client
+from tests.models import DRAFTER, TARGET
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20"),  # Ray Serve's own
+]
+
+MODEL = "stdlib-7m"
+PROMPT = "def main(arguments):\n"
+ANSWERS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "seeded": {"temperature": 0.9, "seed": 7, "n": 2, "logprobs": 1},
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RunningCluster]:
+    config = ClusterConfig.parse(
+        {
+            "target": {
+                "model": TARGET,
+                "dtype": "float32",
+                "num_threads": 1,
+                "max_model_len": 512,
+                "kv_cache_memory_mb": 32,
+                "enforce_eager": True,
+            },
+            "speculative": {"model": DRAFTER},
+            "drafter": {"dtype": "float32", "enforce_eager": True},
+            "router": {"port": 0, "chat_template": "chatml", "max_queued_tokens": 20_000},
+            "drain_timeout_s": 5,
+        }
+    )
+    document = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "127.0.0.1", "port": free_port()},
+        "applications": [
+            {
+                "name": "dspark",
+                "import_path": "cluster.actors.app:build",
+                "route_prefix": "/",
+                "args": config.model_dump(mode="json", exclude_unset=True),
+            }
+        ],
+    }
+    with RunningCluster(document, config, timeout_s=360, report=print) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def client(cluster: RunningCluster) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{cluster.http_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_speculation_changes_no_answer(client: OpenAI, kind: str) -> None:
+    found = []
+    for mode in ("auto", "off"):
+        answer = client.completions.create(
+            model=MODEL,
+            prompt=PROMPT,
+            max_tokens=40,
+            extra_body={"speculation": mode, "return_speculation_stats": True},
+            **ANSWERS[kind],
+        )
+        assert (answer.usage.speculation["num_draft_tokens"] > 0) is (mode == "auto")
+        found.append([choice.text for choice in answer.choices])
+    assert found[0] == found[1]
+    pieces = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=40, stream=True, **ANSWERS[kind]
+    )
+    texts = [""] * len(found[0])
+    num_pieces = 0
+    for piece in pieces:
+        texts[piece.choices[0].index] += piece.choices[0].text
+        num_pieces += 1
+    assert texts == found[0]
+    assert num_pieces > len(texts)  # the proxy does not gather them
+
+
+def test_chat_errors_and_grammars_come_through(client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Yes or no?"}],
+        max_completion_tokens=20,
+        extra_body={"structured_outputs": {"choice": ["yes", "no"]}},
+    )
+    assert answer.choices[0].message.content in ("yes", "no")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt=PROMPT, temperature=-1)
+    assert caught.value.param == "temperature"
+    with pytest.raises(openai.RateLimitError) as limited:
+        client.completions.create(model=MODEL, prompt=[PROMPT] * 40, max_tokens=490, n=16)
+    assert int(limited.value.response.headers["Retry-After"]) >= 1
+
+
+def test_a_client_that_leaves_ends_its_request(cluster: RunningCluster, client: OpenAI) -> None:
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": PROMPT,
+        "max_tokens": 480,
+        "n": 4,
+        "extra_body": {"ignore_eos": True},
+    }
+    with Client(cluster.address) as status:
+        with closing(client.completions.create(stream=True, **fields)) as stream:
+            next(iter(stream))
+            assert status.status().replicas[0].num_running > 0
+        idle(status)
+        with pytest.raises(openai.APITimeoutError):
+            client.completions.create(timeout=0.5, **fields)
+        idle(status)
+
+
+def test_the_example_of_the_readme_streams(cluster: RunningCluster) -> None:
+    example = Path(__file__).parents[1] / "docs" / "examples" / "openai_stream.py"
+    done = subprocess.run(
+        [sys.executable, str(example), PROMPT],
+        env={**os.environ, "OPENAI_BASE_URL": f"{cluster.http_url}/v1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(done.stdout) > 20
+
+
+def idle(client: Client) -> None:
+    """Waits until nothing runs; what was left would take longer."""
+    deadline = time.monotonic() + 5
+    while client.status().replicas[0].num_running:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
