@@ -7,13 +7,17 @@ TORCH ?= torch==2.13.0
 # More arguments for pytest: make test PYTEST_ARGS="-n 2 tests/engine"
 PYTEST_ARGS ?=
 
+.DEFAULT_GOAL := help
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# CI runs every test that the machine can run, and stops in time to report what it has seen.
+# CI runs every test that the machine can run: the default ones by two processes, then the slow ones,
+# of which some measure time and memory, one after the other.
 ifneq ($(filter-out 0 false,$(CI)),)
-PYTEST_ARGS += --run-slow --session-timeout=3300
+test: test-in-ci
+else
+test: test-by-default
 endif
 
 # Where `make comparison` puts drafters and figures, and where the sets of prompts are.
@@ -21,7 +25,7 @@ OUT ?= /tmp/comparison
 PROMPTS ?= ../shared/data/prompts
 COMPARED := dflash-2 dflash-5 dspark-2 dspark-2-rnn dspark-5-rnn eagle3
 
-.PHONY: help install demo comparison test test-all lint format protos protos-check chart chart-check \
+.PHONY: help install demo comparison test test-by-default test-in-ci test-all lint format protos protos-check chart chart-check \
   lock clean
 
 help:
@@ -65,8 +69,12 @@ comparison: $(STAMP)
 	  --drafter dspark-5-rnn=dspark:$(OUT)/dspark-5-rnn --drafter eagle-3=eagle3:$(OUT)/eagle3 \
 	  --drafter ngram --baseline eagle-3 --baseline dspark-2 --baseline dflash-5
 
-test: $(STAMP)
+test-by-default: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-in-ci: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --run-slow -m slow $(PYTEST_ARGS)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest --run-slow $(PYTEST_ARGS)
