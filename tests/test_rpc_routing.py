@@ -13,6 +13,7 @@ from cluster.errors import InvalidRequestError, QueueFullError
 from cluster.request import Priority, Request
 from cluster.routing.page_digests import page_digest
 from cluster.routing.prefix_journal import PrefixJournal
+from cluster.rpc.convert import generate_call_from_proto
 from cluster.rpc.router import RouterServer
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 from tests.rpc_tools import (
@@ -86,7 +87,10 @@ async def test_a_router_that_connects_later_is_told_everything() -> None:
             key = router.authenticator.authenticate(None)
             before = len(first.loop.submitted)
             for _ in range(6):
-                assert [chunk async for chunk in router._generate(message, None, key)]
+                assert [
+                    chunk
+                    async for chunk in router.generate(generate_call_from_proto(message), None, key)
+                ]
             assert len(first.loop.submitted) == before + 6
         finally:
             await router.stop()
@@ -203,7 +207,10 @@ async def test_several_routers_spread_what_each_of_them_is_sent() -> None:
                 )
                 message.sampling.max_tokens = 20
                 key = router.authenticator.authenticate(None)
-                assert [chunk async for chunk in router._generate(message, None, key)]
+                assert [
+                    chunk
+                    async for chunk in router.generate(generate_call_from_proto(message), None, key)
+                ]
 
             await asyncio.gather(*(ask(routers[n % 2], n) for n in range(80)))
             counts = [len(replica.loop.submitted) for replica in cluster.replicas]

@@ -76,7 +76,7 @@ def test_acceptance_is_as_given_at_each_position() -> None:
 @pytest.mark.parametrize("stretch_s", [0.0, 0.5])
 def test_every_request_ends_and_tokens_add_up(stretch_s: float) -> None:
     fleet = make_fleet(
-        target={"num_replicas": 3, "kv_cache_tokens": 900, "max_num_batched_tokens": 100},
+        target={"num_replicas": 3, "kv_cache_tokens": 500, "max_num_batched_tokens": 100},
         drafter={"min_replicas": 2, "max_replicas": 2},
     )
     jobs = list(

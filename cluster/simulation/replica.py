@@ -516,7 +516,11 @@ class SimulatedReplica:
             statistics.add_budget(len(done.rows), verified, num_rounds)
         run.last_s[done.rows] = now
         for row, gain in zip(done.rows.tolist(), gained.tolist(), strict=True):
-            run.jobs[row].num_made += gain
+            job = run.jobs[row]
+            job.num_made += gain
+            # A prompt of which one token is left is computed as decoding sequences are.
+            if math.isnan(job.first_token_s):
+                job.first_token_s = now
         for row, count in done.prompts:
             num_tokens += self._finish_prompt(row, count)
         if is_counted:
