@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from cluster.bench import frontier
 from cluster.bench.burst import BurstRun, burst_figures
 from cluster.bench.frontier import ADAPTIVE, PLAIN, FrontierShape, Turn, frontier_row
-from tests.models import save_tiny_drafter, save_tiny_target
+from tests.models import DRAFTER, TARGET
 
 
 def turns(*throughputs: float, budget: float = 2.0) -> list[Turn]:
@@ -66,26 +64,21 @@ def test_burst_figures_are_ratios_of_paired_runs() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_frontier_runs(tmp_path: Path) -> None:
-    target = save_tiny_target(tmp_path / "target")
-    drafter = save_tiny_drafter(tmp_path / "drafter", target)
+def test_the_frontier_runs() -> None:
     part = {"dtype": "float32", "num_threads": 1, "enforce_eager": True}
     values = {
-        "target": {"model": str(target), "max_num_seqs": 4, **part},
+        "target": {"model": TARGET, "max_num_seqs": 4, "max_model_len": 256, **part},
         "drafter": part,
-        "speculative": {"method": "dspark", "model": str(drafter), "draft_top_k": 1},
+        "speculative": {"method": "dspark", "model": DRAFTER, "draft_top_k": 1},
     }
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "def f(x):"}\n{"prompt": "import os"}\n')
     shape = FrontierShape(
         concurrencies=(1, 3),
         fixed=(0, 2),
         turns=2,
         seconds=0.5,
         warm_up_s=0.1,
-        prompt_tokens=64,
-        max_tokens=16,
-        data=str(prompts),
+        prompt_tokens=32,
+        max_tokens=32,
     )
     lines: list[str] = []
     report = frontier.run(values, shape, lines.append)
