@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.bench.drafter_process import DrafterProcess
-from cluster.bench.frontier import make_engine, wait_ready
+from cluster.bench.frontier import both_engines, pace_label
 from cluster.bench.load_prompts import PromptSource
 from cluster.bench.paired import paired_ratio
 from cluster.bench.report import Report
@@ -111,24 +110,16 @@ def run(values: dict[str, Any], shape: BurstShape, note: Callable[[str], None]) 
         count=256,
         num_tokens=shape.prompt_tokens,
     )
-    with DrafterProcess(values) as drafter:
-        plain = make_engine(config.model_copy(update={"speculative": None}), None)
-        client = drafter.connect(config, plain.vocab_size)
-        try:
-            wait_ready(client)
-            engine = make_engine(config, client)
-            ours: list[BurstRun] = []
-            theirs: list[BurstRun] = []
-            for index in range(shape.runs):
-                sides = [(engine, ours), (plain, theirs)]
-                for side, runs in sides if index % 2 == 0 else reversed(sides):
-                    runs.append(_run_once(side, config, prompts, shape))
-                note(f"run {index + 1}: {ours[-1]}")
-        finally:
-            client.close()
-    pace = config.target.pace
+    ours: list[BurstRun] = []
+    theirs: list[BurstRun] = []
+    with both_engines(config, values) as (engine, plain):
+        for index in range(shape.runs):
+            sides = [(engine, ours), (plain, theirs)]
+            for side, runs in sides if index % 2 == 0 else reversed(sides):
+                runs.append(_run_once(side, config, prompts, shape))
+            note(f"run {index + 1}: {ours[-1]}")
     figures = burst_figures(ours, theirs)
-    figures["paced"] = None if pace is None else f"{pace.profile} x{pace.time_scale:g}"
+    figures["paced"] = pace_label(config)
     passed = (
         figures["flips"] <= _MAX_FLIPS
         and figures["failed"] == 0

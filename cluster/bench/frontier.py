@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -97,28 +98,43 @@ def run(values: dict[str, Any], shape: FrontierShape, note: Callable[[str], None
         num_tokens=shape.prompt_tokens,
     )
     rows = []
-    with DrafterProcess(values) as drafter:
-        plain = make_engine(config.model_copy(update={"speculative": None}), None)
-        client = drafter.connect(config, plain.vocab_size)
-        try:
-            wait_ready(client)
-            engine = make_engine(config, client)
-            for concurrency in shape.concurrencies:
-                turns = _take_turns(engine, plain, config.speculative, prompts, concurrency, shape)
-                row = frontier_row(concurrency, turns)
-                rows.append(row)
-                note(_line(row))
-        finally:
-            client.close()
-    pace = config.target.pace
+    with both_engines(config, values) as (engine, plain):
+        for concurrency in shape.concurrencies:
+            turns = _take_turns(engine, plain, config.speculative, prompts, concurrency, shape)
+            row = frontier_row(concurrency, turns)
+            rows.append(row)
+            note(_line(row))
     return Report(
         suite="frontier",
-        figures={
-            "rows": rows,
-            "paced": None if pace is None else f"{pace.profile} x{pace.time_scale:g}",
-        },
+        figures={"rows": rows, "paced": pace_label(config)},
         passed=all(row["passed"] for row in rows),
     )
+
+
+@contextmanager
+def both_engines(config: ClusterConfig, values: dict[str, Any]) -> Iterator[tuple[Engine, Engine]]:
+    """An engine with its drafter in a process of its own, and one that never speculates.
+
+    Args:
+        config: ``values``, parsed.
+
+    Raises:
+        DsparkError: target or drafter cannot be served so.
+    """
+    with DrafterProcess(values) as drafter:
+        plain = _make_engine(config.model_copy(update={"speculative": None}), None)
+        client = drafter.connect(config, plain.vocab_size)
+        try:
+            _wait_ready(client)
+            yield _make_engine(config, client), plain
+        finally:
+            client.close()
+
+
+def pace_label(config: ClusterConfig) -> str | None:
+    """The profile that passes keep the time of, for reports; ``None``: they are not paced."""
+    pace = config.target.pace
+    return None if pace is None else f"{pace.profile} x{pace.time_scale:g}"
 
 
 def frontier_row(concurrency: int, turns: dict[str, list[Turn]]) -> dict[str, Any]:
@@ -264,16 +280,14 @@ class _Load:
         self._active.add(request.request_id)
 
 
-def make_engine(config: ClusterConfig, client: DraftClient | None) -> Engine:
-    """An engine of one shard in this process."""
+def _make_engine(config: ClusterConfig, client: DraftClient | None) -> Engine:
     worker = ShardWorker(config, 0)
     worker.start("", 0, 0)
     calibration = None if client is None else load_drafter_calibration(config)
     return worker.build_engine(client, calibration=calibration, seed=0)
 
 
-def wait_ready(client: DraftClient) -> None:
-    """Returns when the drafter can be asked. Raises: DsparkError: it takes too long."""
+def _wait_ready(client: DraftClient) -> None:
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while not client.is_ready():
         if time.monotonic() > deadline:
@@ -287,13 +301,3 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['over_plain']:.3f} times plain, {row['over_fixed']:.3f} times the best fixed "
         f"({'/'.join(row['best_fixed'])}), budget {row['budget']}, overruns {row['overruns']}"
     )
-
-
-def points(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Throughput over concurrency of each way, for plots."""
-    lines: dict[str, list[tuple[int, float]]] = {ADAPTIVE: []}
-    for row in rows:
-        lines[ADAPTIVE].append((row["concurrency"], row["adaptive"]))
-        for way, value in row["fixed"].items():
-            lines.setdefault(way, []).append((row["concurrency"], value))
-    return lines
