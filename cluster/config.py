@@ -255,6 +255,13 @@ class RouterConfig(Section):
     )
     host: str = Field(default="127.0.0.1", description="address that the gRPC server binds")
     port: int = Field(default=50051, ge=0, le=65535, description="0: any free one")
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="of its own for Prometheus, beside HTTP's `/metrics`; 0: any free one; unset: "
+        "none",
+    )
     max_connection_age_s: float | None = Field(
         default=None,
         gt=0,

@@ -313,11 +313,16 @@ class SpeculationStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Token counts of one finished request."""
+    """Token counts of one finished request.
+
+    Attributes:
+        queue_s: seconds that it waited before anything was computed of it.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_prompt_tokens: int = 0
+    queue_s: float = 0.0
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
 
 

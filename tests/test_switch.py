@@ -6,7 +6,12 @@ import math
 
 import pytest
 
-from cluster.speculation.switch import SpeculationMode, SpeculationSwitch, SwitchTiming
+from cluster.speculation.switch import (
+    SpeculationMode,
+    SpeculationSwitch,
+    SwitchReason,
+    SwitchTiming,
+)
 
 PLAIN, SPECULATIVE, GROUPED = SpeculationMode
 STEP_S = 0.01
@@ -147,7 +152,7 @@ def test_without_drafters_it_is_plain_and_comes_back_at_once() -> None:
     machine = Machine()
     machine.promised = {PLAIN: 100.0, SPECULATIVE: 200.0}
     machine.run(5)
-    machine.switch.force_plain("no drafter is ready", machine.now)
+    machine.switch.force_plain("no drafter is ready", machine.now, SwitchReason.NO_DRAFTER)
     assert machine.switch.mode is PLAIN
     assert machine.switch.reason == "no drafter is ready"
     assert machine.run(0.05) is SPECULATIVE

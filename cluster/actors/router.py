@@ -37,7 +37,12 @@ class Router:
         self._config = config
         self._server = await asyncio.to_thread(_make_server, config, context.replica_id.unique_id)
         port = await self._server.start(config.router.host, config.router.port)
-        host = config.router.host
+        host, metrics_port = config.router.host, config.router.metrics_port
+        self._scrapes = None
+        if metrics_port is not None:
+            from cluster.metrics.scrape_server import ScrapeServer
+
+            self._scrapes = ScrapeServer(self._server.metrics.registry, host, metrics_port)
         self._address = f"{ray.util.get_node_ip_address() if host in _ANY_ADDRESS else host}:{port}"
         self._watches = [
             asyncio.create_task(
@@ -78,6 +83,8 @@ class Router:
     async def __del__(self) -> None:
         for watch in self._watches:
             watch.cancel()
+        if self._scrapes is not None:  # first, since the router that comes behind may want its port
+            await self._scrapes.close()
         await self._server.stop(self._config.drain_timeout_s)
 
     def _on_replicas(self, replicas: list[ReplicaAddress]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 import cluster
 from cluster.api.answers import check_model
@@ -56,6 +57,7 @@ def create_app(
     with_key = [Depends(authenticate)]
     app.include_router(_openai(router, template), dependencies=with_key)
     app.include_router(_tokens(router, template), dependencies=with_key)
+    app.include_router(_metrics(router), dependencies=with_key)
     return app
 
 
@@ -108,6 +110,17 @@ def _tokens(router: RouterServer, template: ChatTemplate) -> APIRouter:
     async def detokenize_tokens(fields: DetokenizeRequest) -> dict[str, Any]:
         """The text of token ids."""
         return detokenize(router, fields)
+
+    return paths
+
+
+def _metrics(router: RouterServer) -> APIRouter:
+    paths = APIRouter()
+
+    @paths.get("/metrics")
+    async def metrics() -> Response:
+        """What the router that answers exports to Prometheus."""
+        return Response(router.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     return paths
 

@@ -117,7 +117,8 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: deque[_Pass] = deque()
         self._next_group = 0
-        self._num_output_tokens = 0
+        self._num_output_tokens = self._num_prompt_tokens = 0
+        self._num_by_budget = [0]
 
     @property
     def has_work(self) -> bool:
@@ -177,6 +178,8 @@ class Engine:
             num_queued_tokens=self._scheduler.num_queued_tokens,
             mean_output_tokens=self._scheduler.mean_output_tokens,
             num_output_tokens=self._num_output_tokens,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_requests_by_budget=self._num_by_budget,
             num_preemptions=self._scheduler.num_preemptions,
             prefix_cache=self._prefixes.stats(),
             speculation_state="off" if is_off else "on",
@@ -414,9 +417,15 @@ class Engine:
         sequence.num_computed_tokens += entry.num_tokens + accepted
         sequence.proposal = None
         self._pages.shrink(sequence.pages, len(sequence.token_ids))
-        sequence.stats.observe(len(entry.draft_token_ids), accepted)
-        self._stats.observe(len(entry.draft_token_ids), accepted)
+        num_drafts = len(entry.draft_token_ids)
+        sequence.stats.observe(num_drafts, accepted)
+        self._stats.observe(num_drafts, accepted)
+        while len(self._num_by_budget) <= num_drafts:
+            self._num_by_budget.append(0)
+        self._num_by_budget[num_drafts] += 1
         self._num_output_tokens += kept
+        if offset == len(sequence.request.resume_token_ids):
+            self._num_prompt_tokens += sequence.num_prompt_tokens
         output = RequestOutput(
             request_id=sequence.request.request_id,
             token_offset=offset,

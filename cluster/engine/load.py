@@ -37,6 +37,7 @@ class SpeculationLoad:
     Attributes:
         mode: plain, speculative or grouped (``SpeculationMode``).
         reason: why, in words for people.
+        reason_code: why, as one of few words (``SwitchReason``).
         num_flips: times that speculation went off or on.
         seconds_in_state: since the mode in force was entered.
         seconds_in_mode: in each mode since the start.
@@ -52,6 +53,7 @@ class SpeculationLoad:
 
     mode: str = "plain"
     reason: str = ""
+    reason_code: str = "not_configured"
     num_flips: int = 0
     seconds_in_state: float = 0.0
     seconds_in_mode: dict[str, float] = field(default_factory=dict)
@@ -74,6 +76,9 @@ class EngineLoad:
         num_free_tokens: that fit into the pages nobody holds.
         num_queued_tokens: to be computed for what runs and waits, expected outputs included.
         mean_output_tokens: of requests that ended lately.
+        num_prompt_tokens: of requests that have an output.
+        num_requests_by_budget: [i]: requests of which a pass with output verified i draft tokens;
+            goes on changing.
         num_taken_in: requests that were submitted before this report, refused ones included.
         calibration_error: of the confidences as served (``OnlineCalibration.error``); ``None``
             before enough was verified.
@@ -89,6 +94,8 @@ class EngineLoad:
     mean_output_tokens: float = 0.0
     num_taken_in: int = 0
     num_output_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_requests_by_budget: list[int] = field(default_factory=list)
     num_preemptions: int = 0
     prefix_cache: PrefixCacheStats = field(default_factory=PrefixCacheStats)
     speculation_state: str = "off"

@@ -11,6 +11,8 @@ to write the cache.
 
 from __future__ import annotations
 
+import time
+
 from cluster.engine.load import PrefixCacheStats
 from cluster.engine.pages import PagePool
 from cluster.engine.sequence import Sequence
@@ -79,6 +81,7 @@ class PrefixCache:
         sequence.num_kept_pages = len(found)
         sequence.num_computed_tokens = len(found) * self._pages.page_size
         if sequence.num_cached_tokens is None:
+            sequence.started_at = time.monotonic()
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self._num_queried_tokens += len(sequence.token_ids)
             self._num_hit_tokens += sequence.num_computed_tokens

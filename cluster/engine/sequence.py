@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ class Sequence:
         page_digests: of its full pages, from the first on (``PrefixCache``).
         num_kept_pages: how many of its pages others can find, or others of the same content.
         num_cached_tokens: found in the prefix cache when it first started; ``None`` before.
+        added_at: monotonic seconds.
+        started_at: when it first left the queue; ``None`` before.
         num_waiting_tokens: while it waits: what will have to be computed of it, as far as is known.
         group: which of the groups in flight it belongs to while it runs.
         is_in_flight: part of a pass that is under way (its pages must not be touched).
@@ -45,6 +48,8 @@ class Sequence:
     page_digests: list[bytes] = field(default_factory=list)
     num_kept_pages: int = 0
     num_cached_tokens: int | None = None
+    added_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
     num_waiting_tokens: int = 0
     group: int = 0
     is_in_flight: bool = False
@@ -153,6 +158,7 @@ class Sequence:
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=self.num_output_tokens,
             cached_prompt_tokens=min(self.num_cached_tokens or 0, self.num_prompt_tokens),
+            queue_s=0.0 if self.started_at is None else self.started_at - self.added_at,
             speculation=self.stats,
         )
 

@@ -18,7 +18,7 @@ from cluster.request import SpeculationStats
 from cluster.speculation.calibration import Calibration
 from cluster.speculation.cost_model import CostModel
 from cluster.speculation.speculation_policy import OrderKind, PassPromise, SpeculationPolicy
-from cluster.speculation.switch import SpeculationMode
+from cluster.speculation.switch import SpeculationMode, SwitchReason
 
 _DEMAND_PERIOD_S = 1.0
 
@@ -133,6 +133,7 @@ class Speculator:
         return SpeculationLoad(
             mode=str(self.mode),
             reason=switch.reason if self.is_ready else "no drafter is ready",
+            reason_code=str(switch.reason_code if self.is_ready else SwitchReason.NO_DRAFTER),
             num_flips=switch.num_flips,
             seconds_in_state=switch.seconds_since_change(now),
             seconds_in_mode={str(m): s for m, s in switch.seconds_in_mode(now).items()},

@@ -160,6 +160,7 @@ class Choice:
             self._fail(ReplicaLostError(message))
             return
         logger.info("request %s goes on elsewhere", self._submission_id)
+        self._pool.num_restarts += 1
         avoid = [lost] if lost is not None else []
         self._pool.place(self, avoid=avoid, target_digest=self._target_digest(lost))
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.engine.load import PrefixCacheStats
+from cluster.engine.load import EngineLoad, PrefixCacheStats
 from cluster.engine.pace import PaceStats
+from cluster.histogram import Histogram
 from cluster.request import SpeculationStats
 from cluster.rpc.convert import pace_from_proto, pace_to_proto, stats_from_proto
-from cluster.v1 import inference_pb2
+from cluster.v1 import common_pb2, inference_pb2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class DrafterStatus:
             half-open (one round is tried), quarantined (it broke the protocol), mismatched or lost.
         reason: why it is not ready, else empty.
         round_trip_ms: moving average over rounds.
+        num_rounds: by what became of them: answered, late, dropped, lost.
+        round_trip_s: of all answers.
         paced: how well its rounds keep a device profile's time; ``None``: they take what they take.
     """
 
@@ -40,6 +43,8 @@ class DrafterStatus:
     state: str
     reason: str = ""
     round_trip_ms: float = 0.0
+    num_rounds: Mapping[str, int] = field(default_factory=dict)
+    round_trip_s: Histogram | None = None
     paced: PaceStats | None = None
 
 
@@ -127,8 +132,40 @@ def shard_to_proto(shard: ShardStatus) -> inference_pb2.ShardStatus:
 
 def drafter_to_proto(drafter: DrafterStatus) -> inference_pb2.DrafterStatus:
     """Writes one drafter."""
-    paced = None if drafter.paced is None else pace_to_proto(drafter.paced)
-    return inference_pb2.DrafterStatus(**{**vars(drafter), "paced": paced})
+    round_trip = drafter.round_trip_s
+    return inference_pb2.DrafterStatus(
+        drafter_id=drafter.drafter_id,
+        address=drafter.address,
+        state=drafter.state,
+        reason=drafter.reason,
+        round_trip_ms=drafter.round_trip_ms,
+        paced=None if drafter.paced is None else pace_to_proto(drafter.paced),
+        num_rounds=drafter.num_rounds,
+        round_trip_seconds=None if round_trip is None else _histogram_to_proto(round_trip),
+    )
+
+
+def load_to_metrics(load: EngineLoad) -> inference_pb2.ReplicaMetrics:
+    """Writes what of an engine's load nothing but metrics is made of."""
+    speculation = load.speculation
+    return inference_pb2.ReplicaMetrics(
+        num_prompt_tokens=load.num_prompt_tokens,
+        num_preemptions=load.num_preemptions,
+        num_requests_by_budget=load.num_requests_by_budget,
+        speculation_mode=speculation.mode,
+        speculation_reason_code=speculation.reason_code,
+        num_flips=speculation.num_flips,
+        seconds_in_mode=speculation.seconds_in_mode,
+        drafter_demand=speculation.draft_seconds_per_second,
+        draft_queue_seconds=speculation.draft_queue_seconds,
+        draft_network_seconds=speculation.draft_network_seconds,
+        goodput=speculation.goodput,
+        goodput_plain=speculation.goodput_plain,
+    )
+
+
+def _histogram_to_proto(histogram: Histogram) -> common_pb2.Histogram:
+    return common_pb2.Histogram(bounds=histogram.bounds, counts=histogram.counts, sum=histogram.sum)
 
 
 def _replica_from_proto(message: inference_pb2.ReplicaStatus) -> ReplicaStatus:

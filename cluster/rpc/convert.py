@@ -329,6 +329,7 @@ def usage_to_proto(usage: Usage) -> common_pb2.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_prompt_tokens=usage.cached_prompt_tokens,
+        queue_seconds=usage.queue_s,
         speculation=stats_to_proto(usage.speculation),
     )
 
@@ -339,6 +340,7 @@ def usage_from_proto(message: common_pb2.Usage) -> Usage:
         prompt_tokens=message.prompt_tokens,
         completion_tokens=message.completion_tokens,
         cached_prompt_tokens=message.cached_prompt_tokens,
+        queue_s=message.queue_seconds,
         speculation=stats_from_proto(message.speculation),
     )
 

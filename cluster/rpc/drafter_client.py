@@ -260,7 +260,7 @@ class GrpcDraftClient:
             for connection, part in parts.items():
                 if not connection.can_send_round:
                     self._stats.num_dropped += 1
-                    connection.count_late()
+                    connection.count_late("dropped")
                     continue
                 round_id = next(self._round_ids)
                 is_whole = len(part.sequences) == len(round.sequences)

@@ -16,6 +16,7 @@ from cluster.engine.draft_client import DraftOutcome, DraftResult, DraftSequence
 from cluster.engine.draft_loop import MAX_QUEUED_CHUNKS_PER_REPLICA
 from cluster.engine.pace import PaceStats
 from cluster.errors import DsparkError, MalformedProposalError
+from cluster.histogram import Histogram
 from cluster.rpc.channels import MAX_RECONNECT_S, MIN_RECONNECT_S, open_channel
 from cluster.rpc.cluster_status import DrafterStatus
 from cluster.rpc.convert import pace_from_proto
@@ -45,6 +46,7 @@ MAX_QUEUED_MESSAGES = 1024
 MALFORMED_QUARANTINE_S = 2.0
 MISMATCH_RETRY_S = 2.0
 _AVERAGE_WEIGHT = 0.1
+_ROUND_TRIP_BOUNDS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 class _OpenError(DsparkError):
@@ -108,6 +110,8 @@ class DrafterConnection:
         self._breaker = Breaker()
         self._round_timeout_s = round_timeout_s
         self._round_trip_s = 0.0
+        self._round_trips = Histogram(_ROUND_TRIP_BOUNDS_S)
+        self._num_rounds = dict.fromkeys(("answered", "late", "dropped", "lost"), 0)
         self._paced: PaceStats | None = None
         self._cost = DraftCost()
         self._event_loop = asyncio.get_running_loop()
@@ -164,6 +168,8 @@ class DrafterConnection:
             state=str(self._state),
             reason=self._reason,
             round_trip_ms=self._round_trip_s * 1e3,
+            num_rounds=dict(self._num_rounds),
+            round_trip_s=self._round_trips,
             paced=self._paced,
         )
 
@@ -205,8 +211,10 @@ class DrafterConnection:
                 self._rounds.put_nowait, drafter_pb2.DraftRequest(close=close)
             )
 
-    def count_late(self) -> None:
-        """Notes that the drafter kept a round waiting too long."""
+    def count_late(self, outcome: str = "late") -> None:
+        """Notes that the drafter kept a round (``late``), or the next one (``dropped``), waiting
+        too long."""
+        self._num_rounds[outcome] += 1
         if self.is_ready and self._breaker.fail(time.monotonic()):
             self._go_down(DrafterState.OPEN, "too slow")
             self._event_loop.call_soon_threadsafe(self._opened.set)
@@ -357,6 +365,7 @@ class DrafterConnection:
             network_s=round_trip_s - server_s,
             now=received_at,
         )
+        self._round_trips.observe(round_trip_s)
         self._stats.compute_s += max(answer.compute_seconds, 0.0)
         self._round_trip_s = _average(self._round_trip_s, round_trip_s)
         self._stats.round_trip_s = _average(self._stats.round_trip_s, round_trip_s)
@@ -373,6 +382,7 @@ class DrafterConnection:
             pending.handle.waiting.remove(self)
             pending.handle.results.extend(results)
             self._stats.num_rounds += 1
+            self._num_rounds["answered"] += 1
             self._breaker.succeed()
             self._changed.notify_all()
 
@@ -426,6 +436,7 @@ class DrafterConnection:
             if self in pending.handle.waiting:
                 pending.handle.waiting.remove(self)
                 self._stats.num_lost += 1
+                self._num_rounds["lost"] += 1
         self._pending_rounds.clear()
         self._pending_chunks.clear()
         self._changed.notify_all()

@@ -55,6 +55,9 @@ class ReplicaPool:
         tokenizer_digest: hex SHA-256 that replicas must share; empty: any.
         max_message_bytes: the largest message sent or received.
         tls: of connections to replicas; unset: plaintext.
+
+    Attributes:
+        num_restarts: what lost its replica and was to go on elsewhere.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class ReplicaPool:
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         tls: ChannelTls | None = None,
     ) -> None:
+        self.num_restarts = 0
         self._router_id = router_id
         self._wait_s = wait_s
         self._tokenizer_digest = tokenizer_digest

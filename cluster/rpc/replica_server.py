@@ -20,7 +20,12 @@ from cluster.errors import (
 )
 from cluster.request import Request, RequestOutput
 from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, PROTOCOL_VERSION, server_options
-from cluster.rpc.cluster_status import ReplicaParts, drafter_to_proto, shard_to_proto
+from cluster.rpc.cluster_status import (
+    ReplicaParts,
+    drafter_to_proto,
+    load_to_metrics,
+    shard_to_proto,
+)
 from cluster.rpc.convert import add_output, pace_to_proto, stats_to_proto, submit_from_proto
 from cluster.rpc.guard import internal_guard
 from cluster.rpc.serving import ServingState, bind
@@ -206,6 +211,7 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
                 stream.load_due = False
                 stream.last_load_time = now
                 self._report(stream, step)
+                step.load.is_exporter = stream.number == self._exporter()
             await context.write(replica_pb2.ConnectResponse(step=step))
 
     def _submit(self, stream: _RouterStream, submit: replica_pb2.ConnectRequest.Submit) -> None:
@@ -272,6 +278,10 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         step.prefixes.added.extend(changes.added)
         step.prefixes.removed.extend(changes.removed)
 
+    def _exporter(self) -> int:
+        """The oldest stream: of all routers, one exports this replica's metrics."""
+        return min(stream.number for stream in self._streams)
+
     def _welcome(self) -> replica_pb2.ConnectResponse:
         layout = self._loop.prefix_journal.layout
         return replica_pb2.ConnectResponse(
@@ -312,6 +322,7 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             paced=None if load.paced is None else pace_to_proto(load.paced),
             shards=map(shard_to_proto, parts.shards),
             drafters=map(drafter_to_proto, parts.drafters),
+            metrics=load_to_metrics(load),
         )
 
 

@@ -16,6 +16,7 @@ import cluster
 from cluster.engine.grammar import GrammarCompiler
 from cluster.engine.vocabulary import Vocabulary
 from cluster.errors import InvalidRequestError, QueueFullError, RequestCancelledError
+from cluster.metrics.router import RouterMetrics, RouterState
 from cluster.request import Request
 from cluster.routing.admission import Admission, Admitted
 from cluster.routing.replica_choice import ChoicePolicy
@@ -118,6 +119,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         )
         self.slow_reader_timeout_s = slow_reader_timeout_s
         self._active: dict[str, Generation] = {}
+        self.metrics = RouterMetrics(model_name, self._metrics_state)
         self._pool = ReplicaPool(
             self.router_id,
             policy=policy,
@@ -212,7 +214,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             ReplicaLostError, DeadlineExceededError: no replica could run it, or not in time.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self.key_limits.begin(key) as limited:
+        with self.metrics.request() as meter, self.key_limits.begin(key) as limited:
             request = await self._to_request(call, deadline)
             limited.take_tokens(_num_tokens(request, call.num_choices))
             generation = Generation(
@@ -224,10 +226,21 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
                 self._queue_timeout_s,
             )
             with self._admitted(generation, call.num_choices) as admitted:
+                meter.begin(call.num_choices)
                 async with aclosing(generation.chunks()) as chunks:
                     async for chunk in chunks:
                         admitted.advance(chunk.choice_index, len(chunk.token_ids))
+                        meter.chunk(chunk)
                         yield chunk
+
+    def _metrics_state(self) -> RouterState:
+        return RouterState(
+            replicas=self._pool.statuses(),
+            refusals=self.authenticator.refusals.counts,
+            num_active_requests=self.num_active_requests,
+            num_queued_tokens=self.num_queued_tokens,
+            num_restarts=self._pool.num_restarts,
+        )
 
     async def _write(
         self, context: aio.ServicerContext, chunk: inference_pb2.GenerateResponse

@@ -20,7 +20,7 @@ from cluster.speculation.speculation_plan import (
     plan_speculation,
 )
 from cluster.speculation.survival_profile import SurvivalProfile
-from cluster.speculation.switch import SpeculationMode, SpeculationSwitch
+from cluster.speculation.switch import SpeculationMode, SpeculationSwitch, SwitchReason
 
 # Now and then a whole block is drafted, so that it stays known what its end would be worth.
 _WHOLE_BLOCK_EVERY = 64
@@ -197,7 +197,7 @@ class SpeculationPolicy:
             max_draft_tokens: most that it drafts in a round, at least 1.
         """
         if not is_ready:
-            self.switch.force_plain("no drafter is ready", now)
+            self.switch.force_plain("no drafter is ready", now, SwitchReason.NO_DRAFTER)
         plan = self._decide(load, now, is_ready, max_draft_tokens)
         if self.mode is SpeculationMode.PLAIN:
             return self._probe_drafting(now, is_ready)

@@ -16,6 +16,16 @@ class SpeculationMode(enum.StrEnum):
     GROUPED = "grouped"  # two groups of sequences: one is verified while the other is drafted for
 
 
+class SwitchReason(enum.StrEnum):
+    """Why a mode is in force, in one of few words."""
+
+    UNKNOWN = "unknown"  # nothing is known yet
+    GOODPUT = "goodput"  # it promises the most tokens per second
+    IMPOSSIBLE = "impossible"  # the mode before it was possible no longer
+    NO_DRAFTER = "no_drafter"  # none is ready
+    NOT_CONFIGURED = "not_configured"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SwitchTiming:
     """How the switch behaves in time.
@@ -74,13 +84,14 @@ class SpeculationSwitch:
 
     Attributes:
         mode: in force.
-        reason: why, in words for people.
+        reason: why, in words for people; ``reason_code`` in one word for machines.
         num_flips: times that it went from plain to one of the others or back.
     """
 
     timing: SwitchTiming = field(default_factory=SwitchTiming)
     mode: SpeculationMode = SpeculationMode.SPECULATIVE
     reason: str = "nothing is known yet"
+    reason_code: SwitchReason = SwitchReason.UNKNOWN
     num_flips: int = 0
     _entered: float | None = None
     _dwell_s: float = 0.0
@@ -119,7 +130,9 @@ class SpeculationSwitch:
         best = max(choice, key=lambda mode: choice[mode])
         if self.mode not in choice:
             self._enter(best, now, f"{self.mode} is not possible now", is_forced=True)
+            self.reason_code = SwitchReason.IMPOSSIBLE
             return self.mode
+        self.reason_code = SwitchReason.GOODPUT
         gain = averages[best] - averages[self.mode]
         if best is not self.mode and gain > math.log1p(self.timing.margin):
             if now - self._entered >= self._dwell_s:
@@ -130,12 +143,12 @@ class SpeculationSwitch:
             self.reason = f"speculating promises {gain:+.0%} tokens/s over plain decoding"
         return self.mode
 
-    def force_plain(self, reason: str, now: float) -> None:
+    def force_plain(self, reason: str, now: float, code: SwitchReason) -> None:
         """Goes over to plain decoding at once, for a reason that is none of goodput."""
         self._count(now)
         if self.mode is not SpeculationMode.PLAIN:
             self._enter(SpeculationMode.PLAIN, now, reason, is_forced=True)
-        self.reason = reason
+        self.reason, self.reason_code = reason, code
 
     def observe(
         self,

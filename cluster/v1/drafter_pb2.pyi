@@ -154,18 +154,20 @@ class FeedRequest(_message.Message):
         protocol_version: int
         def __init__(self, replica_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
     class Chunk(_message.Message):
-        __slots__ = ("session", "start", "features", "sampling", "token_ids")
+        __slots__ = ("session", "start", "features", "sampling", "token_ids", "traceparent")
         SESSION_FIELD_NUMBER: _ClassVar[int]
         START_FIELD_NUMBER: _ClassVar[int]
         FEATURES_FIELD_NUMBER: _ClassVar[int]
         SAMPLING_FIELD_NUMBER: _ClassVar[int]
         TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+        TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
         session: SessionKey
         start: int
         features: _common_pb2.Tensor
         sampling: FeedRequest.DraftSampling
         token_ids: _containers.RepeatedScalarFieldContainer[int]
-        def __init__(self, session: _Optional[_Union[SessionKey, _Mapping]] = ..., start: _Optional[int] = ..., features: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., sampling: _Optional[_Union[FeedRequest.DraftSampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+        traceparent: str
+        def __init__(self, session: _Optional[_Union[SessionKey, _Mapping]] = ..., start: _Optional[int] = ..., features: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., sampling: _Optional[_Union[FeedRequest.DraftSampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., traceparent: _Optional[str] = ...) -> None: ...
     class DraftSampling(_message.Message):
         __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "choice_index", "send_probs")
         TEMPERATURE_FIELD_NUMBER: _ClassVar[int]

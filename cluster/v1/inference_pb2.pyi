@@ -80,20 +80,66 @@ class ShardStatus(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., pipeline_stage: _Optional[int] = ..., tensor_rank: _Optional[int] = ...) -> None: ...
 
 class DrafterStatus(_message.Message):
-    __slots__ = ("drafter_id", "address", "state", "reason", "round_trip_ms", "paced")
+    __slots__ = ("drafter_id", "address", "state", "reason", "round_trip_ms", "paced", "num_rounds", "round_trip_seconds")
+    class NumRoundsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     DRAFTER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     ROUND_TRIP_MS_FIELD_NUMBER: _ClassVar[int]
     PACED_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     drafter_id: str
     address: str
     state: str
     reason: str
     round_trip_ms: float
     paced: _common_pb2.Pace
-    def __init__(self, drafter_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., round_trip_ms: _Optional[float] = ..., paced: _Optional[_Union[_common_pb2.Pace, _Mapping]] = ...) -> None: ...
+    num_rounds: _containers.ScalarMap[str, int]
+    round_trip_seconds: _common_pb2.Histogram
+    def __init__(self, drafter_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., round_trip_ms: _Optional[float] = ..., paced: _Optional[_Union[_common_pb2.Pace, _Mapping]] = ..., num_rounds: _Optional[_Mapping[str, int]] = ..., round_trip_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ...) -> None: ...
+
+class ReplicaMetrics(_message.Message):
+    __slots__ = ("num_prompt_tokens", "num_preemptions", "num_requests_by_budget", "speculation_mode", "speculation_reason_code", "num_flips", "seconds_in_mode", "drafter_demand", "draft_queue_seconds", "draft_network_seconds", "goodput", "goodput_plain")
+    class SecondsInModeEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_BY_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_MODE_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_REASON_CODE_FIELD_NUMBER: _ClassVar[int]
+    NUM_FLIPS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_IN_MODE_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_DEMAND_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_NETWORK_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    GOODPUT_FIELD_NUMBER: _ClassVar[int]
+    GOODPUT_PLAIN_FIELD_NUMBER: _ClassVar[int]
+    num_prompt_tokens: int
+    num_preemptions: int
+    num_requests_by_budget: _containers.RepeatedScalarFieldContainer[int]
+    speculation_mode: str
+    speculation_reason_code: str
+    num_flips: int
+    seconds_in_mode: _containers.ScalarMap[str, float]
+    drafter_demand: float
+    draft_queue_seconds: float
+    draft_network_seconds: float
+    goodput: float
+    goodput_plain: float
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_requests_by_budget: _Optional[_Iterable[int]] = ..., speculation_mode: _Optional[str] = ..., speculation_reason_code: _Optional[str] = ..., num_flips: _Optional[int] = ..., seconds_in_mode: _Optional[_Mapping[str, float]] = ..., drafter_demand: _Optional[float] = ..., draft_queue_seconds: _Optional[float] = ..., draft_network_seconds: _Optional[float] = ..., goodput: _Optional[float] = ..., goodput_plain: _Optional[float] = ...) -> None: ...
 
 class PrefixCacheStats(_message.Message):
     __slots__ = ("num_queried_tokens", "num_hit_tokens", "num_cached_pages", "num_evicted_pages")
@@ -108,7 +154,7 @@ class PrefixCacheStats(_message.Message):
     def __init__(self, num_queried_tokens: _Optional[int] = ..., num_hit_tokens: _Optional[int] = ..., num_cached_pages: _Optional[int] = ..., num_evicted_pages: _Optional[int] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica_id", "address", "state", "num_running", "num_waiting", "kv_cache_usage", "speculation_state", "speculation_reason", "shards", "drafters", "speculation", "num_output_tokens", "reason", "calibration_error", "calibration_drift", "speculation_method", "speculation_model", "prefix_cache", "num_queued_tokens", "num_free_tokens", "num_routers", "mean_output_tokens", "paced")
+    __slots__ = ("replica_id", "address", "state", "num_running", "num_waiting", "kv_cache_usage", "speculation_state", "speculation_reason", "shards", "drafters", "speculation", "num_output_tokens", "reason", "calibration_error", "calibration_drift", "speculation_method", "speculation_model", "prefix_cache", "num_queued_tokens", "num_free_tokens", "num_routers", "mean_output_tokens", "paced", "metrics", "is_exporter")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +178,8 @@ class ReplicaStatus(_message.Message):
     NUM_ROUTERS_FIELD_NUMBER: _ClassVar[int]
     MEAN_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PACED_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    IS_EXPORTER_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     address: str
     state: str
@@ -155,7 +203,9 @@ class ReplicaStatus(_message.Message):
     num_routers: int
     mean_output_tokens: float
     paced: _common_pb2.Pace
-    def __init__(self, replica_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., speculation_state: _Optional[str] = ..., speculation_reason: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., drafters: _Optional[_Iterable[_Union[DrafterStatus, _Mapping]]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationStats, _Mapping]] = ..., num_output_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., calibration_error: _Optional[float] = ..., calibration_drift: _Optional[float] = ..., speculation_method: _Optional[str] = ..., speculation_model: _Optional[str] = ..., prefix_cache: _Optional[_Union[PrefixCacheStats, _Mapping]] = ..., num_queued_tokens: _Optional[int] = ..., num_free_tokens: _Optional[int] = ..., num_routers: _Optional[int] = ..., mean_output_tokens: _Optional[float] = ..., paced: _Optional[_Union[_common_pb2.Pace, _Mapping]] = ...) -> None: ...
+    metrics: ReplicaMetrics
+    is_exporter: bool
+    def __init__(self, replica_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., speculation_state: _Optional[str] = ..., speculation_reason: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., drafters: _Optional[_Iterable[_Union[DrafterStatus, _Mapping]]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationStats, _Mapping]] = ..., num_output_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., calibration_error: _Optional[float] = ..., calibration_drift: _Optional[float] = ..., speculation_method: _Optional[str] = ..., speculation_model: _Optional[str] = ..., prefix_cache: _Optional[_Union[PrefixCacheStats, _Mapping]] = ..., num_queued_tokens: _Optional[int] = ..., num_free_tokens: _Optional[int] = ..., num_routers: _Optional[int] = ..., mean_output_tokens: _Optional[float] = ..., paced: _Optional[_Union[_common_pb2.Pace, _Mapping]] = ..., metrics: _Optional[_Union[ReplicaMetrics, _Mapping]] = ..., is_exporter: _Optional[bool] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
     __slots__ = ("model", "router_id", "replicas", "num_active_requests", "version")

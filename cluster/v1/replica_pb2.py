@@ -26,7 +26,7 @@ from cluster.v1 import common_pb2 as cluster_dot_v1_dot_common__pb2
 from cluster.v1 import inference_pb2 as cluster_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/replica.proto\x12\ncluster.v1\x1a\x17\x63luster/v1/common.proto\x1a\x1a\x63luster/v1/inference.proto\"\x90\x05\n\x0e\x43onnectRequest\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32 .cluster.v1.ConnectRequest.HelloH\x00\x12\x33\n\x06submit\x18\x02 \x01(\x0b\x32!.cluster.v1.ConnectRequest.SubmitH\x00\x12\x33\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32!.cluster.v1.ConnectRequest.CancelH\x00\x1a\x34\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x1a\xf1\x02\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x14\n\x0c\x63hoice_index\x18\x03 \x01(\x05\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\x05\x12\x18\n\x10resume_token_ids\x18\x05 \x03(\x05\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.cluster.v1.SamplingParams\x12\x32\n\x0bspeculation\x18\x07 \x01(\x0b\x32\x1d.cluster.v1.SpeculationParams\x12\x1c\n\x0ftimeout_seconds\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12&\n\x08priority\x18\x1e \x01(\x0e\x32\x14.cluster.v1.Priority\x12\"\n\x15queue_timeout_seconds\x18\x1f \x01(\x01H\x01\x88\x01\x01\x42\x12\n\x10_timeout_secondsB\x18\n\x16_queue_timeout_seconds\x1a,\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\tB\t\n\x07message\"\xeb\x07\n\x0f\x43onnectResponse\x12\x36\n\x07welcome\x18\x01 \x01(\x0b\x32#.cluster.v1.ConnectResponse.WelcomeH\x00\x12\x36\n\x04step\x18\x02 \x01(\x0b\x32&.cluster.v1.ConnectResponse.StepUpdateH\x00\x1a\xb7\x01\n\x07Welcome\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x12\x15\n\rmax_model_len\x18\x03 \x01(\x05\x12\x12\n\nvocab_size\x18\x04 \x01(\x05\x12)\n\x07\x64igests\x18\x05 \x01(\x0b\x32\x18.cluster.v1.ModelDigests\x12\x11\n\tpage_size\x18\x1e \x01(\x05\x12\x15\n\rprefix_stride\x18\x1f \x01(\x05\x1a\xd3\x01\n\nStepUpdate\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x31\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32!.cluster.v1.ConnectResponse.Delta\x12\'\n\x04load\x18\x03 \x01(\x0b\x32\x19.cluster.v1.ReplicaStatus\x12\x1f\n\x17num_counted_submissions\x18\x1e \x01(\x03\x12:\n\x08prefixes\x18\x1f \x01(\x0b\x32(.cluster.v1.ConnectResponse.PrefixReport\x1a?\n\x0cPrefixReport\x12\x0f\n\x07is_full\x18\x01 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x02 \x03(\x06\x12\x0f\n\x07removed\x18\x03 \x03(\x06\x1a\xb0\x02\n\x05\x44\x65lta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0ctoken_offset\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12.\n\rtoken_sources\x18\x04 \x03(\x0e\x32\x17.cluster.v1.TokenSource\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.cluster.v1.FinishReason\x12 \n\x05usage\x18\x07 \x01(\x0b\x32\x11.cluster.v1.Usage\x12\x37\n\x05\x65rror\x18\x08 \x01(\x0b\x32(.cluster.v1.ConnectResponse.RequestError\x1aY\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x1b\n\x13retry_after_seconds\x18\x04 \x01(\x01\x42\t\n\x07message2X\n\x0eReplicaService\x12\x46\n\x07\x43onnect\x12\x1a.cluster.v1.ConnectRequest\x1a\x1b.cluster.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/replica.proto\x12\ncluster.v1\x1a\x17\x63luster/v1/common.proto\x1a\x1a\x63luster/v1/inference.proto\"\xa5\x05\n\x0e\x43onnectRequest\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32 .cluster.v1.ConnectRequest.HelloH\x00\x12\x33\n\x06submit\x18\x02 \x01(\x0b\x32!.cluster.v1.ConnectRequest.SubmitH\x00\x12\x33\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32!.cluster.v1.ConnectRequest.CancelH\x00\x1a\x34\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x1a\x86\x03\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x14\n\x0c\x63hoice_index\x18\x03 \x01(\x05\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\x05\x12\x18\n\x10resume_token_ids\x18\x05 \x03(\x05\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.cluster.v1.SamplingParams\x12\x32\n\x0bspeculation\x18\x07 \x01(\x0b\x32\x1d.cluster.v1.SpeculationParams\x12\x1c\n\x0ftimeout_seconds\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12&\n\x08priority\x18\x1e \x01(\x0e\x32\x14.cluster.v1.Priority\x12\"\n\x15queue_timeout_seconds\x18\x1f \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0btraceparent\x18\x46 \x01(\tB\x12\n\x10_timeout_secondsB\x18\n\x16_queue_timeout_seconds\x1a,\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\tB\t\n\x07message\"\xeb\x07\n\x0f\x43onnectResponse\x12\x36\n\x07welcome\x18\x01 \x01(\x0b\x32#.cluster.v1.ConnectResponse.WelcomeH\x00\x12\x36\n\x04step\x18\x02 \x01(\x0b\x32&.cluster.v1.ConnectResponse.StepUpdateH\x00\x1a\xb7\x01\n\x07Welcome\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x12\x15\n\rmax_model_len\x18\x03 \x01(\x05\x12\x12\n\nvocab_size\x18\x04 \x01(\x05\x12)\n\x07\x64igests\x18\x05 \x01(\x0b\x32\x18.cluster.v1.ModelDigests\x12\x11\n\tpage_size\x18\x1e \x01(\x05\x12\x15\n\rprefix_stride\x18\x1f \x01(\x05\x1a\xd3\x01\n\nStepUpdate\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x31\n\x06\x64\x65ltas\x18\x02 \x03(\x0b\x32!.cluster.v1.ConnectResponse.Delta\x12\'\n\x04load\x18\x03 \x01(\x0b\x32\x19.cluster.v1.ReplicaStatus\x12\x1f\n\x17num_counted_submissions\x18\x1e \x01(\x03\x12:\n\x08prefixes\x18\x1f \x01(\x0b\x32(.cluster.v1.ConnectResponse.PrefixReport\x1a?\n\x0cPrefixReport\x12\x0f\n\x07is_full\x18\x01 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x02 \x03(\x06\x12\x0f\n\x07removed\x18\x03 \x03(\x06\x1a\xb0\x02\n\x05\x44\x65lta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0ctoken_offset\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12.\n\rtoken_sources\x18\x04 \x03(\x0e\x32\x17.cluster.v1.TokenSource\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.cluster.v1.FinishReason\x12 \n\x05usage\x18\x07 \x01(\x0b\x32\x11.cluster.v1.Usage\x12\x37\n\x05\x65rror\x18\x08 \x01(\x0b\x32(.cluster.v1.ConnectResponse.RequestError\x1aY\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x1b\n\x13retry_after_seconds\x18\x04 \x01(\x01\x42\t\n\x07message2X\n\x0eReplicaService\x12\x46\n\x07\x43onnect\x12\x1a.cluster.v1.ConnectRequest\x1a\x1b.cluster.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,25 +34,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.v1.replica_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONNECTREQUEST']._serialized_start=94
-  _globals['_CONNECTREQUEST']._serialized_end=750
+  _globals['_CONNECTREQUEST']._serialized_end=771
   _globals['_CONNECTREQUEST_HELLO']._serialized_start=269
   _globals['_CONNECTREQUEST_HELLO']._serialized_end=321
   _globals['_CONNECTREQUEST_SUBMIT']._serialized_start=324
-  _globals['_CONNECTREQUEST_SUBMIT']._serialized_end=693
-  _globals['_CONNECTREQUEST_CANCEL']._serialized_start=695
-  _globals['_CONNECTREQUEST_CANCEL']._serialized_end=739
-  _globals['_CONNECTRESPONSE']._serialized_start=753
-  _globals['_CONNECTRESPONSE']._serialized_end=1756
-  _globals['_CONNECTRESPONSE_WELCOME']._serialized_start=885
-  _globals['_CONNECTRESPONSE_WELCOME']._serialized_end=1068
-  _globals['_CONNECTRESPONSE_STEPUPDATE']._serialized_start=1071
-  _globals['_CONNECTRESPONSE_STEPUPDATE']._serialized_end=1282
-  _globals['_CONNECTRESPONSE_PREFIXREPORT']._serialized_start=1284
-  _globals['_CONNECTRESPONSE_PREFIXREPORT']._serialized_end=1347
-  _globals['_CONNECTRESPONSE_DELTA']._serialized_start=1350
-  _globals['_CONNECTRESPONSE_DELTA']._serialized_end=1654
-  _globals['_CONNECTRESPONSE_REQUESTERROR']._serialized_start=1656
-  _globals['_CONNECTRESPONSE_REQUESTERROR']._serialized_end=1745
-  _globals['_REPLICASERVICE']._serialized_start=1758
-  _globals['_REPLICASERVICE']._serialized_end=1846
+  _globals['_CONNECTREQUEST_SUBMIT']._serialized_end=714
+  _globals['_CONNECTREQUEST_CANCEL']._serialized_start=716
+  _globals['_CONNECTREQUEST_CANCEL']._serialized_end=760
+  _globals['_CONNECTRESPONSE']._serialized_start=774
+  _globals['_CONNECTRESPONSE']._serialized_end=1777
+  _globals['_CONNECTRESPONSE_WELCOME']._serialized_start=906
+  _globals['_CONNECTRESPONSE_WELCOME']._serialized_end=1089
+  _globals['_CONNECTRESPONSE_STEPUPDATE']._serialized_start=1092
+  _globals['_CONNECTRESPONSE_STEPUPDATE']._serialized_end=1303
+  _globals['_CONNECTRESPONSE_PREFIXREPORT']._serialized_start=1305
+  _globals['_CONNECTRESPONSE_PREFIXREPORT']._serialized_end=1368
+  _globals['_CONNECTRESPONSE_DELTA']._serialized_start=1371
+  _globals['_CONNECTRESPONSE_DELTA']._serialized_end=1675
+  _globals['_CONNECTRESPONSE_REQUESTERROR']._serialized_start=1677
+  _globals['_CONNECTRESPONSE_REQUESTERROR']._serialized_end=1766
+  _globals['_REPLICASERVICE']._serialized_start=1779
+  _globals['_REPLICASERVICE']._serialized_end=1867
 # @@protoc_insertion_point(module_scope)

@@ -18,7 +18,7 @@ class ConnectRequest(_message.Message):
         protocol_version: int
         def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
     class Submit(_message.Message):
-        __slots__ = ("request_id", "attempt", "choice_index", "prompt_token_ids", "resume_token_ids", "sampling", "speculation", "timeout_seconds", "priority", "queue_timeout_seconds")
+        __slots__ = ("request_id", "attempt", "choice_index", "prompt_token_ids", "resume_token_ids", "sampling", "speculation", "timeout_seconds", "priority", "queue_timeout_seconds", "traceparent")
         REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
         ATTEMPT_FIELD_NUMBER: _ClassVar[int]
         CHOICE_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class ConnectRequest(_message.Message):
         TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
         PRIORITY_FIELD_NUMBER: _ClassVar[int]
         QUEUE_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+        TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
         request_id: str
         attempt: int
         choice_index: int
@@ -39,7 +40,8 @@ class ConnectRequest(_message.Message):
         timeout_seconds: float
         priority: _common_pb2.Priority
         queue_timeout_seconds: float
-        def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., choice_index: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationParams, _Mapping]] = ..., timeout_seconds: _Optional[float] = ..., priority: _Optional[_Union[_common_pb2.Priority, str]] = ..., queue_timeout_seconds: _Optional[float] = ...) -> None: ...
+        traceparent: str
+        def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., choice_index: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationParams, _Mapping]] = ..., timeout_seconds: _Optional[float] = ..., priority: _Optional[_Union[_common_pb2.Priority, str]] = ..., queue_timeout_seconds: _Optional[float] = ..., traceparent: _Optional[str] = ...) -> None: ...
     class Cancel(_message.Message):
         __slots__ = ("request_id", "reason")
         REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
