@@ -109,6 +109,12 @@ def _image_missing(_config: pytest.Config) -> str | None:
     return None if shutil.which("buildah") else "no buildah"
 
 
+def _browser_missing(_config: pytest.Config) -> str | None:
+    from tests.browser_tools import CHROMIUM
+
+    return None if CHROMIUM else "no Chromium; $DSPARK_CHROMIUM names one that is not in the PATH"
+
+
 _REQUIREMENTS: dict[str, Callable[[pytest.Config], str | None]] = {
     "slow": _slow_missing,
     "gpu": _gpu_missing,
@@ -117,4 +123,5 @@ _REQUIREMENTS: dict[str, Callable[[pytest.Config], str | None]] = {
     "shared": _shared_missing,
     "helm": _helm_missing,
     "image": _image_missing,
+    "browser": _browser_missing,
 }

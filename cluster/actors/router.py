@@ -91,7 +91,7 @@ class Router:
         self._server.set_replicas([(replica.replica_id, replica.address) for replica in replicas])
 
     def _on_routers(self, routers: list[ReplicaAddress]) -> None:
-        self._server.key_limits.set_num_routers(len(routers))
+        self._server.set_routers([(router.replica_id, router.address) for router in routers])
 
 
 def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:

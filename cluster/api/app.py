@@ -15,6 +15,7 @@ from cluster.api.body_limit import BodyLimit
 from cluster.api.chat import ChatCompletionRequest, ChatCompletions
 from cluster.api.chat_template import ChatTemplate
 from cluster.api.completions import CompletionRequest, Completions
+from cluster.api.console.routes import console_routes
 from cluster.api.errors import add_error_handlers, error_response
 from cluster.api.fields import REFUSALS
 from cluster.api.streaming import EventStream, unless_disconnected
@@ -58,6 +59,7 @@ def create_app(
     app.include_router(_openai(router, template), dependencies=with_key)
     app.include_router(_tokens(router, template), dependencies=with_key)
     app.include_router(_metrics(router), dependencies=with_key)
+    app.include_router(console_routes(router, authenticate, has_chat_template=template.is_there))
     return app
 
 

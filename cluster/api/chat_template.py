@@ -137,6 +137,11 @@ class ChatTemplate:
             self._template = configured or own
 
     @property
+    def is_there(self) -> bool:
+        """Whether conversations can be rendered at all."""
+        return self._template is not None
+
+    @property
     def calls_tools(self) -> bool:
         """Whether the template tells of tools, and of calls in the form that is read here."""
         text = json.dumps(self._template)

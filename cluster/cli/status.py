@@ -70,6 +70,11 @@ def _print(address: str, status: ClusterStatus) -> None:
             f"  speculation: {replica.speculation_state} ({replica.speculation_reason}), "
             f"acceptance length {stats.acceptance_length:.2f} over {stats.num_drafts} rounds"
         )
+        switch = replica.switch
+        console.print(
+            f"  mode: {switch.mode} for {switch.seconds_in_state:.0f} s, "
+            f"{switch.num_flips} flips so far, {switch.drafter_demand:.2f} drafters kept busy"
+        )
         if replica.speculation_method:
             console.print(f"  method: {replica.speculation_method} {replica.speculation_model}")
         if replica.calibration_error is not None:

@@ -66,6 +66,31 @@ class ReplicaParts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SwitchStatus:
+    """Which mode a replica speculates in, and what it expects of that.
+
+    Attributes:
+        mode: plain, speculative or grouped; empty before the first report.
+        reason_code: why, as one of few words (``SwitchReason``).
+        num_flips: times that speculation went off or on.
+        seconds_in_state: since the mode in force was entered.
+        seconds_in_mode: in each mode since the start.
+        drafter_demand: drafters that its rounds keep busy.
+        goodput: tokens per second expected with speculation, at the load of the last step;
+            ``goodput_plain``: the same without.
+    """
+
+    mode: str = ""
+    reason_code: str = ""
+    num_flips: int = 0
+    seconds_in_state: float = 0.0
+    seconds_in_mode: Mapping[str, float] = field(default_factory=dict)
+    drafter_demand: float = 0.0
+    goodput: float = 0.0
+    goodput_plain: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReplicaStatus:
     """One target replica as a router sees it.
 
@@ -74,7 +99,7 @@ class ReplicaStatus:
             and ``reason`` are as of its last report.
         reason: why it is mismatched, else empty.
         kv_cache_usage: share of pages that requests hold, 0..1.
-        speculation_state: on or off; ``speculation_reason`` says why.
+        speculation_state: on or off; ``speculation_reason`` says why, and ``switch`` more.
         speculation: sums since the replica started.
         speculation_method, speculation_model: as in ``ReplicaParts``.
         calibration_error: 0..1, by how much confidences as served are off; ``None``: not known yet.
@@ -93,6 +118,7 @@ class ReplicaStatus:
     prefix_cache: PrefixCacheStats = field(default_factory=PrefixCacheStats)
     speculation_state: str = ""
     speculation_reason: str = ""
+    switch: SwitchStatus = field(default_factory=SwitchStatus)
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
     speculation_method: str = ""
     speculation_model: str = ""
@@ -104,14 +130,28 @@ class ReplicaStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RouterStatus:
+    """A router and where its gRPC server listens (``host:port``)."""
+
+    router_id: str
+    address: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterStatus:
-    """The cluster as one router sees it."""
+    """The cluster as one router, ``router_id``, sees it.
+
+    Attributes:
+        num_active_requests: calls that this router has under way.
+        routers: all that run; empty where the router was not told.
+    """
 
     model: str
     router_id: str
     version: str
     num_active_requests: int
     replicas: tuple[ReplicaStatus, ...]
+    routers: tuple[RouterStatus, ...] = ()
 
 
 def cluster_status_from_proto(message: inference_pb2.GetStatusResponse) -> ClusterStatus:
@@ -122,6 +162,10 @@ def cluster_status_from_proto(message: inference_pb2.GetStatusResponse) -> Clust
         version=message.version,
         num_active_requests=message.num_active_requests,
         replicas=tuple(map(_replica_from_proto, message.replicas)),
+        routers=tuple(
+            RouterStatus(router_id=router.router_id, address=router.address)
+            for router in message.routers
+        ),
     )
 
 
@@ -161,6 +205,7 @@ def load_to_metrics(load: EngineLoad) -> inference_pb2.ReplicaMetrics:
         draft_network_seconds=speculation.draft_network_seconds,
         goodput=speculation.goodput,
         goodput_plain=speculation.goodput_plain,
+        seconds_in_state=speculation.seconds_in_state,
     )
 
 
@@ -186,6 +231,16 @@ def _replica_from_proto(message: inference_pb2.ReplicaStatus) -> ReplicaStatus:
         ),
         speculation_state=message.speculation_state,
         speculation_reason=message.speculation_reason,
+        switch=SwitchStatus(
+            mode=message.metrics.speculation_mode,
+            reason_code=message.metrics.speculation_reason_code,
+            num_flips=message.metrics.num_flips,
+            seconds_in_state=message.metrics.seconds_in_state,
+            seconds_in_mode=dict(message.metrics.seconds_in_mode),
+            drafter_demand=message.metrics.drafter_demand,
+            goodput=message.metrics.goodput,
+            goodput_plain=message.metrics.goodput_plain,
+        ),
         speculation=stats_from_proto(message.speculation),
         speculation_method=message.speculation_method,
         speculation_model=message.speculation_model,

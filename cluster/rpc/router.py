@@ -119,6 +119,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         )
         self.slow_reader_timeout_s = slow_reader_timeout_s
         self._active: dict[str, Generation] = {}
+        self._routers: list[tuple[str, str]] = []
         self.metrics = RouterMetrics(model_name, self._metrics_state)
         self._pool = ReplicaPool(
             self.router_id,
@@ -152,6 +153,25 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
     def set_replicas(self, replicas: Iterable[tuple[str, str]]) -> None:
         """Names all replicas, as (id, ``host:port``), that requests may run on from now on."""
         self._pool.set_replicas(replicas)
+
+    def set_routers(self, routers: Iterable[tuple[str, str]]) -> None:
+        """Names all routers, as (id, ``host:port``), this one among them; they share key limits."""
+        self._routers = sorted(routers)
+        self.key_limits.set_num_routers(len(self._routers))
+
+    def status(self) -> inference_pb2.GetStatusResponse:
+        """The cluster as the replicas' latest reports have it."""
+        return inference_pb2.GetStatusResponse(
+            model=self.model_name,
+            router_id=self.router_id,
+            replicas=self._pool.statuses(),
+            num_active_requests=self.num_active_requests,
+            version=cluster.__version__,
+            routers=[
+                inference_pb2.RouterStatus(router_id=router_id, address=address)
+                for router_id, address in self._routers
+            ],
+        )
 
     async def start(self, host: str, port: int = 0) -> int:
         """Serves on ``host`` and returns the port. Raises: ConfigError.
@@ -192,13 +212,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GetStatusRequest, context: aio.ServicerContext
     ) -> inference_pb2.GetStatusResponse:
         """Answers from the replicas' latest reports."""
-        return inference_pb2.GetStatusResponse(
-            model=self.model_name,
-            router_id=self.router_id,
-            replicas=self._pool.statuses(),
-            num_active_requests=self.num_active_requests,
-            version=cluster.__version__,
-        )
+        return self.status()
 
     async def generate(
         self, call: GenerateCall, timeout_s: float | None = None, key: ApiKey = ANYBODY

@@ -107,7 +107,7 @@ class DrafterStatus(_message.Message):
     def __init__(self, drafter_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., round_trip_ms: _Optional[float] = ..., paced: _Optional[_Union[_common_pb2.Pace, _Mapping]] = ..., num_rounds: _Optional[_Mapping[str, int]] = ..., round_trip_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ...) -> None: ...
 
 class ReplicaMetrics(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_preemptions", "num_requests_by_budget", "speculation_mode", "speculation_reason_code", "num_flips", "seconds_in_mode", "drafter_demand", "draft_queue_seconds", "draft_network_seconds", "goodput", "goodput_plain")
+    __slots__ = ("num_prompt_tokens", "num_preemptions", "num_requests_by_budget", "speculation_mode", "speculation_reason_code", "num_flips", "seconds_in_mode", "drafter_demand", "draft_queue_seconds", "draft_network_seconds", "goodput", "goodput_plain", "seconds_in_state")
     class SecondsInModeEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,7 @@ class ReplicaMetrics(_message.Message):
     DRAFT_NETWORK_SECONDS_FIELD_NUMBER: _ClassVar[int]
     GOODPUT_FIELD_NUMBER: _ClassVar[int]
     GOODPUT_PLAIN_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_IN_STATE_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_preemptions: int
     num_requests_by_budget: _containers.RepeatedScalarFieldContainer[int]
@@ -139,7 +140,8 @@ class ReplicaMetrics(_message.Message):
     draft_network_seconds: float
     goodput: float
     goodput_plain: float
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_requests_by_budget: _Optional[_Iterable[int]] = ..., speculation_mode: _Optional[str] = ..., speculation_reason_code: _Optional[str] = ..., num_flips: _Optional[int] = ..., seconds_in_mode: _Optional[_Mapping[str, float]] = ..., drafter_demand: _Optional[float] = ..., draft_queue_seconds: _Optional[float] = ..., draft_network_seconds: _Optional[float] = ..., goodput: _Optional[float] = ..., goodput_plain: _Optional[float] = ...) -> None: ...
+    seconds_in_state: float
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_requests_by_budget: _Optional[_Iterable[int]] = ..., speculation_mode: _Optional[str] = ..., speculation_reason_code: _Optional[str] = ..., num_flips: _Optional[int] = ..., seconds_in_mode: _Optional[_Mapping[str, float]] = ..., drafter_demand: _Optional[float] = ..., draft_queue_seconds: _Optional[float] = ..., draft_network_seconds: _Optional[float] = ..., goodput: _Optional[float] = ..., goodput_plain: _Optional[float] = ..., seconds_in_state: _Optional[float] = ...) -> None: ...
 
 class PrefixCacheStats(_message.Message):
     __slots__ = ("num_queried_tokens", "num_hit_tokens", "num_cached_pages", "num_evicted_pages")
@@ -207,16 +209,26 @@ class ReplicaStatus(_message.Message):
     is_exporter: bool
     def __init__(self, replica_id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., speculation_state: _Optional[str] = ..., speculation_reason: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., drafters: _Optional[_Iterable[_Union[DrafterStatus, _Mapping]]] = ..., speculation: _Optional[_Union[_common_pb2.SpeculationStats, _Mapping]] = ..., num_output_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., calibration_error: _Optional[float] = ..., calibration_drift: _Optional[float] = ..., speculation_method: _Optional[str] = ..., speculation_model: _Optional[str] = ..., prefix_cache: _Optional[_Union[PrefixCacheStats, _Mapping]] = ..., num_queued_tokens: _Optional[int] = ..., num_free_tokens: _Optional[int] = ..., num_routers: _Optional[int] = ..., mean_output_tokens: _Optional[float] = ..., paced: _Optional[_Union[_common_pb2.Pace, _Mapping]] = ..., metrics: _Optional[_Union[ReplicaMetrics, _Mapping]] = ..., is_exporter: _Optional[bool] = ...) -> None: ...
 
+class RouterStatus(_message.Message):
+    __slots__ = ("router_id", "address")
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    address: str
+    def __init__(self, router_id: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+
 class GetStatusResponse(_message.Message):
-    __slots__ = ("model", "router_id", "replicas", "num_active_requests", "version")
+    __slots__ = ("model", "router_id", "replicas", "num_active_requests", "version", "routers")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     router_id: str
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
     num_active_requests: int
     version: str
-    def __init__(self, model: _Optional[str] = ..., router_id: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., num_active_requests: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    routers: _containers.RepeatedCompositeFieldContainer[RouterStatus]
+    def __init__(self, model: _Optional[str] = ..., router_id: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., num_active_requests: _Optional[int] = ..., version: _Optional[str] = ..., routers: _Optional[_Iterable[_Union[RouterStatus, _Mapping]]] = ...) -> None: ...
