@@ -12,13 +12,15 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# CI runs every test that the machine can run: the default ones by two processes, then the slow ones,
-# of which some measure time and memory, one after the other.
+# CI runs the slow tests too: by two processes, which take whole files, those with Ray clusters first;
+# then by one those that measure time.
 ifneq ($(filter-out 0 false,$(CI)),)
 test: test-in-ci
 else
 test: test-by-default
 endif
+
+BY_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Where `make comparison` puts drafters and figures, and where the sets of prompts are.
 OUT ?= /tmp/comparison
@@ -31,8 +33,8 @@ COMPARED := dflash-2 dflash-5 dspark-2 dspark-2-rnn dspark-5-rnn eagle3
 help:
 	@echo 'make demo          start a small cluster here, use it, compare outputs, stop it'
 	@echo 'make comparison    docs/comparison.md again: six drafters trained (hours), then compared'
-	@echo 'make test          the default tests; in CI every test that this machine can run'
-	@echo 'make test-all      every test that this machine can run'
+	@echo 'make test          the default tests; in CI the slow ones too'
+	@echo 'make test-all      the slow tests too; with PYTEST_ARGS=--full in their largest form: hours'
 	@echo 'make lint          style, types, layers, generated code'
 	@echo 'make format        put the code into the style that lint asks for'
 	@echo 'make protos        regenerate cluster/v1 from protos/'
@@ -73,8 +75,8 @@ test-by-default: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-in-ci: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
-	$(BIN)/python -m pytest --run-slow -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --run-slow -m 'not timed' $(BY_TWO) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --run-slow -m timed $(PYTEST_ARGS)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest --run-slow $(PYTEST_ARGS)

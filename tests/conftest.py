@@ -39,10 +39,16 @@ SHARED = Path(os.environ.get("DSPARK_SHARED") or Path(__file__).resolve().parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption(
+        "--full", action="store_true", help="run slow tests in their largest form too: hours"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip, with the reason, the tests whose markers ask for what this machine does not have."""
+    if hasattr(config, "workerinput"):  # of xdist, which hands out files in this order
+        longest = {item.path for item in items if item.get_closest_marker("cluster")}
+        items.sort(key=lambda item: item.path not in longest)
     for item in items:
         for marker, missing in _REQUIREMENTS.items():
             if item.get_closest_marker(marker) and (reason := missing(config)):
@@ -61,7 +67,12 @@ def shared_dir() -> Path:
 
 
 def _slow_missing(config: pytest.Config) -> str | None:
-    return None if config.getoption("--run-slow") else "left out without --run-slow"
+    is_wanted = config.getoption("--run-slow") or config.getoption("--full")
+    return None if is_wanted else "left out without --run-slow"
+
+
+def _full_missing(config: pytest.Config) -> str | None:
+    return None if config.getoption("--full") else "left out without --full"
 
 
 @functools.cache
@@ -116,6 +127,7 @@ def _browser_missing(_config: pytest.Config) -> str | None:
 
 
 _REQUIREMENTS: dict[str, Callable[[pytest.Config], str | None]] = {
+    "full": _full_missing,
     "slow": _slow_missing,
     "gpu": _gpu_missing,
     "root": _root_missing,

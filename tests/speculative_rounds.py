@@ -7,6 +7,7 @@ Target and drafter are tables of logits by the two tokens before. Samples are on
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -250,6 +251,7 @@ class _Rounds:
         )
 
 
+@functools.cache
 def step_cost_model(num_requests: int) -> CostModel:
     """A pass whose every token counts, in proportion to the step: planners must choose."""
     seconds_by_tokens = {

@@ -126,6 +126,7 @@ def test_our_settings_are_a_configuration(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_overhead_of_a_tiny_cluster(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"turns": ["def add(a, b):"]}\n{"turns": ["class Stack:"]}\n')
@@ -138,6 +139,7 @@ def test_overhead_of_a_tiny_cluster(tmp_path: Path) -> None:
         max_num_seqs=4,
         max_num_batched_tokens=32,
         kv_cache_memory_mb=1,
+        enforce_eager=True,  # five starts, each of which would compile
     )
     shape = LoadShape(concurrencies=(2,), waves=2, prompt_tokens=32, max_tokens=12)
     figures = overhead.run(

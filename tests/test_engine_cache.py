@@ -183,6 +183,7 @@ def test_a_trained_drafter_guesses_as_well_behind_a_match() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("speculate", [False, True], ids=["plain", "speculative"])
 def test_a_prompt_of_800_tokens_is_answered_sooner_the_second_time(speculate: bool) -> None:
