@@ -114,6 +114,13 @@ def _helm_missing(_config: pytest.Config) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _prometheus_missing(_config: pytest.Config) -> str | None:
+    from tests.prometheus_tools import install_prometheus
+
+    found = install_prometheus()
+    return found if isinstance(found, str) else None
+
+
 def _image_missing(_config: pytest.Config) -> str | None:
     if "DSPARK_BASE_IMAGE" not in os.environ:
         return "$DSPARK_BASE_IMAGE names no base to build on (docs/deploy.md)"
@@ -136,4 +143,5 @@ _REQUIREMENTS: dict[str, Callable[[pytest.Config], str | None]] = {
     "helm": _helm_missing,
     "image": _image_missing,
     "browser": _browser_missing,
+    "prometheus": _prometheus_missing,
 }

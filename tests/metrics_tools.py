@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,6 +24,14 @@ from tests.drafter_rpc_tools import DIGESTS
 from tests.engine_tools import make_engine
 from tests.rpc_tools import until
 from tests.test_text import small_tokenizer
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -398,15 +398,29 @@ def test_http_follows_the_serve_configuration(tmp_path: Path) -> None:
     assert {"name": "serve", "containerPort": 8123} in ports
     route = one(found, "HTTPRoute")["spec"]
     assert route["rules"] == [{"backendRefs": [{"name": "test-dspark-http", "port": 80}]}]
-    monitor = one(found, "ServiceMonitor")["spec"]
-    labels = one(found, "Service", "-http")["metadata"]["labels"]
-    assert selects(monitor["selector"], labels)
     document["proxy_location"] = "Disabled"
     (chart / "serve" / "other.yaml").write_text(yaml.safe_dump(document))
     kinds = [loaded["kind"] for loaded in render(values, chart)]
     assert kinds.count("Service") == 1
-    assert "ServiceMonitor" not in kinds
     assert "HTTPRoute" not in kinds
+
+
+def test_the_routers_metrics_are_scraped_from_each_of_them() -> None:
+    found = render(ALL_ON)
+    monitor = one(found, "ServiceMonitor")["spec"]
+    service = one(found, "Service", "-grpc")
+    assert selects(monitor["selector"], service["metadata"]["labels"])
+    assert service["spec"]["clusterIP"] == "None"  # one target for each pod, not for all
+    (endpoint,) = monitor["endpoints"]
+    ports = {port["name"]: port for port in service["spec"]["ports"]}
+    assert ports[endpoint["port"]]["port"] == 9400
+    assert ports[endpoint["port"]]["targetPort"] == "dspark-metrics"
+    container = pods(found)["router"]["spec"]["containers"][0]
+    assert {"name": "dspark-metrics", "containerPort": 9400} in container["ports"]
+    closed = render({"config": {"router": {"metrics_port": None}}})
+    assert "metrics" not in {p["name"] for p in one(closed, "Service", "-grpc")["spec"]["ports"]}
+    with pytest.raises(HelmError, match=r"config\.router\.metrics_port"):
+        render({**ALL_ON, "config": {"router": {"metrics_port": None}}})
 
 
 def test_routes_lead_to_the_grpc_service() -> None:

@@ -144,7 +144,7 @@ def test_a_release_is_installed_upgraded_and_rolled_back(
     first = kubernetes.stored("RayService")["one-dspark"]
     assert first["metadata"]["generation"] == 1
     assert {*kubernetes.stored("Service")} == {"one-dspark-grpc"}
-    assert len(kubernetes.stored("NetworkPolicy")) == 5
+    assert len(kubernetes.stored("NetworkPolicy")) == 6
 
     # A newer chart alone: other labels, and not a change of the RayService's specification.
     releases.upgrade(chart_copy(tmp_path, version="9.9.9"), TWO_POOLS)
@@ -161,7 +161,7 @@ def test_a_release_is_installed_upgraded_and_rolled_back(
 
     # Another port, and a part that goes.
     releases.upgrade(CHART, {**TWO_POOLS, "config": port, "networkPolicy": {"enabled": False}})
-    (listed,) = kubernetes.stored("Service")["one-dspark-grpc"]["spec"]["ports"]
+    listed, _ = kubernetes.stored("Service")["one-dspark-grpc"]["spec"]["ports"]
     assert listed["port"] == 50052
     assert kubernetes.stored("NetworkPolicy") == {}
 
@@ -169,9 +169,9 @@ def test_a_release_is_installed_upgraded_and_rolled_back(
     last = kubernetes.stored("RayService")["one-dspark"]
     assert last["spec"] == first["spec"]
     assert last["metadata"]["uid"] == first["metadata"]["uid"]
-    (listed,) = kubernetes.stored("Service")["one-dspark-grpc"]["spec"]["ports"]
+    listed, _ = kubernetes.stored("Service")["one-dspark-grpc"]["spec"]["ports"]
     assert listed["port"] == 50051
-    assert len(kubernetes.stored("NetworkPolicy")) == 5
+    assert len(kubernetes.stored("NetworkPolicy")) == 6
     assert releases.statuses() == [*["superseded"] * 4, "deployed"]
 
     releases.uninstall()

@@ -80,6 +80,9 @@ spec:
         {{- end }}
         {{- if $isRouter }}
         - {name: grpc, containerPort: {{ include "dspark.grpcPort" $root }}}
+        {{- with include "dspark.metricsPort" $root }}
+        - {name: dspark-metrics, containerPort: {{ . }}}
+        {{- end }}
         {{- end }}
         {{- /* KubeRay makes no cluster without this name on the head. */}}
         {{- if or $isHead (include "dspark.http" $root) }}

@@ -41,6 +41,12 @@
 {{- $port }}
 {{- end }}
 
+{{/* The routers' own port for Prometheus, or nothing. */}}
+{{- define "dspark.metricsPort" -}}
+{{- $port := int (default 0 (default dict (include "dspark.args" . | fromYaml).router).metrics_port) }}
+{{- if $port }}{{ $port }}{{ end }}
+{{- end }}
+
 {{/* `args.security`, out of the Secrets that pods mount. */}}
 {{- define "dspark.security" -}}
 {{- with .Values.tls.client }}
