@@ -161,16 +161,14 @@ def test_a_release_is_installed_upgraded_and_rolled_back(
 
     # Another port, and a part that goes.
     releases.upgrade(CHART, {**TWO_POOLS, "config": port, "networkPolicy": {"enabled": False}})
-    listed, _ = kubernetes.stored("Service")["one-dspark-grpc"]["spec"]["ports"]
-    assert listed["port"] == 50052
+    assert _ports(kubernetes) == {"grpc": 50052, "metrics": 9400}
     assert kubernetes.stored("NetworkPolicy") == {}
 
     releases.rollback(1)
     last = kubernetes.stored("RayService")["one-dspark"]
     assert last["spec"] == first["spec"]
     assert last["metadata"]["uid"] == first["metadata"]["uid"]
-    listed, _ = kubernetes.stored("Service")["one-dspark-grpc"]["spec"]["ports"]
-    assert listed["port"] == 50051
+    assert _ports(kubernetes) == {"grpc": 50051, "metrics": 9400}
     assert len(kubernetes.stored("NetworkPolicy")) == 6
     assert releases.statuses() == [*["superseded"] * 4, "deployed"]
 
@@ -178,6 +176,11 @@ def test_a_release_is_installed_upgraded_and_rolled_back(
     assert {*kubernetes.unanswered} <= {"/openapi/v3"}  # Helm 4 can do without
     left = {key[1]: key[3] for key in kubernetes.objects}
     assert left == {"persistentvolumeclaims": "one-dspark-model-cache"}  # kept, as it says
+
+
+def _ports(kubernetes: FakeKubernetes) -> dict[str, int]:
+    ports = kubernetes.stored("Service")["one-dspark-grpc"]["spec"]["ports"]
+    return {port["name"]: port["port"] for port in ports}
 
 
 @pytest.mark.shared
