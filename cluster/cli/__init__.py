@@ -47,12 +47,8 @@ _EXIT_USAGE = 2
 _USAGE_ERRORS = (ConfigError, CheckpointError, DataError, InvalidRequestError)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Returns:
-        The exit code: 0 success, 2 bad usage or configuration, 1 otherwise.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
     parser = argparse.ArgumentParser(
         prog="dspark", description="Speculative decoding for large language models on Ray."
     )
@@ -64,7 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--json", action="store_true", help="print exactly one JSON object on standard output"
         )
         command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0 success, 2 bad usage or configuration, 1 otherwise.
+    """
+    args = make_parser().parse_args(argv)
     try:
         return args.run(args)
     except DsparkError as error:
