@@ -27,8 +27,8 @@ OUT ?= /tmp/comparison
 PROMPTS ?= ../shared/data/prompts
 COMPARED := dflash-2 dflash-5 dspark-2 dspark-2-rnn dspark-5-rnn eagle3
 
-.PHONY: help install demo comparison test test-by-default test-in-ci test-all lint format protos protos-check chart chart-check \
-  lock clean
+.PHONY: help install demo comparison test test-by-default test-in-ci test-all lint format \
+  protos protos-check chart chart-check docs docs-check lock clean
 
 help:
 	@echo 'make demo          start a small cluster here, use it, compare outputs, stop it'
@@ -39,6 +39,7 @@ help:
 	@echo 'make format        put the code into the style that lint asks for'
 	@echo 'make protos        regenerate cluster/v1 from protos/'
 	@echo 'make chart         regenerate parts of helm/dspark from deployments/ and cluster/config.py'
+	@echo 'make docs          regenerate docs/reference from protos/ and the code'
 	@echo 'make install       the virtual environment; the other targets do this when needed'
 	@echo 'make lock          write the versions in .venv to constraints.txt'
 	@echo 'make clean         remove caches and builds; .venv stays'
@@ -81,7 +82,7 @@ test-in-ci: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest --run-slow $(PYTEST_ARGS)
 
-lint: $(STAMP) protos-check chart-check
+lint: $(STAMP) protos-check chart-check docs-check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -102,6 +103,12 @@ chart: $(STAMP)
 
 chart-check: $(STAMP)
 	$(BIN)/python helm/generate.py --check
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+
+docs-check: $(STAMP)
+	$(BIN)/python docs/generate.py --check
 
 # The suffix of a local build (torch 2.13.0+cpu) is dropped: any build of that version will do.
 lock: $(STAMP)

@@ -43,7 +43,7 @@ ELSEWHERE = {
     "pip": "the peer's packages: an index, and gigabytes",
 }
 # Placeholders that stand for a number, or for one of few words.
-PLACEHOLDERS = {"N": "1", "M": "1", "SUITE": "load"}
+PLACEHOLDERS = {"N": "1", "M": "1", "SUITE": "load", "COMMAND": "up"}
 
 
 the_parser = functools.cache(cli.make_parser)
