@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,12 @@ def commands_of(page: Path) -> Iterator[Command]:
         words = _words(" ".join(span[1].split()))
         if len(words) > 1 and program(words[0]) in _INLINE:
             yield Command(name, prose.count("\n", 0, span.start()) + 1, words, True)
+
+
+def blocks_of(page: Path) -> Iterator[tuple[str, str]]:
+    """(language, text) of every fenced block; the language may be empty."""
+    for fence in _FENCE.finditer(page.read_text()):
+        yield fence[2], textwrap.dedent(fence[3])
 
 
 def program(word: str) -> str:

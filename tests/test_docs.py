@@ -8,11 +8,13 @@ import functools
 import importlib.util
 import io
 import itertools
+import json
 import re
 import shlex
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from tests.doc_tools import (
     PAGES,
     ROOT,
     Command,
+    blocks_of,
     commands,
     commands_of,
     links_of,
@@ -196,6 +199,22 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_code_on_a_page_is_valid(page: Path, tmp_path: Path) -> None:
+    for language, text in blocks_of(page):
+        if language == "python":
+            compile(text, str(page), "exec")
+        elif language == "json":
+            json.loads(text)
+        elif language == "yaml":
+            if "applications" in yaml.safe_load(text):
+                path = tmp_path / "serve.yaml"
+                path.write_text(text)
+                load_serve_config(path)
+        else:
+            assert language in ("", "sh", "bash"), f"nothing here reads {language}"
+
+
 def alternatives(path: str) -> list[str]:
     """`a/{b,c}` as `a/b` and `a/c`, and a placeholder (`NAME`) as any name."""
     path = re.sub(r"\b[A-Z]{2,}\b(?=\.|$)", "*", path)
@@ -249,6 +268,11 @@ def test_a_newcomer_streams_text_in_three_commands(readme: list[Command]) -> Non
     assert "is ready" in run(up)
     text = run(stream)
     assert len(text) > 40
+    with urllib.request.urlopen("http://127.0.0.1:8000/console/state", timeout=30) as answer:
+        state = json.load(answer)
+    assert [router["address"] for router in state["routers"]] == ["127.0.0.1:50051"]
+    assert [router["router_id"] for router in state["routers"]] == [state["router_id"]]
+    assert state["replicas"][0]["num_output_tokens"] > 0
     printed = {words[1]: run(words) for words in others[:3]}
     # The first stream is greedy, and so is this.
     assert printed["generate"].split() == text.split()
