@@ -388,8 +388,7 @@ def test_http_follows_the_serve_configuration(tmp_path: Path) -> None:
     chart = chart_copy(tmp_path)
     values = {**ALL_ON, "serveConfig": "other"}
     document = yaml.safe_load((CHART / "serve" / "laptop.yaml").read_text())
-    document["proxy_location"] = "EveryNode"
-    document["http_options"] = {"host": "0.0.0.0", "port": 8123}
+    document["http_options"]["port"] = 8123
     (chart / "serve" / "other.yaml").write_text(yaml.safe_dump(document))
     found = render(values, chart)
     service = one(found, "Service", "-http")["spec"]
@@ -403,6 +402,17 @@ def test_http_follows_the_serve_configuration(tmp_path: Path) -> None:
     kinds = [loaded["kind"] for loaded in render(values, chart)]
     assert kinds.count("Service") == 1
     assert "HTTPRoute" not in kinds
+
+
+def test_every_profile_has_http_but_with_tls() -> None:
+    for profile in PROFILES:
+        values = yaml.safe_load(profile.read_text())
+        assert one(render(values), "Service", "-http")["spec"]["ports"][0]["port"] == 80
+    closed = render({"tls": {"client": {"existingSecret": "certificate"}}})
+    assert [kind["kind"] for kind in closed].count("Service") == 1
+    served = yaml.safe_load(one(closed, "RayService")["spec"]["serveConfigV2"])
+    assert served["proxy_location"] == "Disabled"
+    assert served["applications"][0]["route_prefix"] is None
 
 
 def test_the_routers_metrics_are_scraped_from_each_of_them() -> None:

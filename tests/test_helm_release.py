@@ -143,7 +143,7 @@ def test_a_release_is_installed_upgraded_and_rolled_back(
     assert "qwen3-14b" in said
     first = kubernetes.stored("RayService")["one-dspark"]
     assert first["metadata"]["generation"] == 1
-    assert {*kubernetes.stored("Service")} == {"one-dspark-grpc"}
+    assert {*kubernetes.stored("Service")} == {"one-dspark-grpc", "one-dspark-http"}
     assert len(kubernetes.stored("NetworkPolicy")) == 6
 
     # A newer chart alone: other labels, and not a change of the RayService's specification.

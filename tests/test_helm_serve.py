@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,18 @@ from tests.models import MODELS
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_laptop_profile_serves(tmp_path: Path) -> None:
-    """As rendered, but for the models' place in the image, and a port that is free here."""
+    """As rendered, but for the models' place in the image, and ports that are free here."""
     profile = yaml.safe_load((CHART / "profiles" / "laptop.yaml").read_text())
     text: str = one(objects(Helm4().render(profile)), "RayService")["spec"]["serveConfigV2"]
     assert text.count("/opt/dspark/deployments/models/") == 2
-    assert text.count("port: 50051") == 1
+    assert text.count("port: 50051") == text.count("port: 8000") == 1
     text = text.replace("/opt/dspark/deployments/models", str(MODELS))
     extracted = tmp_path / "serve.yaml"
-    extracted.write_text(text.replace("port: 50051", "port: 0"))
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        http_port = probe.getsockname()[1]
+    text = text.replace("port: 50051", "port: 0").replace("port: 8000", f"port: {http_port}")
+    extracted.write_text(text)
 
     def dspark(*arguments: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "cluster.cli", *arguments, "--json"]
@@ -44,5 +50,7 @@ def test_the_laptop_profile_serves(tmp_path: Path) -> None:
             "generate", "def read_json(path):", "--max-tokens", "16", "--temperature", "0"
         )
         assert answer["usage"]["completion_tokens"] == 16
+        with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/console/state") as state:
+            assert json.load(state)["replicas"][0]["state"] == "ready"
     finally:
         dspark("down")

@@ -12,6 +12,11 @@
 {{- with include "dspark.security" . | fromYaml }}
   {{- $_ := set $args "security" (mergeOverwrite (default dict $args.security) .) }}
 {{- end }}
+{{- if .Values.tls.client.existingSecret }}
+  {{- /* Serve's proxies run where the certificate is not, and would take keys in plaintext. */}}
+  {{- $_ := set $document "proxy_location" "Disabled" }}
+  {{- $_ := set $application "route_prefix" nil }}
+{{- end }}
 {{- $_ := set $application "args" $args }}
 {{- $_ := set $document "applications" (list $application) }}
 {{- toYaml $document }}
