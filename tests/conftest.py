@@ -40,7 +40,7 @@ SHARED = Path(os.environ.get("DSPARK_SHARED") or Path(__file__).resolve().parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
     parser.addoption(
-        "--full", action="store_true", help="run slow tests in their largest form too: hours"
+        "--full", action="store_true", help="run slow tests too, and their largest forms: hours"
     )
 
 
@@ -54,6 +54,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker(marker) and (reason := missing(config)):
                 item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
                 break
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """An engine sets its process's number of threads, which other tests would compute with too.
+
+    Two test processes of two threads each on two cores are many times slower: OpenMP's threads wait
+    for each other by spinning.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

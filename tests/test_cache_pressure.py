@@ -103,9 +103,11 @@ def test_with_a_quarter_of_the_cache_all_finish_as_with_all_of_it(
 @pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("num_requests", [100, pytest.param(500, marks=pytest.mark.full)])
 @pytest.mark.parametrize("speculate", [False, True], ids=["plain", "speculative"])
-def test_500_requests_of_the_azure_conversation_trace(
-    tmp_path: Path, shared_dir: Path, speculate: bool
+def test_requests_of_the_azure_conversation_trace(
+    tmp_path: Path, shared_dir: Path, speculate: bool, num_requests: int
 ) -> None:
-    arrivals = read_trace(str(shared_dir / "data" / "traces" / "azure_conv.csv"), 500)
+    path = shared_dir / "data" / "traces" / "azure_conv.csv"
+    arrivals = read_trace(str(path), num_requests)
     check_a_quarter_is_enough(tmp_path, arrivals, context=1024, speculate=speculate)

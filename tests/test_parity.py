@@ -17,8 +17,12 @@ from tests.test_engine import incremental_greedy
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("num_prompts", "max_tokens"),
-    [(6, 16), pytest.param(100, 48, marks=pytest.mark.slow)],
-    ids=["6-prompts", "100-prompts"],
+    [
+        (6, 16),
+        pytest.param(24, 32, marks=pytest.mark.slow),
+        pytest.param(100, 48, marks=pytest.mark.full),
+    ],
+    ids=["6-prompts", "24-prompts", "100-prompts"],
 )
 def test_heldout_prompts_agree_with_transformers(num_prompts: int, max_tokens: int) -> None:
     report = parity.run(
@@ -34,7 +38,8 @@ def test_heldout_prompts_agree_with_transformers(num_prompts: int, max_tokens: i
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    "num_prompts", [2, pytest.param(100, marks=pytest.mark.slow)], ids=["2", "100"]
+    "num_prompts",
+    [2, pytest.param(12, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.full)],
 )
 def test_deterministic_mode_equals_transformers_bit_for_bit(num_prompts: int) -> None:
     prompts = parity.heldout_prompts(load_tokenizer(TARGET), num_prompts, seed=1)

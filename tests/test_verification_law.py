@@ -107,8 +107,8 @@ def test_output_has_the_target_law_for_all_pairs_of_settings(case: Case) -> None
     assert case_p_value(case, seed=2) > ALPHA
 
 
-@pytest.mark.slow
 @pytest.mark.full
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", [*FULL_CASES, *SMALL_STEPS], ids=lambda case: case.name)
 def test_output_has_the_target_law_everywhere(case: Case) -> None:
     assert case_p_value(case, num_samples=NUM_FULL_SAMPLES, seed=5) > ALPHA
