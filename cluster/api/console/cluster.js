@@ -33,6 +33,7 @@ function showReplica(section, replica) {
   setFacts(facts, factsOf(replica));
   shards.setAttribute("aria-label", `Shards of ${replica.replica_id}`);
   drafters.setAttribute("aria-label", `Drafters of ${replica.replica_id}`);
+  shards.hidden = !replica.shards.length;
   setRows(shards.firstChild.tBodies[0], replica.shards.map((shard) => [
     `${shard.rank}`, `${shard.node}, process ${shard.pid}`,
     `pipeline stage ${shard.pipeline_stage}, tensor rank ${shard.tensor_rank}`]));
