@@ -44,6 +44,7 @@ ELSEWHERE = {
     "debootstrap": "makes that base image: root, and a mirror of Debian's",
     "kubectl": "needs a Kubernetes; tests/test_helm_release.py has an API server of ours",
     "pip": "the peer's packages: an index, and gigabytes",
+    "serve": "Ray Serve's; tests/test_helm_serve.py hands Serve a file like those",
 }
 # Placeholders that stand for a number, or for one of few words.
 PLACEHOLDERS = {"N": "1", "M": "1", "SUITE": "load", "COMMAND": "up"}
@@ -120,12 +121,6 @@ def ray(command: Command) -> None:
     ray_cli.commands[name].make_context(name, words)
 
 
-def serve(command: Command) -> None:
-    from ray.serve.scripts import cli as serve_cli
-
-    assert command.words[1] in serve_cli.commands
-
-
 def curl(command: Command) -> None:
     """Its paths are served."""
     paths = (ROOT / "docs/api.md").read_text()
@@ -142,7 +137,6 @@ READERS: dict[str, Callable[[Command], None]] = {
     "make": make,
     "python": python,
     "ray": ray,
-    "serve": serve,
 }
 
 
