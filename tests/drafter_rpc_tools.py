@@ -67,7 +67,7 @@ class LoopThread:
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
 
-    def run(self, coroutine, timeout_s: float = 20.0):
+    def run(self, coroutine, timeout_s: float = 120.0):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
 
     def stop(self) -> None:
@@ -103,7 +103,7 @@ def client_of(*addresses: str, replica_id: str = "replica", **options) -> Iterat
         client.close()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if condition():

@@ -56,7 +56,7 @@ PROMPT = (1, 4, 2)
 NUM_PLAIN_TOKENS = 2
 NUM_TOKENS = 4
 MAX_NUM_SEQS = 512
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 DIGESTS = {"target": "t", "tokenizer": "k", "drafter": "d", "projection": "p"}
 
 

@@ -105,7 +105,7 @@ def run_sharded(config: ClusterConfig, requests: list[Request]) -> dict[str, Com
     for process in processes:
         process.start()
     try:
-        outcomes = dict(results.get(timeout=100) for _ in range(num_shards))
+        outcomes = dict(results.get(timeout=240) for _ in range(num_shards))
     finally:
         for process in processes:
             process.join(timeout=10)
@@ -127,7 +127,7 @@ def _shard(
             for _ in range(config.target.num_shards - 1):
                 ports.put(port)
         else:
-            port = ports.get(timeout=60)
+            port = ports.get(timeout=240)
         worker.start("127.0.0.1", port, 1)
         if rank > 0:
             worker.follow()

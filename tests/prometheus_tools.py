@@ -112,7 +112,7 @@ def running_prometheus(
             stderr=log,
         )
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 urllib.request.urlopen(f"http://{address}/-/ready", timeout=5).close()

@@ -74,7 +74,7 @@ class Cluster:
         return replica
 
     async def wait_ready(self, num_ready: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 status = await self.client.status()
                 if sum(r.state == "ready" for r in status.replicas) == num_ready:
@@ -118,7 +118,7 @@ def leaked_tasks(before: set[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
     return {task for task in asyncio.all_tasks() - before if task is not asyncio.current_task()}
 
 
-async def until(condition: Any, timeout_s: float = 5.0) -> None:
+async def until(condition: Any, timeout_s: float = 20.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"

@@ -50,7 +50,7 @@ class _HeldDraftEngine(DraftEngine):
         if not self.gate.is_set():
             self.num_held = len(additions)
             self.is_holding.set()
-            self.gate.wait(20)
+            self.gate.wait(60)
         return super().append_all(additions)
 
 

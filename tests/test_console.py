@@ -62,7 +62,7 @@ async def name_routers(server: ApiServer) -> None:
 def get(url: str, **headers: str) -> tuple[int, bytes, Any]:
     request = urllib.request.Request(url, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read(), answer.headers
     except urllib.error.HTTPError as error:
         return error.code, error.read(), error.headers
@@ -100,7 +100,7 @@ def test_the_state_tells_routers_replicas_and_how_they_speculate(server: ApiServ
     )
     with urllib.request.urlopen(request, timeout=60):
         pass
-    deadline = time.monotonic() + 10  # a report may be half a second old
+    deadline = time.monotonic() + 60  # a report may be half a second old
     while True:
         state = json.loads(get(f"{server.url}/console/state")[1])
         if state["replicas"][0]["num_output_tokens"] >= 24:
@@ -193,7 +193,7 @@ def test_a_prompt_typed_by_keyboard_is_answered_in_colours(server: ApiServer, br
         figures = page.inner_text("#with-figures")
         assert re.search(r"tokens\n96\nspeed\n[\d.]+ tokens/s\nfirst token\n\d+ ms", figures)
         assert float(re.search(r"acceptance length\n([\d.]+)", figures)[1]) > 1.5  # type: ignore[index]
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not all(a != b for a, b in zip(before, series(page), strict=True)):
             assert time.monotonic() < deadline, "a chart does not move"
             time.sleep(0.2)
@@ -284,7 +284,7 @@ def test_stop_ends_the_request_and_errors_are_told(server: ApiServer, browser: A
         expect(page.locator("#with-text")).not_to_be_empty(timeout=WAIT_MS)
         page.click("#stop")
         expect(page.locator("#progress")).to_have_text("Stopped.")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while server.engine_loop.load().num_running:
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -185,7 +185,7 @@ def test_feed_takes_no_more_chunks_than_a_drafter_queues(loop):
             left = [key for key in left if feed(client, key, 0, rows) == 0]
             time.sleep(0.01)
         assert not left
-        assert wait_for(lambda: all(client.acknowledged_length(key) == 2 for key in keys), 60)
+        assert wait_for(lambda: all(client.acknowledged_length(key) == 2 for key in keys))
 
 
 def test_feed_takes_no_more_than_the_credit(loop):
@@ -368,7 +368,7 @@ def drafter_process(tmp_path) -> Iterator[tuple[subprocess.Popen, str]]:
     code = f"from tests.drafter_rpc_tools import serve_forever; serve_forever({str(path)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
     try:
-        assert wait_for(path.exists, 60)
+        assert wait_for(path.exists, 120)
         yield process, f"127.0.0.1:{path.read_text()}"
     finally:
         process.kill()
@@ -378,7 +378,7 @@ def drafter_process(tmp_path) -> Iterator[tuple[subprocess.Popen, str]]:
 def test_a_stopped_then_killed_drafter(drafter_process):
     process, address = drafter_process
     with client_of(address) as client:
-        assert wait_for(client.is_ready, 20)
+        assert wait_for(client.is_ready)
         key = open_with(client, "r", 9)
         (result,) = client.collect(client.start_round(round_of(sequence(key, 10))), 5.0)
         assert result.outcome is DraftOutcome.DRAFTED
@@ -388,10 +388,10 @@ def test_a_stopped_then_killed_drafter(drafter_process):
         killer = threading.Timer(0.2, process.kill)
         killer.start()
         started = time.monotonic()
-        assert client.collect(handle, 10.0) == []
-        assert time.monotonic() - started < 5.0
+        assert client.collect(handle, 60.0) == []
+        assert time.monotonic() - started < 30.0
         killer.join()
-        assert wait_for(lambda: state_of(client) == "lost", 5)
+        assert wait_for(lambda: state_of(client) == "lost")
         assert "UNAVAILABLE" in client.status()[0].reason
         assert not client.has_session(key)
         assert client.block_size == 0

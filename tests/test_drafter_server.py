@@ -137,7 +137,7 @@ def test_bad_rounds_end_their_stream_with_the_fields_name(loop):
             stub = drafter_pb2_grpc.DrafterServiceStub(channel)
             for name, (messages, field) in BAD_DRAFTS.items():
                 with pytest.raises(grpc.RpcError) as caught:
-                    list(stub.Draft(iter(messages), timeout=10))
+                    list(stub.Draft(iter(messages), timeout=60))
                 assert field_of(caught.value) == field, name
         # Nobody else noticed.
         (result,) = client.collect(client.start_round(round_of(sequence(key, 10))), 5.0)
@@ -178,10 +178,10 @@ def test_bad_features_end_their_stream_with_the_fields_name(loop):
             def requests(messages=messages, stop=stop):
                 yield feed_hello()
                 yield from messages
-                stop.wait(10)
+                stop.wait(60)
 
             with pytest.raises(grpc.RpcError) as caught:
-                list(stub.Feed(requests(), timeout=10))
+                list(stub.Feed(requests(), timeout=60))
             stop.set()
             assert field_of(caught.value) == field, name
 
@@ -204,11 +204,11 @@ def test_more_than_the_credit_or_four_rounds_end_the_stream(loop):
     ):
         stub = drafter_pb2_grpc.DrafterServiceStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
-            list(stub.Draft(iter([hello_request(), *[a_round()] * 8]), timeout=10))
+            list(stub.Draft(iter([hello_request(), *[a_round()] * 8]), timeout=60))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         chunks = [a_chunk(start=2 * i, sampling=None) if i else a_chunk() for i in range(6)]
         with pytest.raises(grpc.RpcError) as caught:
-            list(stub.Feed(iter([feed_hello(), *chunks]), timeout=10))
+            list(stub.Feed(iter([feed_hello(), *chunks]), timeout=60))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
@@ -253,10 +253,10 @@ def test_a_failing_pass_ends_the_streams_it_hit_only(loop):
             def requests():
                 yield hello_request()
                 yield a_round()
-                stop.wait(10)
+                stop.wait(60)
 
             with pytest.raises(grpc.RpcError) as caught:
-                list(stub.Draft(requests(), timeout=10))
+                list(stub.Draft(requests(), timeout=60))
             stop.set()
             assert caught.value.code() is grpc.StatusCode.INTERNAL
         (result,) = client.collect(client.start_round(round_of(sequence(key, 10))), 5.0)

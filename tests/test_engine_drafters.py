@@ -66,7 +66,7 @@ class Pool:
         )
         process.start()
         self.processes[drafter_id] = process
-        self.addresses.append((drafter_id, f"127.0.0.1:{ports.get(timeout=90)}"))
+        self.addresses.append((drafter_id, f"127.0.0.1:{ports.get(timeout=240)}"))
         self.client.set_drafters(self.addresses)
         wait_until(lambda: self.state(drafter_id) == "ready")
         return drafter_id

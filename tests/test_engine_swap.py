@@ -303,7 +303,7 @@ def test_pipeline_stages_go_over_between_the_same_two_passes(
     assert swapping.client is not None
     assert len(swapping.client.proposals) > 60
     swapping.engine.close()
-    follower.join(30)
+    follower.join(60)
     swapping.close()
     assert follower.exitcode == 0
 

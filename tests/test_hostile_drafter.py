@@ -34,8 +34,8 @@ from tests.test_engine_drafters import DIGESTS
 
 VOCAB_SIZE = 96
 BLOCK_SIZE = 4
-NUM_LAW_SAMPLES = 20_000
-_PATIENCE_S = 60.0
+NUM_LAW_SAMPLES = 10_000
+_PATIENCE_S = 120.0
 
 Response = drafter_pb2.DraftResponse
 Asked = drafter_pb2.DraftRequest.Sequence

@@ -133,10 +133,11 @@ def test_a_client_that_leaves_ends_its_request(cluster: RunningCluster, client: 
         "extra_body": {"ignore_eos": True},
     }
     with Client(cluster.address) as status:
+        before = status.status().replicas[0].num_output_tokens
         with closing(client.completions.create(stream=True, **fields)) as stream:
             next(iter(stream))
             # What a replica reports is up to half a second old.
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 60
             while status.status().replicas[0].num_running == 0:
                 assert time.monotonic() < deadline
                 next(iter(stream))
@@ -144,6 +145,8 @@ def test_a_client_that_leaves_ends_its_request(cluster: RunningCluster, client: 
         with pytest.raises(openai.APITimeoutError):
             client.completions.create(timeout=0.5, **fields)
         idle(status)
+        # Neither came to its end.
+        assert status.status().replicas[0].num_output_tokens - before < 4 * 480
 
 
 def test_the_example_of_the_readme_streams(cluster: RunningCluster) -> None:
@@ -159,8 +162,8 @@ def test_the_example_of_the_readme_streams(cluster: RunningCluster) -> None:
 
 
 def idle(client: Client) -> None:
-    """Waits until nothing runs; what was left would take longer."""
-    deadline = time.monotonic() + 5
+    """Waits until nothing runs."""
+    deadline = time.monotonic() + 60
     while client.status().replicas[0].num_running:
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -207,7 +207,7 @@ async def test_retry_takes_over_its_request() -> None:
 async def test_status() -> None:
     async with running_cluster(2) as cluster:
         await cluster.client.complete([1], max_tokens=30)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while True:
                 status = await cluster.client.status()
                 if sum(replica.num_output_tokens for replica in status.replicas) == 30:
@@ -301,7 +301,7 @@ async def test_routers_share_a_port() -> None:
 async def test_old_connections_end_when_their_streams_have() -> None:
     age = {"max_connection_age_s": 0.3, "max_connection_age_grace_s": 30.0}
     async with running_cluster(step_s=0.02, router=age) as cluster:
-        async with aio.insecure_channel(cluster.address) as channel, asyncio.timeout(10):
+        async with aio.insecure_channel(cluster.address) as channel, asyncio.timeout(60):
             await channel.channel_ready()
             await channel.wait_for_state_change(ChannelConnectivity.READY)  # the server's wish
         # A stream of 2 s on such a connection reaches its end.
@@ -322,7 +322,7 @@ async def test_calls_take_turns_where_a_name_has_several_addresses() -> None:
     ]
     addresses = [f"127.0.0.1:{await router.start('127.0.0.1')}" for router in routers]
     async with AsyncClient(f"ipv4:{','.join(addresses)}") as client:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len({(await client.status()).router_id for _ in range(4)}) < 2:
                 await asyncio.sleep(0.01)  # the second connection may come later
         seen = [(await client.status()).router_id for _ in range(4)]

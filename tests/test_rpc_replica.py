@@ -51,6 +51,7 @@ async def test_two_routers_may_choose_the_same_ids() -> None:
             assert any(step.HasField("load") for step in steps)
             calls[1].cancel()
             await until(lambda: replica.loop.num_active == 0)
+            assert len(replica.loop.cancelled) == 2
 
 
 async def test_slow_router_is_not_waited_for() -> None:

@@ -57,7 +57,7 @@ def test_a_drafter_that_comes_gets_its_share_a_few_at_a_time(loop: LoopThread) -
         assert wait_for(lambda: sum(s.state == "ready" for s in client.status()) == 2)
         lengths = dict.fromkeys(keys, 6)
         num_left = 0
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while num_left < 4:
             assert time.monotonic() < deadline
             joining = [key for key in keys if client.acknowledged_length(key) == lengths[key] - 1]

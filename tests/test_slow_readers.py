@@ -51,7 +51,7 @@ async def test_a_client_that_never_reads_holds_its_slots_for_the_bound_only() ->
         assert [t for chunk in chunks for t in chunk.token_ids] == expected([9], 100)
         await until(lambda: cluster.router.num_active_requests == 0)
         await until(lambda: loop.num_active == 0)
-        assert time.monotonic() - started < 5.0
+        assert time.monotonic() - started < 30.0
         assert cluster.router.num_queued_tokens == 0
         assert cluster.router.authenticator.refusals.counts["slow_reader"] == 3
         # Who reads at last gets what was sent, and then is told.
