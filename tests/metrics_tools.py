@@ -72,7 +72,9 @@ class Parts:
 
 
 @asynccontextmanager
-async def running_parts(config: ClusterConfig, **router: Any) -> AsyncIterator[Parts]:
+async def running_parts(
+    config: ClusterConfig, *, model_name: str = "tiny", **router: Any
+) -> AsyncIterator[Parts]:
     """Serves ``config``, a tiny target with its drafter, until left."""
     assert config.speculative is not None
     drafter = DrafterServer(
@@ -89,13 +91,19 @@ async def running_parts(config: ClusterConfig, **router: Any) -> AsyncIterator[P
         "replica-0",
         max_model_len=engine.max_model_len,
         vocab_size=engine.vocab_size,
-        describe=lambda: ReplicaParts(drafters=drafts.status()),
+        describe=lambda: ReplicaParts(
+            drafters=drafts.status(), num_malformed_proposals=drafts.stats.num_malformed
+        ),
     )
     loop = EngineLoop(engine, replica.on_outputs)
     loop.start()
     port = await replica.start(loop, "127.0.0.1")
     server = RouterServer(
-        tokenizer=small_tokenizer(), model_name="tiny", vocab_size=96, max_model_len=256, **router
+        tokenizer=small_tokenizer(),
+        model_name=model_name,
+        vocab_size=96,
+        max_model_len=256,
+        **router,
     )
     router_port = await server.start("127.0.0.1")
     server.set_replicas([("replica-0", f"127.0.0.1:{port}")])

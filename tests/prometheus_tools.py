@@ -79,6 +79,11 @@ class Prometheus:
         with urllib.request.urlopen(f"{self._url}/api/v1/{path}", timeout=10) as answer:
             return json.load(answer)["data"]
 
+    def num_up(self) -> int:
+        """Targets that have been scraped."""
+        found = self.query("targets")["activeTargets"]
+        return sum(target["health"] == "up" for target in found)
+
     def firing(self) -> set[str]:
         """Names of alerts that fire now."""
         found = self.query("alerts")["alerts"]

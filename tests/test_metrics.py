@@ -304,7 +304,10 @@ async def test_the_port_for_prometheus_waits_until_it_is_free() -> None:
     metrics = RouterMetrics("m", RouterState)
 
     def read(port: int) -> Samples:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        # As Prometheus asks; prometheus_client's other form has other names.
+        headers = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=headers)
+        with urllib.request.urlopen(request, timeout=5) as answer:
             assert answer.headers["Content-Type"].startswith("text/plain")
             return samples(answer.read())
 

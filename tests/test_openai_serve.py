@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,8 +18,11 @@ from openai import OpenAI
 
 from cluster.cli.running import RunningCluster
 from cluster.config import ClusterConfig
+from cluster.metrics.catalogue import METRICS
 from cluster.rpc.client import Client
+from tests.metrics_tools import free_port, samples, value
 from tests.models import DRAFTER, TARGET
+from tests.promql_tools import alerts, panel_expressions, selectors
 
 pytestmark = [
     pytest.mark.cluster,
@@ -36,10 +39,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+METRICS_PORT = free_port()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,12 @@ def cluster() -> Iterator[RunningCluster]:
             },
             "speculative": {"model": DRAFTER},
             "drafter": {"dtype": "float32", "enforce_eager": True},
-            "router": {"port": 0, "chat_template": "chatml", "max_queued_tokens": 20_000},
+            "router": {
+                "port": 0,
+                "metrics_port": METRICS_PORT,
+                "chat_template": "chatml",
+                "max_queued_tokens": 20_000,
+            },
             "drain_timeout_s": 5,
         }
     )
@@ -167,3 +172,31 @@ def idle(client: Client) -> None:
     while client.status().replicas[0].num_running:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_scrape_of_the_cluster_has_what_rules_and_dashboards_read(
+    cluster: RunningCluster, client: OpenAI
+) -> None:
+    """At HTTP's `/metrics`, and at the router's own port."""
+    client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=40)
+    for url in (f"{cluster.http_url}/metrics", f"http://127.0.0.1:{METRICS_PORT}/metrics"):
+        deadline = time.monotonic() + 10
+        while True:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                found = samples(answer.read())
+            if value(found, "vllm:generation_tokens_total") >= 40:
+                break
+            assert time.monotonic() < deadline
+        names = {name for name, _ in found}
+        expressions = [*panel_expressions().values(), *(a["expr"] for a in alerts().values())]
+        read = {name for text in expressions for name, _ in selectors(text)}
+        # Nothing is paced here; and how far confidences are off shows only after many rounds.
+        assert read - names <= {
+            "dspark:paced_passes_total",
+            "dspark:paced_overruns_total",
+            "dspark:calibration_error",
+        }
+        assert names <= {name for metric in METRICS for name in metric.sample_names}
+        assert value(found, "vllm:spec_decode_num_accepted_tokens_total") > 0
+        assert value(found, "dspark:drafter_rounds_total", outcome="answered") > 0
+        assert all(dict(labels)["model_name"] == MODEL for _, labels in found)

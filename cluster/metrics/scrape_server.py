@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from wsgiref.simple_server import WSGIServer
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
 
 from cluster.errors import ConfigError
 
@@ -25,10 +29,13 @@ class ScrapeServer:
     Args:
         registry: what is read.
         host, port: where to listen; port 0: any free one.
+
+    Raises:
+        ConfigError: the address cannot be bound, and will not become free.
     """
 
     def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        self._registry = registry
+        self._app = _in_text_format(make_wsgi_app(registry))
         self._host = host
         self._wanted_port = port
         self.port = 0  # once it listens
@@ -36,14 +43,21 @@ class ScrapeServer:
         self._retrying = None if self._listen() else asyncio.create_task(self._retry())
 
     def _listen(self) -> bool:
-        """Returns whether the port could be had. Raises: ConfigError."""
+        """Returns whether the port could be had."""
         try:
-            self._server, _ = start_http_server(self._wanted_port, self._host, self._registry)
+            self._server = make_server(
+                self._host,
+                self._wanted_port,
+                self._app,
+                server_class=ThreadingWSGIServer,
+                handler_class=_QuietHandler,
+            )
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return False
             raise ConfigError("router.metrics_port", f"cannot be bound: {error}") from None
         self.port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, name="scrapes", daemon=True).start()
         return True
 
     async def _retry(self) -> None:
@@ -58,3 +72,20 @@ class ScrapeServer:
         if self._server is not None:
             await asyncio.to_thread(self._server.shutdown)
             self._server.server_close()
+
+
+class _QuietHandler(WSGIRequestHandler):
+    """Writes no line for each scrape."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+def _in_text_format(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    """``app``, whatever form the client would rather have: in OpenMetrics' form prometheus_client
+    (0.26) writes an underscore for each colon of a name."""
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        return app({**environ, "HTTP_ACCEPT": "text/plain;version=0.0.4"}, start_response)
+
+    return answer
