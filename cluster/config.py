@@ -331,6 +331,17 @@ class SecurityConfig(Section):
     )
 
 
+class TracingConfig(Section):
+    """Traces of requests, for OpenTelemetry; needs the extra ``tracing``."""
+
+    endpoint: str = Field(
+        pattern=r"^https?://", description="of a collector that takes OTLP over gRPC"
+    )
+    sample_ratio: float = Field(
+        default=1.0, ge=0, le=1, description="of requests whose client does not say itself"
+    )
+
+
 class ClusterConfig(Section):
     """One cluster: a target, its drafters and its routers."""
 
@@ -342,6 +353,7 @@ class ClusterConfig(Section):
     drafter: DrafterConfig = Field(default_factory=DrafterConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
     security: SecurityConfig = Field(default_factory=SecurityConfig)
+    tracing: TracingConfig | None = Field(default=None, description="unset: none")
     drain_timeout_s: float = Field(
         default=30.0, ge=0, description="longest wait for running streams when a part stops"
     )

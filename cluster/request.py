@@ -204,6 +204,7 @@ class Request:
         priority: who may wait for whom.
         queue_deadline: ``time.monotonic()`` value of this process at which the request is refused
             if nothing of it was computed, or ``None``.
+        traceparent: the place of the span that it runs in (``cluster.tracing``), or empty.
     """
 
     request_id: str
@@ -217,6 +218,7 @@ class Request:
     arrival_time: float = field(default_factory=time.monotonic)
     priority: Priority = Priority.DEFAULT
     queue_deadline: float | None = None
+    traceparent: str = ""
 
     @property
     def turn(self) -> float:

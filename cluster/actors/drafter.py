@@ -11,6 +11,7 @@ from ray import serve
 from cluster.actors.digests import read_digests
 from cluster.actors.drafter_choice import DrafterChoice, DrafterInUse, starting_config
 from cluster.actors.own_thread import in_own_thread
+from cluster.actors.tracing import start_tracing
 from cluster.config import ClusterConfig, SpeculativeConfig
 
 if TYPE_CHECKING:
@@ -40,9 +41,11 @@ class Drafter:
         from cluster.rpc.drafter_server import DrafterServer
         from cluster.rpc.tls import load_security
 
+        drafter_id = serve.get_replica_context().replica_id.unique_id
+        start_tracing(config, "drafter", drafter_id)
         self._server = DrafterServer(
             engine,
-            drafter_id=serve.get_replica_context().replica_id.unique_id,
+            drafter_id=drafter_id,
             digests=digests,
             config=config.drafter,
             method=speculative.method,

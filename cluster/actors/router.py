@@ -10,6 +10,7 @@ from ray import serve
 
 from cluster.actors.discovery import ReplicaAddress, watch_replicas
 from cluster.actors.names import ROUTER, TARGET_REPLICA
+from cluster.actors.tracing import start_tracing
 from cluster.config import ClusterConfig
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Router:
         """``parts`` are handles to the deployments this one uses; Serve wants to know them."""
         context = serve.get_replica_context()
         self._config = config
+        start_tracing(config, "router", context.replica_id.unique_id)
         self._server = await asyncio.to_thread(_make_server, config, context.replica_id.unique_id)
         port = await self._server.start(config.router.host, config.router.port)
         host, metrics_port = config.router.host, config.router.metrics_port

@@ -19,6 +19,7 @@ import ray
 
 from cluster.actors.digests import read_digests
 from cluster.actors.own_thread import in_own_thread
+from cluster.actors.tracing import start_tracing
 from cluster.config import ClusterConfig, SpeculativeConfig
 from cluster.errors import CheckpointError
 from cluster.rpc.cluster_status import ReplicaParts, ShardStatus
@@ -137,6 +138,7 @@ class Shard:
         from cluster.rpc.replica_server import ReplicaServer
 
         self._places = places
+        start_tracing(self._config, "replica", self._replica_id)
         worker = self._make_worker()
         self._draft_client = self._make_draft_client(self._config, self._digests)
         calibration = await in_own_thread(lambda: _load_calibration(self._config, self._digests))

@@ -22,6 +22,7 @@ from cluster.api.streaming import EventStream, unless_disconnected
 from cluster.api.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from cluster.errors import ReplicaLostError
 from cluster.rpc.router import RouterServer
+from cluster.tracing import incoming_traceparent
 
 _MB = 1 << 20
 
@@ -53,6 +54,7 @@ def create_app(
     async def authenticate(request: Request) -> None:
         peer = request.client.host if request.client is not None else ""
         header = request.headers.get("authorization")
+        incoming_traceparent.set(request.headers.get("traceparent", ""))
         request.state.api_key = router.authenticator.authenticate(header, peer)
 
     with_key = [Depends(authenticate)]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,6 +34,7 @@ class DraftSampling:
 
     ``seed`` set means coupled verification: picks use the noise shared with the target.
     ``send_probs`` asks for the sparse draft distribution (rejection at temperature > 0).
+    ``traceparent`` is the request's place in its trace, and no part of how it is sampled.
     """
 
     temperature: float
@@ -43,6 +44,7 @@ class DraftSampling:
     seed: int | None = None
     choice_index: int = 0
     send_probs: bool = False
+    traceparent: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -245,6 +245,7 @@ class Drafting:
                 and self._config.trust_drafter
                 and self._config.method != "ngram"  # whose law is one-hot
             ),
+            traceparent=sequence.request.traceparent,
         )
         sequence.session_epoch += 1
         session = SessionKey(sequence.request.request_id, sequence.session_epoch)

@@ -212,6 +212,7 @@ def submit_to_proto(request: Request) -> replica_pb2.ConnectRequest:
     submit.speculation.CopyFrom(speculation_to_proto(request.speculation))
     if request.deadline is not None:
         submit.timeout_seconds = max(request.deadline - time.monotonic(), 0.0)
+    submit.traceparent = request.traceparent
     submit.priority = int(request.priority)  # type: ignore[assignment]
     if request.queue_deadline is not None:
         submit.queue_timeout_seconds = max(request.queue_deadline - time.monotonic(), 0.0)
@@ -237,6 +238,7 @@ def submit_from_proto(submit: replica_pb2.ConnectRequest.Submit, request_id: str
         attempt=submit.attempt,
         priority=priority_from_proto(submit.priority),
         queue_deadline=queue_deadline,
+        traceparent=submit.traceparent,
     )
 
 

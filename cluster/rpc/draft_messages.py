@@ -181,6 +181,7 @@ def encode_chunk(chunk: FeatureChunk) -> drafter_pb2.FeedRequest:
             start=chunk.start,
             features=encode_tensor(chunk.features),
             token_ids=chunk.token_ids,
+            traceparent="" if sampling is None else sampling.traceparent,
             sampling=None
             if sampling is None
             else drafter_pb2.FeedRequest.DraftSampling(

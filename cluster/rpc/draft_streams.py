@@ -20,6 +20,7 @@ from cluster.rpc.draft_messages import (
     encode_answer,
     encode_session,
 )
+from cluster.rpc.draft_spans import DraftSpans
 from cluster.v1 import drafter_pb2
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,10 @@ class DraftStream:
         replica_id: str,
         engine: DraftEngine,
         draft_loop: DraftLoop,
+        spans: DraftSpans,
     ) -> None:
         self.num_outstanding = 0
+        self._spans = spans
         self._context = context
         self._replica_id = replica_id
         self._engine = engine
@@ -64,6 +67,7 @@ class DraftStream:
             elif kind == "close":
                 sessions = [decode_session(session) for session in message.close.sessions]
                 self._draft_loop.close_sessions(self._replica_id, sessions)
+                self._spans.close(self._replica_id, sessions)
             else:
                 raise InvalidRequestError("message", f"{kind} is not expected here")
 
@@ -77,6 +81,7 @@ class DraftStream:
             round_id, answer = await self._answers.get()
             if answer.error is not None:
                 raise answer.error
+            self._spans.answered(self._replica_id, answer)
             await self._context.write(encode_answer(round_id, answer))
             self.num_outstanding -= 1
 
@@ -113,7 +118,9 @@ class FeedStream:
         engine: DraftEngine,
         draft_loop: DraftLoop,
         credit_bytes: int,
+        spans: DraftSpans,
     ) -> None:
+        self._spans = spans
         self._context = context
         self._replica_id = replica_id
         self._engine = engine
@@ -159,6 +166,7 @@ class FeedStream:
             vocab_size=self._engine.vocab_size,
         )
         self._credit_bytes -= num_bytes
+        self._spans.open(self._replica_id, chunk.session, message.traceparent)
         self._draft_loop.submit_features(
             self._replica_id,
             chunk,

@@ -28,6 +28,7 @@ from cluster.errors import (
 from cluster.rpc.channels import PROTOCOL_VERSION, server_options
 from cluster.rpc.convert import pace_to_proto
 from cluster.rpc.draft_messages import encode_curve, encode_digests, mismatched_digests
+from cluster.rpc.draft_spans import DraftSpans
 from cluster.rpc.draft_streams import DraftStream, FeedStream
 from cluster.rpc.guard import internal_guard
 from cluster.rpc.serving import ServingState, bind
@@ -110,6 +111,7 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         self._session_grace_s = session_grace_s
         self._feed_credit_bytes = feed_credit_bytes
         self._served = self._make_served(engine, digests, method)
+        self._spans = DraftSpans()
         self._num_streams: defaultdict[str, int] = defaultdict(int)
         self._graces: dict[str, asyncio.TimerHandle] = {}
 
@@ -182,7 +184,7 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
             # Welcomed all the same, so that the replica sees what it does not fit.
             await context.write(served.welcome)
             await _abort_mismatch(context, mismatches)
-        stream = DraftStream(context, hello.replica_id, served.engine, served.loop)
+        stream = DraftStream(context, hello.replica_id, served.engine, served.loop, self._spans)
         self._enter(hello.replica_id)
         served.streams.add(stream)
         try:
@@ -191,6 +193,7 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
             await _run(context, stream, served)
         finally:
             served.streams.remove(stream)
+            self._spans.close_replica(hello.replica_id)
             self._leave(hello.replica_id)
 
     async def Feed(
@@ -207,7 +210,9 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         await context.write(
             drafter_pb2.FeedResponse(welcome=drafter_pb2.FeedResponse.Welcome(credit_bytes=credit))
         )
-        stream = FeedStream(context, hello.replica_id, served.engine, served.loop, credit)
+        stream = FeedStream(
+            context, hello.replica_id, served.engine, served.loop, credit, self._spans
+        )
         await _run(context, stream, served)
 
     def _make_served(self, engine: DraftEngine, digests: Mapping[str, str], method: str) -> _Served:

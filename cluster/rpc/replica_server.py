@@ -8,7 +8,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from grpc import aio
 
@@ -31,6 +32,7 @@ from cluster.rpc.guard import internal_guard
 from cluster.rpc.serving import ServingState, bind
 from cluster.rpc.status import abort, to_request_error
 from cluster.rpc.tls import ServerTls
+from cluster.tracing import Span
 from cluster.v1 import common_pb2, inference_pb2, replica_pb2, replica_pb2_grpc
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._streams: set[_RouterStream] = set()
         self._stream_numbers = itertools.count()
-        self._owners: dict[str, tuple[_RouterStream, str]] = {}  # by the engine's request id
+        self._owners: dict[str, _Owner] = {}  # by the engine's request id
         # Whose requests the engine has not counted into a load report yet, in its order.
         self._uncounted: deque[_RouterStream] = deque()
         self._num_counted = 0
@@ -185,9 +187,10 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         finally:
             reader.cancel()
             self._streams.remove(stream)
+            gone = RequestCancelledError("the router is gone")
             for request_id in list(stream.request_ids):
-                del self._owners[request_id]
-                self._loop.cancel(request_id, RequestCancelledError("the router is gone"))
+                self._owners.pop(request_id).span.end(gone)
+                self._loop.cancel(request_id, gone)
 
     async def _read(
         self, stream: _RouterStream, messages: AsyncIterator[replica_pb2.ConnectRequest]
@@ -226,9 +229,15 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             stream.fail(submit.request_id, error)
             return
         self._uncounted.append(stream)
-        self._owners[request_id] = (stream, submit.request_id)
+        span = Span(
+            "replica",
+            submit.traceparent,
+            dspark__replica=self._replica_id,
+            dspark__request_id=submit.request_id,
+        )
+        self._owners[request_id] = _Owner(stream, submit.request_id, span)
         stream.request_ids.add(request_id)
-        self._loop.submit(request)
+        self._loop.submit(replace(request, traceparent=span.traceparent))
 
     def _cancel(self, stream: _RouterStream, cancel: replica_pb2.ConnectRequest.Cancel) -> None:
         error: DsparkError = RequestCancelledError("the client cancelled the request")
@@ -242,9 +251,10 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             owner = self._owners.get(output.request_id)
             if owner is None:
                 continue  # its router is gone
-            stream, request_id = owner
+            stream, request_id = owner.stream, owner.request_id
             if output.is_last:
                 del self._owners[output.request_id]
+                _end(owner.span, output)
                 stream.request_ids.remove(output.request_id)
             stream.add(request_id, output)
 
@@ -324,6 +334,31 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
             drafters=map(drafter_to_proto, parts.drafters),
             metrics=load_to_metrics(load),
         )
+
+
+class _Owner(NamedTuple):
+    """Whose request it is, under which id, and its part of the trace."""
+
+    stream: _RouterStream
+    request_id: str
+    span: Span
+
+
+def _end(span: Span, output: RequestOutput) -> None:
+    usage = output.usage
+    if usage is not None and span.is_recorded:
+        stats = usage.speculation
+        span.set(
+            gen_ai__usage__input_tokens=usage.prompt_tokens,
+            gen_ai__usage__output_tokens=usage.completion_tokens,
+            dspark__cached_prompt_tokens=usage.cached_prompt_tokens,
+            dspark__queue_seconds=usage.queue_s,
+            dspark__num_drafts=stats.num_drafts,
+            dspark__num_draft_tokens=stats.num_draft_tokens,
+            dspark__num_accepted_tokens=stats.num_accepted_tokens,
+            dspark__num_late_proposals=stats.num_late_proposals,
+        )
+    span.end(output.error)
 
 
 class _RouterStream:

@@ -33,6 +33,7 @@ from cluster.security.api_keys import ApiKey
 from cluster.security.authenticator import ANYBODY, Authenticator
 from cluster.security.key_limits import KeyLimits
 from cluster.security.refusals import Refusal
+from cluster.tracing import Span, incoming_traceparent
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE_NAME = "cluster.v1.InferenceService"
@@ -202,6 +203,8 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         try:
             call = generate_call_from_proto(request)
             timeout_s = context.time_remaining()
+            place = dict(context.invocation_metadata() or ()).get("traceparent", "")
+            incoming_traceparent.set(place if isinstance(place, str) else "")
             async with aclosing(self.generate(call, timeout_s, caller())) as chunks:
                 async for chunk in chunks:
                     await self._write(context, chunk)
@@ -228,8 +231,19 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             ReplicaLostError, DeadlineExceededError: no replica could run it, or not in time.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self.metrics.request() as meter, self.key_limits.begin(key) as limited:
-            request = await self._to_request(call, deadline)
+        with (
+            self.metrics.request() as meter,
+            Span("request", incoming_traceparent.get(), is_server=True) as span,
+            self.key_limits.begin(key) as limited,
+        ):
+            request = await self._to_request(call, deadline, span.traceparent)
+            span.set(
+                dspark__request_id=request.request_id,
+                gen_ai__request__model=self.model_name,
+                gen_ai__request__temperature=request.sampling.temperature,
+                gen_ai__request__max_tokens=request.sampling.max_tokens,
+                gen_ai__usage__input_tokens=len(request.prompt_token_ids),
+            )
             limited.take_tokens(_num_tokens(request, call.num_choices))
             generation = Generation(
                 request,
@@ -269,7 +283,9 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
                 f"the client has read nothing for {self.slow_reader_timeout_s:g} s"
             ) from None
 
-    async def _to_request(self, call: GenerateCall, deadline: float | None) -> Request:
+    async def _to_request(
+        self, call: GenerateCall, deadline: float | None, traceparent: str
+    ) -> Request:
         """The tokenised, validated request of the first choice. Raises: InvalidRequestError."""
         prompt = call.prompt
         token_ids = await self.encoder.encode(prompt) if isinstance(prompt, str) else prompt
@@ -287,6 +303,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             deadline=deadline,
             attempt=call.attempt,
             priority=call.priority,
+            traceparent=traceparent,
         )
         request.validate(
             vocab_size=vocab_size,
