@@ -12,8 +12,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# CI runs the slow tests too: by two processes, which take whole files, those with Ray clusters first;
-# then by one those that measure time.
+# CI runs the slow tests too: by two processes, of which one begins with all that start a Ray cluster,
+# and each takes whole files; then by one those that measure time.
 ifneq ($(filter-out 0 false,$(CI)),)
 test: test-in-ci
 else

@@ -9,8 +9,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 # Before torch, transformers and Ray are imported, and inherited by the processes that tests start.
 for name, value in {
@@ -44,11 +46,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@functools.cache
+def _starts_clusters(path: Path) -> bool:
+    return "pytest.mark.cluster" in path.read_text(encoding="utf-8")
+
+
+class _OneClusterAtATime(LoadFileScheduling):
+    """`--dist loadfile`, with all files that start Ray clusters in one process.
+
+    Two clusters at once would want the same ports, and more memory and time than a test expects.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "clusters" if _starts_clusters(self.config.rootpath / file) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return _OneClusterAtATime(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip, with the reason, the tests whose markers ask for what this machine does not have."""
-    if hasattr(config, "workerinput"):  # of xdist, which hands out files in this order
-        longest = {item.path for item in items if item.get_closest_marker("cluster")}
-        items.sort(key=lambda item: item.path not in longest)
+    if hasattr(config, "workerinput"):  # of xdist, which hands them out in this order
+        items.sort(key=lambda item: not _starts_clusters(item.path))
     for item in items:
         for marker, missing in _REQUIREMENTS.items():
             if item.get_closest_marker(marker) and (reason := missing(config)):

@@ -220,7 +220,7 @@ def test_the_legend_names_every_source(colour: bool) -> None:
 # --------------------------------------------------------------------------- on a real cluster
 
 
-def _dspark(*arguments: str, timeout_s: float = 280.0) -> subprocess.CompletedProcess[str]:
+def _dspark(*arguments: str, timeout_s: float = 500.0) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "cluster.cli", *arguments],
         capture_output=True,
@@ -255,7 +255,7 @@ def running(tmp_path: Path, state_dir: Path) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.cluster
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_life_of_a_cluster(running: dict[str, Any]) -> None:
     assert (running["shards"], running["drafters"]) == (2, 1)
     second = _dspark("up", running["config"])
@@ -296,7 +296,7 @@ def test_the_life_of_a_cluster(running: dict[str, Any]) -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_demo_shows_that_nothing_changes(state_dir: Path) -> None:
     summary = _json("demo", "--max-tokens", "24")
     assert summary["identical"] is True

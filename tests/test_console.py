@@ -203,6 +203,7 @@ def test_a_prompt_typed_by_keyboard_is_answered_in_colours(server: ApiServer, br
 
 @pytest.mark.browser
 @pytest.mark.slow
+@pytest.mark.timed
 def test_first_paint_takes_less_than_a_second(server: ApiServer, browser: Any) -> None:
     times = []
     for _ in range(3):  # whatever else this machine does at a moment

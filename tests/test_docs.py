@@ -225,7 +225,7 @@ def run(words: tuple[str, ...]) -> str:
     """What a command of the README prints, started where the README says."""
     first = words[0].replace(".venv/bin/", f"{Path(sys.executable).parent}/")
     done = subprocess.run(
-        [first, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        [first, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -250,7 +250,7 @@ def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Com
 
 @pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_newcomer_streams_text_in_three_commands(readme: list[Command]) -> None:
     names = [shlex.join(command.words[:2]) for command in readme]
     start = names.index("make install")

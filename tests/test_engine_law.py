@@ -2,8 +2,8 @@
 
 What ``tests/test_verification_law.py`` shows of the pure functions is shown here of the real parts:
 the joint law of four successive tokens, each from whatever round produced it, against the law
-enumerated from plain transformers. Requests of several cases share every batch. 15,000 samples
-reject a law that is 2% off at any position, the 200,000 of --full one that is 1% off. All cases
+enumerated from plain transformers. Requests of several cases share every batch. 10,000 samples
+reject a law that is 3% off at any position, the 200,000 of --full one that is 1% off. All cases
 together raise a false alarm with a probability of at most 0.001.
 """
 
@@ -27,7 +27,7 @@ from tests.engine_law import (
 )
 from tests.law import law_p_value, shift_law
 
-NUM_SAMPLES = 15_000
+NUM_SAMPLES = 10_000
 NUM_FULL_SAMPLES = 200_000
 NUM_FAST_SAMPLES = 4_000
 
@@ -131,7 +131,7 @@ def test_output_has_the_target_law_however_drafts_are_made(
 @pytest.mark.parametrize(
     ("num_samples", "total_variation"),
     [
-        pytest.param(NUM_SAMPLES, 0.02, marks=pytest.mark.slow),
+        pytest.param(NUM_SAMPLES, 0.03, marks=pytest.mark.slow),
         pytest.param(NUM_FULL_SAMPLES, 0.01, marks=pytest.mark.full),
     ],
     ids=["some", "full"],

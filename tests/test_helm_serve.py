@@ -20,7 +20,7 @@ from tests.models import MODELS
 
 @pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_the_laptop_profile_serves(tmp_path: Path) -> None:
     """As rendered, but for the models' place in the image, and ports that are free here."""
     profile = yaml.safe_load((CHART / "profiles" / "laptop.yaml").read_text())
