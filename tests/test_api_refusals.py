@@ -101,7 +101,8 @@ async def test_keys_are_asked_for_where_there_are_any(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump({"keys": [{**entry, "max_concurrent_requests": 1}]}))
     async with door(Authenticator(str(file))) as client:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
-            for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions")):
+            calls = (("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/metrics"))
+            for method, path in calls:
                 answer = await client.request(method, path, headers=headers, json={"prompt": "x"})
                 assert answer.status_code == 401
                 assert answer.headers["WWW-Authenticate"] == "Bearer"
@@ -109,6 +110,9 @@ async def test_keys_are_asked_for_where_there_are_any(tmp_path: Path) -> None:
         good = {"Authorization": "Bearer secret"}
         assert (await client.get("/v1/models", headers=good)).status_code == 200
         assert (await client.get("/health")).status_code == 200
+        scrape = await client.get("/metrics", headers=good)
+        assert scrape.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        assert 'dspark:refusals_total{model_name="small",reason="unknown_key"} 3.0' in scrape.text
         # Its limit of one request at a time holds here as well.
         answer = await client.post(
             "/v1/completions", headers=good, json={"prompt": ["x", "y"], "max_tokens": 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -124,7 +125,9 @@ def _metrics(router: RouterServer) -> APIRouter:
     @paths.get("/metrics")
     async def metrics() -> Response:
         """What the router that answers exports to Prometheus."""
-        return Response(router.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        # Of many replicas it is long, and streams must not wait for it.
+        text = await asyncio.to_thread(router.metrics.text)
+        return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     return paths
 
