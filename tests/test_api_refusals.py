@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,12 +11,25 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 import yaml
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from pydantic import ValidationError
 
 from cluster.api.app import create_app
+from cluster.api.chat import ChatCompletionRequest
 from cluster.api.chat_template import CHATML, ChatTemplate, read_template
+from cluster.api.completions import CompletionRequest
 from cluster.api.errors import error_response
-from cluster.api.fields import StructuredOutputs
-from cluster.api.tools import FunctionTool, ToolCall, ToolCallReader, ToolUse
+from cluster.api.fields import REFUSALS, StructuredOutputs
+from cluster.api.tools import (
+    AllowedToolsChoice,
+    FunctionTool,
+    Tool,
+    ToolCall,
+    ToolCallReader,
+    ToolUse,
+    tool_use,
+)
 from cluster.engine.grammar import GrammarCompiler
 from cluster.engine.vocabulary import Vocabulary
 from cluster.errors import (
@@ -76,6 +90,11 @@ async def test_a_model_without_a_template_has_no_chat() -> None:
             "/v1/chat/completions", json={"messages": MESSAGES, "tools": [tool]}
         )
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+    effort = "{{ messages[0].content }}{{ reasoning_effort }}"
+    async with door(chat_template=effort) as client:
+        body = {"messages": MESSAGES, "reasoning_effort": "high"}
+        tokens = (await client.post("/tokenize", json=body)).json()["tokens"]
+        assert small_tokenizer().decode(tokens) == "xhigh"
     async with door(chat_template="{{ raise_exception('only one message') }}") as client:
         answer = await client.post("/v1/chat/completions", json={"messages": MESSAGES})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
@@ -131,6 +150,25 @@ async def test_a_body_is_read_no_further_than_it_may_be() -> None:
             answer = await client.post("/v1/completions", content=content)
             assert answer.status_code == 413
             assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "params"),
+    [(CompletionRequest, completion_create_params), (ChatCompletionRequest, chat_create_params)],
+)
+def test_every_field_of_the_official_client_is_known(request_fields: Any, params: Any) -> None:
+    """It is served, or changes no output, or is refused with words of its own."""
+    names = {
+        *typing.get_type_hints(params.CompletionCreateParamsBase),
+        *typing.get_type_hints(params.CompletionCreateParamsStreaming),
+    }
+    assert len(names) > 15
+    for name in names - request_fields.model_fields.keys():
+        try:
+            request_fields.model_validate({"messages": MESSAGES, "prompt": "x", name: object()})
+        except ValidationError as error:
+            extra = {str(e["loc"][0]) for e in error.errors() if e["type"] == "extra_forbidden"}
+            assert name not in extra or name in REFUSALS, name
 
 
 def test_errors_have_statuses_and_tell_nothing_of_prompts() -> None:
@@ -190,6 +228,20 @@ def test_the_grammar_of_calls(
         assert compiler.compile(grammar).accept([*tokenizer.encode(text), end]), text
     for text in bad:
         assert not compiler.compile(grammar).accept([*tokenizer.encode(text), end]), text
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_some_of_the_tools_may_be_called(mode: str) -> None:
+    def named(name: str) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": name}}
+
+    tools = [Tool.model_validate(named(name)) for name in "fgh"]
+    allowed = {"mode": mode, "tools": [named("h"), named("f")]}
+    choice = AllowedToolsChoice.model_validate({"type": "allowed_tools", "allowed_tools": allowed})
+    use = tool_use(tools, choice, may_repeat=True)
+    assert use is not None
+    assert [function.name for function in use.functions] == ["f", "h"]
+    assert (use.must_call, use.may_repeat) == (mode == "required", True)
 
 
 def test_choices_are_taken_literally() -> None:

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
+from statistics import fmean
 from typing import Any, Literal
 
 import openai
@@ -50,6 +51,7 @@ CITY_TOOL: Any = {
         },
     },
 }
+NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
 CLOCK_TOOL: Any = {"type": "function", "function": {"name": "get_time"}}
 
 
@@ -115,6 +117,7 @@ def send(request: urllib.request.Request | str) -> tuple[int, Any, dict[str, str
 
 # ----------------------------------------------------------------- on and off, feature by feature
 
+GRAMMAR = "([a-c]{2}-[0-9]{3} ){4}"
 FEATURES: dict[str, dict[str, Any]] = {
     "greedy": GREEDY,
     "seed": SEEDED,
@@ -125,7 +128,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "repetition_penalty": 1.2,
     },
     "logprobs": {**GREEDY, "logprobs": 3},
-    "grammar": {**SEEDED, "structured_outputs": {"regex": "[a-c]{2}-[0-9]{3}"}},
+    "grammar": {**SEEDED, "structured_outputs": {"regex": GRAMMAR}, "max_tokens": 40},
     "stop": {**GREEDY, "stop": ["(", "\n"]},
     "n": {**SEEDED, "n": 3},
     "min_p": {**SEEDED, "min_p": 0.2},
@@ -133,10 +136,26 @@ FEATURES: dict[str, dict[str, Any]] = {
     "top_k": {**SEEDED, "top_k": 5, "top_p": 0.9},
     "min_tokens": {**GREEDY, "min_tokens": 8, "stop_token_ids": [220]},
 }
+MATRIX = [
+    *(pytest.param(feature, fields, id=feature) for feature, fields in FEATURES.items()),
+    # The greedy ones seeded, and the other way round.
+    *(
+        pytest.param(
+            feature,
+            {**fields, **(SEEDED if fields["temperature"] == 0 else GREEDY)},
+            id=f"{feature}-other",
+            marks=pytest.mark.slow,
+        )
+        for feature, fields in FEATURES.items()
+        if feature not in ("greedy", "seed")
+    ),
+]
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_speculation_changes_no_answer(client: OpenAI, feature: str) -> None:
+@pytest.mark.parametrize(("feature", "fields"), MATRIX)
+def test_speculation_changes_no_answer(
+    client: OpenAI, feature: str, fields: dict[str, Any]
+) -> None:
     answers = {}
     for mode in ("auto", "off"):
         answer = complete(
@@ -144,14 +163,13 @@ def test_speculation_changes_no_answer(client: OpenAI, feature: str) -> None:
             speculation=mode,
             return_token_ids=True,
             return_speculation_stats=True,
-            **FEATURES[feature],
+            **fields,
         )
-        assert len(answer.choices) == FEATURES[feature].get("n", 1)
+        assert len(answer.choices) == fields.get("n", 1)
         answers[mode] = answer
     on, off = answers["auto"], answers["off"]
     assert off.usage.speculation["num_draft_tokens"] == 0
-    if feature != "grammar":  # an answer so short may be over before anything was drafted
-        assert on.usage.speculation["num_draft_tokens"] > 0
+    assert on.usage.speculation["num_draft_tokens"] > 0
     assert on.usage.completion_tokens == off.usage.completion_tokens
     for mine, theirs in zip(on.choices, off.choices, strict=True):
         assert mine.token_ids == theirs.token_ids
@@ -181,7 +199,7 @@ def test_features_do_what_they_say(client: OpenAI) -> None:
     assert [choice.index for choice in many] == [0, 1, 2, 3]
     assert len({choice.text for choice in many}) > 1
     matched = complete(client, **FEATURES["grammar"]).choices[0]
-    assert re.fullmatch("[a-c]{2}-[0-9]{3}", matched.text)
+    assert re.fullmatch(GRAMMAR, matched.text)
     assert matched.finish_reason == "stop"
     short = complete(client, **GREEDY, max_tokens=2)
     assert short.choices[0].finish_reason == "length"
@@ -223,6 +241,23 @@ def test_every_kind_of_prompt(server: ApiServer, client: OpenAI) -> None:
     assert alone.usage.prompt_tokens == len(token_ids[0])
 
 
+def test_the_best_of_several_are_answered(client: OpenAI) -> None:
+    prompts = [PROMPT, "import os\n"]
+    made = complete(client, prompts, **SEEDED, n=4, logprobs=0).choices
+    expected = []
+    for choices in (made[:4], made[4:]):
+        ranked = sorted(choices, key=lambda choice: -fmean(choice.logprobs.token_logprobs))
+        expected += [choice.text for choice in ranked[:2]]
+    answer = complete(client, prompts, **SEEDED, n=2, best_of=4)
+    assert [choice.text for choice in answer.choices] == expected
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert [choice.logprobs for choice in answer.choices] == [None] * 4
+    assert answer.usage.completion_tokens == sum(len(c.logprobs.tokens) for c in made)
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, n=1, best_of=2, stream=True)
+    assert caught.value.param == "best_of"
+
+
 @pytest.mark.slow
 def test_echo_begins_with_the_prompt(client: OpenAI) -> None:
     plain = complete(client, **GREEDY).choices[0].text
@@ -243,6 +278,11 @@ def test_tokens_and_text(server: ApiServer) -> None:
     assert prompt["prompt"].endswith("<|im_start|>assistant\n")
     assert post(server, "/detokenize", {"tokens": [10**9]})[1]["error"]["param"] == "tokens"
     assert post(server, "/tokenize", {})[1]["error"]["param"] == "prompt"
+    _, told, _ = post(server, "/tokenize", {"messages": MESSAGES, "tools": [CITY_TOOL]})
+    _, prompt, _ = post(server, "/detokenize", {"tokens": told["tokens"]})
+    assert '"name": "get_weather"' in prompt["prompt"]
+    refused = post(server, "/tokenize", {"prompt": "x", "tools": [CITY_TOOL]})[1]["error"]
+    assert refused["param"] == "tools"
 
 
 # -------------------------------------------------------------------------------------- streaming
@@ -265,6 +305,27 @@ def test_a_stream_is_the_answer_in_pieces(client: OpenAI, fields: dict[str, Any]
         if choice.logprobs is not None:
             offsets = [o for piece in mine for o in piece.logprobs.text_offset]
             assert offsets == choice.logprobs.text_offset
+
+
+def test_events_of_equal_length_tell_less(server: ApiServer) -> None:
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 12, "stream": True, **GREEDY}
+    texts, lengths = [], []
+    for pads in (False, True):
+        fields = {**body, "stream_options": {"include_obfuscation": pads}}
+        request = urllib.request.Request(
+            f"{server.url}/v1/completions",
+            json.dumps(fields).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            lines = answer.read().split(b"\n\n")[:-2]
+        events = [json.loads(line.removeprefix(b"data: ")) for line in lines]
+        assert all(("obfuscation" in event) is pads for event in events)
+        texts.append("".join(event["choices"][0]["text"] for event in events))
+        lengths.append({len(line) for line in lines})
+    assert texts[0] == texts[1]
+    assert len(lengths[0]) > 1
+    assert len(lengths[1]) == 1
 
 
 def test_sources_and_counts_are_there_when_asked_for(client: OpenAI) -> None:
@@ -366,14 +427,17 @@ def test_roles_and_parts_of_messages(server: ApiServer, client: OpenAI) -> None:
     conversation = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": parts},
-        {"role": "assistant", "content": "c", "refusal": None},
+        {"role": "assistant", "content": "c", "refusal": None, "annotations": []},
         {"role": "user", "content": "d"},
+        {"role": "assistant", "refusal": "e"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "f"}]},
     ]
     _, answer, _ = post(server, "/tokenize", {"messages": conversation})
     _, text, _ = post(server, "/detokenize", {"tokens": answer["tokens"]})
     assert text["prompt"] == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nab<|im_end|>\n"
         "<|im_start|>assistant\nc<|im_end|>\n<|im_start|>user\nd<|im_end|>\n"
+        "<|im_start|>assistant\ne<|im_end|>\n<|im_start|>assistant\nf<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     image = [{"type": "image_url", "image_url": {"url": "x"}}]
@@ -412,7 +476,11 @@ def test_any_json_object(client: OpenAI) -> None:
     "choice",
     [
         pytest.param("required"),
-        pytest.param({"type": "function", "function": {"name": "get_weather"}}, id="named"),
+        pytest.param(NAMED, id="named"),
+        pytest.param(
+            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}},
+            id="allowed",
+        ),
     ],
 )
 @pytest.mark.slow
@@ -490,7 +558,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"5000000": 1}}, "logit_bias"),
     ({"stop": [""]}, "stop"),
-    ({"best_of": 3}, "best_of"),
+    ({"n": 3, "best_of": 2}, "best_of"),
+    ({"best_of": 17}, "best_of"),
     ({"suffix": "end"}, "suffix"),
     ({"echo": True, "logprobs": 1}, "echo"),
     ({"prompt": []}, "prompt"),
@@ -545,11 +614,29 @@ REFUSED_CHATS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"continue_final_message": True}, "continue_final_message"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    (
+        {
+            "tools": [CITY_TOOL],
+            "tool_choice": {
+                "type": "allowed_tools",
+                "allowed_tools": {
+                    "mode": "auto",
+                    "tools": [{"type": "function", "function": {"name": "other"}}],
+                },
+            },
+        },
+        "tool_choice",
+    ),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools"),
     ({"modalities": ["audio"]}, "modalities"),
+    ({"moderation": {"model": "x"}}, "moderation"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
 ]
 WITHOUT_EFFECT: dict[str, Any] = {
     "user": "me",
     "store": False,
+    "prediction": {"type": "content", "content": "x"},
+    "prompt_cache_options": {"mode": "implicit"},
     "metadata": {"a": "b"},
     "service_tier": "auto",
     "suffix": None,

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from cluster.api.errors import ModelNotFoundError, to_client_field
@@ -51,6 +52,11 @@ class ChoiceRecord:
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     usage: Usage | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens, where log-probabilities were asked for."""
+        return fmean(position.chosen.logprob for position in self.logprobs)
 
     def add(self, chunk: Chunk) -> None:
         """Appends a piece."""
@@ -113,6 +119,7 @@ async def generated(
     fields: GenerationFields,
     sampling: SamplingParams,
     *,
+    num_choices: int,
     key: ApiKey,
     request_id: str,
     field_names: dict[str, str],
@@ -120,6 +127,7 @@ async def generated(
     """All prompts' chunks as they come, with the prompt's number.
 
     Args:
+        num_choices: of each prompt.
         key: whose request it is.
         field_names: how the client wrote fields of ``cluster.request`` that are named otherwise.
 
@@ -136,7 +144,7 @@ async def generated(
                     prompt=tuple(prompt),
                     sampling=sampling,
                     speculation=fields.to_speculation(),
-                    num_choices=fields.n,
+                    num_choices=num_choices,
                     resume_token_ids=(),
                     attempt=0,
                     priority=fields.to_priority(),

@@ -18,7 +18,7 @@ from cluster.api.chat_template import ChatTemplate
 from cluster.api.completions import CompletionRequest, Completions
 from cluster.api.console.routes import console_routes
 from cluster.api.errors import add_error_handlers, error_response
-from cluster.api.fields import REFUSALS
+from cluster.api.fields import REFUSALS, GenerationFields
 from cluster.api.streaming import EventStream, unless_disconnected
 from cluster.api.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from cluster.errors import ReplicaLostError
@@ -92,13 +92,13 @@ def _openai(router: RouterServer, template: ChatTemplate) -> APIRouter:
     async def complete(fields: CompletionRequest, request: Request) -> Response:
         """Goes on with prompts."""
         work = await Completions.of(router, fields, request.state.api_key)
-        return await _answer(router, work, request, fields.stream)
+        return await _answer(router, work, request, fields)
 
     @paths.post("/chat/completions")
     async def complete_chat(fields: ChatCompletionRequest, request: Request) -> Response:
         """Answers a conversation."""
         work = await ChatCompletions.of(router, fields, template, request.state.api_key)
-        return await _answer(router, work, request, fields.stream)
+        return await _answer(router, work, request, fields)
 
     return paths
 
@@ -159,10 +159,10 @@ async def _answer(
     router: RouterServer,
     work: Completions | ChatCompletions,
     request: Request,
-    is_stream: bool,
+    fields: GenerationFields,
 ) -> Response:
     """Runs the work, and ends it when its client leaves."""
-    if not is_stream:
+    if not fields.stream:
         return JSONResponse(await unless_disconnected(request, work.complete()))
     events = work.events()
     try:
@@ -170,4 +170,4 @@ async def _answer(
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(first, events, router.slow_reader_timeout_s)
+    return EventStream(first, events, router.slow_reader_timeout_s, pads=fields.pads_events)

@@ -142,6 +142,7 @@ class ChatCompletions:
             [self._prompt],
             self._fields,
             self._sampling,
+            num_choices=self._fields.n,
             key=self._key,
             request_id=self._envelope.id,
             field_names={**_FIELD_NAMES, "sampling.grammar": self._grammar_field},

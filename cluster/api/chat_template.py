@@ -51,10 +51,25 @@ _OTHER_FORMS = ("<function=", "<arg_key>")
 
 
 class TextPart(Fields):
-    """A piece of a message's text; nothing else is served."""
+    """A piece of a message's text."""
 
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(Fields):
+    """A piece of an earlier answer in which the model declined."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """What it said, which is what a template has to tell."""
+        return self.refusal
+
+
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
 class CalledFunction(Fields):
@@ -76,7 +91,7 @@ class Message(Fields):
     """One message of a conversation. ``developer`` is another name for ``system``."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Part] | None = None
     name: str | None = None
     tool_calls: list[EarlierCall] = Field(default_factory=list)
     tool_call_id: str | None = None
@@ -88,6 +103,8 @@ class Message(Fields):
         content = self.content
         if isinstance(content, list):
             content = "".join(part.text for part in content)
+        if content is None:
+            content = self.refusal
         role = "system" if self.role == "developer" else self.role
         message: dict[str, Any] = {"role": role, "content": content}
         for name in ("name", "tool_call_id", "reasoning_content"):
@@ -110,6 +127,9 @@ class ChatFields(Fields):
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="variables of the model's template"
+    )
+    reasoning_effort: str | None = Field(
+        default=None, description="where the model's template knows it"
     )
 
 
@@ -160,8 +180,15 @@ class ChatTemplate:
                 "continue_final_message", "cannot go with add_generation_prompt: true"
             )
         reserved = {"messages", "tools", "chat_template", "tokenize", "conversation"}
-        if taken := reserved.intersection(fields.chat_template_kwargs):
+        variables = fields.chat_template_kwargs
+        if taken := reserved.intersection(variables):
             raise InvalidRequestError("chat_template_kwargs", f"cannot hold {min(taken)}")
+        if fields.reasoning_effort is not None:
+            if "reasoning_effort" not in json.dumps(self._template):
+                raise InvalidRequestError(
+                    "reasoning_effort", "the model's chat template does not know it"
+                )
+            variables = {**variables, "reasoning_effort": fields.reasoning_effort}
         messages = [message.for_template() for message in fields.messages]
         described = [tool.model_dump(exclude_unset=True) for tool in tools]
         template = self._template
@@ -177,7 +204,7 @@ class ChatTemplate:
                 add_generation_prompt=fields.add_generation_prompt,
                 continue_final_message=fields.continue_final_message,
                 tokenize=False,
-                **fields.chat_template_kwargs,
+                **variables,
             )
         except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
             raise InvalidRequestError("messages", f"the chat template refuses: {error}") from None

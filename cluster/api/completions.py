@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -28,6 +28,7 @@ from cluster.security.api_keys import ApiKey
 MAX_PROMPTS = 256
 
 _FIELD_NAMES = {"prompt.token_ids": "prompt"}
+_BEST_OF_NAMES = {**_FIELD_NAMES, "n": "best_of"}
 
 
 class CompletionRequest(GenerationFields):
@@ -39,7 +40,11 @@ class CompletionRequest(GenerationFields):
     max_tokens: int = 16
     logprobs: int | None = Field(default=None, description="top log-probabilities a token, 0 to 20")
     echo: bool = Field(default=False, description="begin the text with the prompt")
-    best_of: int | None = Field(default=None, description="n: more is not served")
+    best_of: int | None = Field(
+        default=None,
+        description="n to 16: so many are made, and the n with the highest mean log-probability of "
+        "a token answered, best first; not with stream",
+    )
     add_special_tokens: bool = Field(
         default=True, description="those that the tokenizer puts around a text"
     )
@@ -60,6 +65,7 @@ class Completions:
         self._fields = fields
         self._prompts = prompts
         self._sampling = sampling
+        self._num_choices = fields.n if fields.best_of is None else fields.best_of  # of a prompt
         self._key = key
         self._envelope = Envelope.new("cmpl", "text_completion", router.model_name)
         self._texts = TokenTexts(router.vocabulary)
@@ -73,14 +79,19 @@ class Completions:
         """Checks and tokenises a request. Raises: InvalidRequestError, ModelNotFoundError."""
         check_model(router, fields.model)
         fields.check_together()
-        if fields.best_of is not None and fields.best_of != fields.n:
-            raise InvalidRequestError("best_of", f"only n ({fields.n}) is served")
+        if fields.best_of is not None and fields.best_of < fields.n:
+            raise InvalidRequestError("best_of", f"must be at least n ({fields.n})")
+        ranks = fields.best_of is not None and fields.best_of > fields.n
+        if ranks and fields.stream:
+            raise InvalidRequestError("best_of", "above n cannot go with stream: true")
         if fields.echo and fields.logprobs is not None:
             raise InvalidRequestError(
                 "echo", "with logprobs is not served: there are none of the prompt"
             )
         sampling = fields.to_sampling(
-            max_tokens=fields.max_tokens, logprobs=fields.logprobs, grammar=fields.to_grammar()
+            max_tokens=fields.max_tokens,
+            logprobs=0 if ranks and fields.logprobs is None else fields.logprobs,
+            grammar=fields.to_grammar(),
         )
         prompts = [
             await router.encoder.encode(prompt, add_special_tokens=fields.add_special_tokens)
@@ -97,11 +108,11 @@ class Completions:
             async for index, chunk in chunks:
                 records[index].add(chunk)
         choices = []
-        for index, record in sorted(records.items()):
+        for index, record in enumerate(self._best(records)):
             prefix = self._prefix(index)
             choice = {"index": index, "text": prefix + record.text}
             choice |= {"finish_reason": record.finish_reason, "logprobs": None}
-            if self._sampling.logprobs is not None:
+            if self._fields.logprobs is not None:
                 choice["logprobs"] = completion_logprobs(
                     record.logprobs, record.text_lengths, len(prefix), self._texts
                 )
@@ -134,14 +145,27 @@ class Completions:
             self._prompts,
             self._fields,
             self._sampling,
+            num_choices=self._num_choices,
             key=self._key,
             request_id=self._envelope.id,
-            field_names=_FIELD_NAMES,
+            field_names=_FIELD_NAMES if self._fields.best_of is None else _BEST_OF_NAMES,
         )
         async with aclosing(stream) as chunks:
             async for prompt_index, chunk in chunks:
                 self._usage.add(prompt_index, chunk)
-                yield prompt_index * self._fields.n + chunk.choice_index, chunk
+                yield prompt_index * self._num_choices + chunk.choice_index, chunk
+
+    def _best(self, records: Mapping[int, ChoiceRecord]) -> list[ChoiceRecord]:
+        """The choices that are answered: all, or each prompt's best."""
+        made = [record for _, record in sorted(records.items())]
+        if self._num_choices == self._fields.n:
+            return made
+        best = []
+        for first in range(0, len(made), self._num_choices):
+            candidates = made[first : first + self._num_choices]
+            candidates.sort(key=lambda record: record.mean_logprob, reverse=True)
+            best += candidates[: self._fields.n]
+        return best
 
     def _delta(self, index: int, text: str, offset: int, chunk: Chunk) -> dict[str, Any]:
         reason = chunk.finish_reason
@@ -151,7 +175,7 @@ class Completions:
             "finish_reason": None if reason is None else reason.name.lower(),
             "logprobs": None,
         }
-        if self._sampling.logprobs is not None:
+        if self._fields.logprobs is not None:
             choice["logprobs"] = completion_logprobs(
                 chunk.logprobs, chunk.text_lengths, offset, self._texts
             )

@@ -21,11 +21,21 @@ from cluster.request import (
 
 # Fields that change no output, whatever they hold.
 _WITHOUT_EFFECT = frozenset(
-    {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"}
+    {
+        "metadata",
+        "prediction",  # a guess at the answer, for speed; drafters make theirs
+        "prompt_cache_breakpoint",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "user",
+    }
 )
 # Fields that are not served, with the values that ask for nothing.
 _NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
+    "annotations": ([],),
     "audio": (),
     "bad_words": ([],),
     "function_call": ("none",),
@@ -33,9 +43,8 @@ _NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "length_penalty": (1.0,),
     "modalities": (["text"],),
-    "prediction": (),
+    "moderation": (),
     "prompt_logprobs": (),
-    "reasoning_effort": (),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -79,8 +88,8 @@ class StreamOptions(Fields):
 
     include_usage: bool = Field(default=False, description="one more event at the end, with usage")
     continuous_usage_stats: bool = Field(default=False, description="usage on every event")
-    include_obfuscation: Literal[False] = Field(
-        default=False, description="events are not padded to equal lengths"
+    include_obfuscation: bool = Field(
+        default=False, description="events are padded, so that their lengths tell less of the text"
     )
 
 
@@ -232,6 +241,11 @@ class GenerationFields(Fields):
     def grammar_field(self) -> str:
         """The field that a grammar came from, for errors."""
         return "structured_outputs" if self.structured_outputs is not None else "response_format"
+
+    @property
+    def pads_events(self) -> bool:
+        """Whether a stream's lengths are to tell less of its text."""
+        return self.stream_options is not None and self.stream_options.include_obfuscation
 
     def check_together(self) -> None:
         """Raises: InvalidRequestError."""

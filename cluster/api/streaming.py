@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from cluster.errors import RequestCancelledError
 T = TypeVar("T")
 
 _DONE = b"data: [DONE]\n\n"
+_PADDED_TO = 256  # bytes, or a multiple
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -74,6 +76,7 @@ class EventStream(Response):
         first: taken from ``events`` already, so that what fails before it has a status of its own.
         events: JSON objects.
         write_timeout_s: a client that reads nothing for so long is taken to have left.
+        pads: whether events get an ``obfuscation`` that makes them equally long, mostly.
     """
 
     media_type = "text/event-stream"
@@ -83,12 +86,15 @@ class EventStream(Response):
         first: dict[str, Any],
         events: AsyncGenerator[dict[str, Any], None],
         write_timeout_s: float,
+        *,
+        pads: bool = False,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._first = first
         self._events = events
         self._write_timeout_s = write_timeout_s
+        self._pads = pads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -104,15 +110,23 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await write(_event(self._first))
+        await write(self._event(self._first))
         try:
             async for event in self._events:
-                await write(_event(event))
+                await write(self._event(event))
         except (TimeoutError, OSError):
             raise  # it cannot be told to a client that is not there
         except Exception as error:
             await write(_event(error_body(error)))
         await write(_DONE, more=False)
+
+    def _event(self, payload: dict[str, Any]) -> bytes:
+        if not self._pads:
+            return _event(payload)
+        size = len(_event({**payload, "obfuscation": ""}))
+        # Random, since what repeats itself would be compressed away again.
+        padding = secrets.token_hex(_PADDED_TO // 2)[: -size % _PADDED_TO]
+        return _event({**payload, "obfuscation": padding})
 
 
 async def _unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

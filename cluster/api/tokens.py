@@ -9,6 +9,7 @@ from pydantic import Field
 from cluster.api.answers import check_model
 from cluster.api.chat_template import ChatFields, ChatTemplate, Message
 from cluster.api.fields import Fields
+from cluster.api.tools import Tool
 from cluster.errors import InvalidRequestError
 from cluster.rpc.router import RouterServer
 
@@ -19,6 +20,7 @@ class TokenizeRequest(ChatFields):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] = Field(default_factory=list)
+    tools: list[Tool] = Field(default_factory=list, description="with messages, as a chat has them")
     add_special_tokens: bool | None = Field(
         default=None, description="unset: with a prompt, and not with messages"
     )
@@ -39,7 +41,11 @@ async def tokenize(
     check_model(router, fields.model)
     if (fields.prompt is None) == (not fields.messages):
         raise InvalidRequestError("prompt", "either it or messages must be given")
-    text = fields.prompt if fields.prompt is not None else await template.render(fields)
+    if fields.tools and not fields.messages:
+        raise InvalidRequestError("tools", "needs messages")
+    text = fields.prompt
+    if text is None:
+        text = await template.render(fields, fields.tools)
     with_special = fields.add_special_tokens
     if with_special is None:
         with_special = fields.prompt is not None

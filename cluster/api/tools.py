@@ -16,7 +16,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -62,7 +62,24 @@ class NamedToolChoice(Fields):
     function: NamedFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice
+class AllowedTools(Fields):
+    """Those of the tools that may be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedToolChoice], Field(min_length=1)]
+
+
+class AllowedToolsChoice(Fields):
+    """A choice from some of the tools; the model is told of all."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = (
+    Literal["none", "auto", "required"]
+    | Annotated[NamedToolChoice | AllowedToolsChoice, Field(discriminator="type")]
+)
 
 
 @dataclass(frozen=True)
@@ -128,13 +145,22 @@ def tool_use(
     if len(set(names)) < len(names):
         raise InvalidRequestError("tools", "two functions have the same name")
     if isinstance(choice, NamedToolChoice):
-        wanted = [function for function in functions if function.name == choice.function.name]
-        if not wanted:
-            raise InvalidRequestError(
-                "tool_choice", f"'{choice.function.name}' is none of the tools"
-            )
-        return ToolUse(wanted, must_call=True, may_repeat=False)
+        return ToolUse(_named(functions, [choice]), must_call=True, may_repeat=False)
+    if isinstance(choice, AllowedToolsChoice):
+        allowed = choice.allowed_tools
+        functions = _named(functions, allowed.tools)
+        return ToolUse(functions, must_call=allowed.mode == "required", may_repeat=may_repeat)
     return ToolUse(functions, must_call=choice == "required", may_repeat=may_repeat)
+
+
+def _named(
+    functions: Sequence[FunctionTool], choices: Sequence[NamedToolChoice]
+) -> list[FunctionTool]:
+    """The functions that are named. Raises: InvalidRequestError."""
+    wanted = {choice.function.name for choice in choices}
+    if unknown := wanted.difference(function.name for function in functions):
+        raise InvalidRequestError("tool_choice", f"'{min(unknown)}' is none of the tools")
+    return [function for function in functions if function.name in wanted]
 
 
 @dataclass(frozen=True)
