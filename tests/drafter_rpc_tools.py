@@ -6,20 +6,21 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cluster.config import DrafterConfig, SpeculativeConfig
+from cluster.config import ClusterConfig, DrafterConfig, SpeculativeConfig
 from cluster.engine.draft_client import DraftSampling, SessionKey
 from cluster.engine.draft_engine import DraftEngine
 from cluster.rpc.drafter_client import GrpcDraftClient
 from cluster.rpc.drafter_server import DrafterServer
 from cluster.v1 import common_pb2
 from tests.draft_helpers import VOCAB, D, feed, make_drafter, make_engine
+from tests.rpc_tools import until
 
 DIGESTS = {"target": "t", "tokenizer": "k", "drafter": "d", "projection": "p"}
 GREEDY = DraftSampling(temperature=0.0)
@@ -89,6 +90,32 @@ def served(
         yield server, f"127.0.0.1:{port}"
     finally:
         loop.run(server.drain(0.1))
+
+
+@asynccontextmanager
+async def connected_drafter(
+    config: ClusterConfig, engine: DraftEngine, *, vocab_size: int, **client: Any
+) -> AsyncIterator[tuple[DrafterServer, GrpcDraftClient]]:
+    """``engine`` served as ``config`` says, by this event loop, and a client that it has welcomed.
+
+    An engine that is built with the client closes it; the server drains when the block is left.
+    """
+    assert config.speculative is not None
+    server = DrafterServer(engine, drafter_id="d0", digests=DIGESTS, config=config.drafter)
+    port = await server.start("127.0.0.1")
+    try:
+        drafts = GrpcDraftClient(
+            replica_id="replica-0",
+            digests=DIGESTS,
+            vocab_size=vocab_size,
+            config=config.speculative,
+            **client,
+        )
+        drafts.set_drafters([("d0", f"127.0.0.1:{port}")])
+        await until(drafts.is_ready)
+        yield server, drafts
+    finally:
+        await server.drain(0.1)
 
 
 @contextmanager

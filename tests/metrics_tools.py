@@ -20,7 +20,7 @@ from cluster.rpc.drafter_client import GrpcDraftClient
 from cluster.rpc.drafter_server import DrafterServer
 from cluster.rpc.replica_server import ReplicaServer
 from cluster.rpc.router import RouterServer
-from tests.drafter_rpc_tools import DIGESTS
+from tests.drafter_rpc_tools import connected_drafter
 from tests.engine_tools import make_engine
 from tests.rpc_tools import until
 from tests.test_text import small_tokenizer
@@ -76,45 +76,36 @@ async def running_parts(
     config: ClusterConfig, *, model_name: str = "tiny", **router: Any
 ) -> AsyncIterator[Parts]:
     """Serves ``config``, a tiny target with its drafter, until left."""
-    assert config.speculative is not None
-    drafter = DrafterServer(
-        build_draft_engine(config), drafter_id="d0", digests=DIGESTS, config=config.drafter
-    )
-    drafter_port = await drafter.start("127.0.0.1")
-    drafts = GrpcDraftClient(
-        replica_id="replica-0", digests=DIGESTS, vocab_size=96, config=config.speculative
-    )
-    drafts.set_drafters([("d0", f"127.0.0.1:{drafter_port}")])
-    await until(drafts.is_ready)
-    engine = make_engine(config, draft_client=drafts)
-    replica = ReplicaServer(
-        "replica-0",
-        max_model_len=engine.max_model_len,
-        vocab_size=engine.vocab_size,
-        describe=lambda: ReplicaParts(
-            drafters=drafts.status(), num_malformed_proposals=drafts.stats.num_malformed
-        ),
-    )
-    loop = EngineLoop(engine, replica.on_outputs)
-    loop.start()
-    port = await replica.start(loop, "127.0.0.1")
-    server = RouterServer(
-        tokenizer=small_tokenizer(),
-        model_name=model_name,
-        vocab_size=96,
-        max_model_len=256,
-        **router,
-    )
-    router_port = await server.start("127.0.0.1")
-    server.set_replicas([("replica-0", f"127.0.0.1:{port}")])
-    await until(lambda: server.is_ready)
-    try:
-        async with AsyncClient(f"127.0.0.1:{router_port}") as client:
-            yield Parts(server, replica, loop, drafts, drafter, client)
-            await until(lambda: replica.num_active_requests == 0)
-            assert loop.failure is None
-    finally:
-        await server.stop()
-        await replica.stop()
-        await asyncio.to_thread(loop.stop)
-        await drafter.drain(0.1)
+    async with connected_drafter(config, build_draft_engine(config), vocab_size=96) as connected:
+        drafter, drafts = connected
+        engine = make_engine(config, draft_client=drafts)
+        replica = ReplicaServer(
+            "replica-0",
+            max_model_len=engine.max_model_len,
+            vocab_size=engine.vocab_size,
+            describe=lambda: ReplicaParts(
+                drafters=drafts.status(), num_malformed_proposals=drafts.stats.num_malformed
+            ),
+        )
+        loop = EngineLoop(engine, replica.on_outputs)
+        loop.start()
+        port = await replica.start(loop, "127.0.0.1")
+        server = RouterServer(
+            tokenizer=small_tokenizer(),
+            model_name=model_name,
+            vocab_size=96,
+            max_model_len=256,
+            **router,
+        )
+        router_port = await server.start("127.0.0.1")
+        server.set_replicas([("replica-0", f"127.0.0.1:{port}")])
+        await until(lambda: server.is_ready)
+        try:
+            async with AsyncClient(f"127.0.0.1:{router_port}") as client:
+                yield Parts(server, replica, loop, drafts, drafter, client)
+                await until(lambda: replica.num_active_requests == 0)
+                assert loop.failure is None
+        finally:
+            await server.stop()
+            await replica.stop()
+            await asyncio.to_thread(loop.stop)

@@ -20,11 +20,9 @@ from cluster.engine.loop import EngineLoop
 from cluster.errors import DeadlineExceededError
 from cluster.request import RequestOutput, SamplingParams
 from cluster.rpc.client import AsyncClient
-from cluster.rpc.drafter_client import GrpcDraftClient
-from cluster.rpc.drafter_server import DrafterServer
 from cluster.rpc.replica_server import ReplicaServer
 from cluster.rpc.router import RouterServer
-from tests.drafter_rpc_tools import DIGESTS
+from tests.drafter_rpc_tools import connected_drafter
 from tests.engine_tools import make_config, make_engine
 from tests.models import save_tiny_drafter, save_tiny_target
 from tests.rpc_tools import until
@@ -91,42 +89,30 @@ def _slow_down(engine: Engine) -> None:
 
 @asynccontextmanager
 async def _running(config: ClusterConfig) -> AsyncIterator[_Cluster]:
-    assert config.speculative is not None
     draft_engine = _HeldDraftEngine(build_draft_method(config), config.drafter)
-    drafter_server = DrafterServer(
-        draft_engine, drafter_id="d0", digests=DIGESTS, config=config.drafter
-    )
-    drafter_port = await drafter_server.start("127.0.0.1")
-    draft_client = GrpcDraftClient(
-        replica_id="replica",
-        digests=DIGESTS,
-        vocab_size=96,
-        config=config.speculative,
-        event_loop=asyncio.get_running_loop(),
-    )
-    draft_client.set_drafters([("d0", f"127.0.0.1:{drafter_port}")])
-    await until(draft_client.is_ready)
-    engine = make_engine(config, draft_client)
-    _slow_down(engine)
-    server = ReplicaServer(
-        "replica", max_model_len=engine.max_model_len, vocab_size=engine.vocab_size
-    )
-    loop = EngineLoop(engine, server.on_outputs)
-    loop.start()
-    router = RouterServer(
-        tokenizer=small_tokenizer(), model_name="tiny", vocab_size=96, max_model_len=256
-    )
-    port = await router.start("127.0.0.1")
-    router.set_replicas([("replica", f"127.0.0.1:{await server.start(loop, '127.0.0.1')}")])
-    try:
-        async with AsyncClient(f"127.0.0.1:{port}") as client:
-            yield _Cluster(client, server, loop, draft_engine)
-    finally:
-        draft_engine.gate.set()
-        await router.stop()
-        await server.stop()
-        await asyncio.to_thread(loop.stop)
-        await drafter_server.drain(0.1)
+    client_loop = {"event_loop": asyncio.get_running_loop()}
+    async with connected_drafter(config, draft_engine, vocab_size=96, **client_loop) as connected:
+        _, draft_client = connected
+        engine = make_engine(config, draft_client)
+        _slow_down(engine)
+        server = ReplicaServer(
+            "replica", max_model_len=engine.max_model_len, vocab_size=engine.vocab_size
+        )
+        loop = EngineLoop(engine, server.on_outputs)
+        loop.start()
+        router = RouterServer(
+            tokenizer=small_tokenizer(), model_name="tiny", vocab_size=96, max_model_len=256
+        )
+        port = await router.start("127.0.0.1")
+        router.set_replicas([("replica", f"127.0.0.1:{await server.start(loop, '127.0.0.1')}")])
+        try:
+            async with AsyncClient(f"127.0.0.1:{port}") as client:
+                yield _Cluster(client, server, loop, draft_engine)
+        finally:
+            draft_engine.gate.set()
+            await router.stop()
+            await server.stop()
+            await asyncio.to_thread(loop.stop)
 
 
 async def _leave(cluster: _Cluster, ready_to_leave: Any) -> None:

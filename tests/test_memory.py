@@ -18,11 +18,9 @@ from cluster.engine.draft_factory import build_draft_engine
 from cluster.engine.loop import EngineLoop
 from cluster.request import SamplingParams
 from cluster.rpc.client import AsyncClient
-from cluster.rpc.drafter_client import GrpcDraftClient
-from cluster.rpc.drafter_server import DrafterServer
 from cluster.rpc.replica_server import ReplicaServer
 from cluster.rpc.router import RouterServer
-from tests.drafter_rpc_tools import DIGESTS
+from tests.drafter_rpc_tools import connected_drafter
 from tests.engine_tools import make_config, make_engine
 from tests.models import save_tiny_drafter, save_tiny_target
 from tests.rpc_tools import until
@@ -46,36 +44,25 @@ async def running(
     target = save_tiny_target(folder / "target")
     drafter = save_tiny_drafter(folder / "drafter", target) if speculate else None
     config = make_config(target, drafter, num_pages=500, max_num_seqs=16)
-    draft_engine: DraftEngine | None = None
-    draft_server: DrafterServer | None = None
+    draft_engine = build_draft_engine(config) if speculate else None
     draft_client: DraftClient | None = None
-    if config.speculative is not None:
-        draft_engine = build_draft_engine(config)
-        draft_server = DrafterServer(
-            draft_engine, drafter_id="d", digests=DIGESTS, config=config.drafter
+    async with contextlib.AsyncExitStack() as stack:
+        if draft_engine is not None:
+            connected = connected_drafter(config, draft_engine, vocab_size=VOCAB_SIZE)
+            _, draft_client = await stack.enter_async_context(connected)
+        engine = make_engine(config, draft_client)
+        replica = ReplicaServer("r", max_model_len=engine.max_model_len, vocab_size=VOCAB_SIZE)
+        loop = EngineLoop(engine, replica.on_outputs)
+        loop.start()
+        router = RouterServer(
+            tokenizer=small_tokenizer(), model_name="tiny", vocab_size=VOCAB_SIZE, max_model_len=256
         )
-        address = f"127.0.0.1:{await draft_server.start('127.0.0.1')}"
-        client = GrpcDraftClient(
-            replica_id="r", digests=DIGESTS, vocab_size=VOCAB_SIZE, config=config.speculative
-        )
-        client.set_drafters([("d", address)])
-        await until(client.is_ready)
-        draft_client = client
-    engine = make_engine(config, draft_client)
-    replica = ReplicaServer("r", max_model_len=engine.max_model_len, vocab_size=VOCAB_SIZE)
-    loop = EngineLoop(engine, replica.on_outputs)
-    loop.start()
-    router = RouterServer(
-        tokenizer=small_tokenizer(), model_name="tiny", vocab_size=VOCAB_SIZE, max_model_len=256
-    )
-    router.set_replicas([("r", f"127.0.0.1:{await replica.start(loop, '127.0.0.1')}")])
-    async with AsyncClient(f"127.0.0.1:{await router.start('127.0.0.1')}") as asker:
-        yield asker, loop, draft_engine
-    await router.stop()
-    await replica.stop()
-    await asyncio.to_thread(loop.stop)  # which closes the draft client
-    if draft_server is not None:
-        await draft_server.drain(0.1)
+        router.set_replicas([("r", f"127.0.0.1:{await replica.start(loop, '127.0.0.1')}")])
+        async with AsyncClient(f"127.0.0.1:{await router.start('127.0.0.1')}") as asker:
+            yield asker, loop, draft_engine
+        await router.stop()
+        await replica.stop()
+        await asyncio.to_thread(loop.stop)  # which closes the draft client
 
 
 def prompts() -> Iterator[list[int]]:
