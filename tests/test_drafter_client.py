@@ -298,7 +298,7 @@ def test_a_drafter_that_hangs_costs_a_few_rounds_and_then_nothing(loop):
         assert states["d1"] == "ready"
         assert states["d0"] in ("open", "half-open")
         assert client.stats.num_late + client.stats.num_dropped == 3
-        assert waited_s < 3 * 0.2 + 0.2
+        assert waited_s < 3 * 0.2 + 1.0
         assert num_answered > 20
         slow.answer = answer_well
         assert wait_for(lambda: sum(s.state == "ready" for s in client.status()) == 2)

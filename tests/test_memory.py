@@ -43,7 +43,9 @@ async def running(
     """Client, router, replica and drafter of this process, with gRPC between all of them."""
     target = save_tiny_target(folder / "target")
     drafter = save_tiny_drafter(folder / "drafter", target) if speculate else None
-    config = make_config(target, drafter, num_pages=500, max_num_seqs=16)
+    # No round is late, however busy the machine: without drafts the test would show little.
+    patient = {"speculative": {"draft_timeout_ms": 10_000}} if speculate else {}
+    config = make_config(target, drafter, num_pages=500, max_num_seqs=16, **patient)
     draft_engine = build_draft_engine(config) if speculate else None
     draft_client: DraftClient | None = None
     async with contextlib.AsyncExitStack() as stack:
@@ -109,7 +111,7 @@ async def test_requests_leave_nothing_behind(
             num_objects[until_number] = len(gc.get_objects())
         load = loop.load()
         assert load.prefix_cache.num_evicted_pages > num_requests  # it has been full for long
-        assert (load.stats.num_drafts > num_requests) == speculate
+        assert (load.stats.num_drafts > num_requests / 10) == speculate
         assert used[num_requests] < 1.03 * used[NUM_WARM], used
         # Memory comes and goes by megabytes; objects tell more: none is left behind by a request.
         assert num_objects[num_requests] - num_objects[NUM_WARM] < (num_requests - NUM_WARM) / 5

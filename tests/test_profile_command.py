@@ -16,7 +16,8 @@ from cluster.models.checkpoint import target_digest
 from tests.engine_tools import make_config, make_engine
 from tests.models import save_tiny_drafter, save_tiny_target
 
-OPTIONS = ["--dtype", "float32", "--num-threads", "1", "--max-num-seqs", "4"]
+# Compiling the passes takes longer than measuring them (tests/test_cpu_kernels.py compiles some).
+OPTIONS = ["--dtype", "float32", "--num-threads", "1", "--max-num-seqs", "4", "--enforce-eager"]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_a_device_profile_has_the_drafter_too(
 ) -> None:
     drafter = save_tiny_drafter(tmp_path / "drafter", target)
     path = tmp_path / "this-machine.json"
-    command = ["profile", target, *OPTIONS, "--enforce-eager", "--tokens", "1,8", "--contexts", "0"]
+    command = ["profile", target, *OPTIONS, "--tokens", "1,8", "--contexts", "0"]
     command += ["--repeats", "1", "--device-profile", str(path)]
     assert cli.main([*command, "--drafter", f"dspark={drafter}", "--json"]) == 0
     profile = read_profile(path)
