@@ -22,9 +22,7 @@ server: it might quote the prompt.
 from __future__ import annotations
 
 import difflib
-import logging
 import math
-import traceback
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,8 +41,7 @@ from cluster.errors import (
     RequestCancelledError,
     UnauthenticatedError,
 )
-
-logger = logging.getLogger(__name__)
+from cluster.rpc.status import client_message
 
 
 class ModelNotFoundError(InvalidRequestError):
@@ -79,14 +76,8 @@ _KINDS = (
 def error_body(error: Exception) -> dict[str, Any]:
     """``{"error": {...}}`` of an exception."""
     kind = _kind_of(error)
-    if isinstance(error, InvalidRequestError):
-        return _body(str(error), kind.type, error.field or None, kind.code)
-    if isinstance(error, DsparkError):
-        return _body(str(error), kind.type, None, kind.code)
-    # Where it happened, but not what it says.
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    logger.error("request failed with %s\n%s", type(error).__name__, frames)
-    return _body(f"internal error ({type(error).__name__})", kind.type, None, kind.code)
+    field = error.field if isinstance(error, InvalidRequestError) else ""
+    return _body(client_message(error), kind.type, field or None, kind.code)
 
 
 def error_response(error: Exception) -> JSONResponse:

@@ -120,7 +120,7 @@ def to_status(error: Exception) -> status_pb2.Status:
     info = error_details_pb2.ErrorInfo(reason=kind.reason, domain=DOMAIN)
     if isinstance(error, InvalidRequestError):
         info.metadata["field"] = error.field
-    status = status_pb2.Status(code=kind.code.value[0], message=_message(error))
+    status = status_pb2.Status(code=kind.code.value[0], message=client_message(error))
     status.details.append(_packed(info))
     if isinstance(error, QueueFullError):
         delay = Duration()
@@ -160,7 +160,7 @@ def to_request_error(error: Exception) -> replica_pb2.ConnectResponse.RequestErr
     """The same inside a replica's stream, where one request's error must not end the stream."""
     kind = _kind_of(error)
     message = replica_pb2.ConnectResponse.RequestError(
-        code=kind.code.value[0], message=_message(error)
+        code=kind.code.value[0], message=client_message(error)
     )
     if isinstance(error, InvalidRequestError):
         message.field = error.field
@@ -179,7 +179,8 @@ def _kind_of(error: Exception) -> _Kind:
     return next((kind for kind in _KINDS if isinstance(error, kind.error)), _INTERNAL)
 
 
-def _message(error: Exception) -> str:
+def client_message(error: Exception) -> str:
+    """What a client is told; of an error that is not ours, which the log gets, its class alone."""
     if isinstance(error, DsparkError):
         return str(error)
     # Where it happened, but not what it says.
