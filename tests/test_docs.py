@@ -44,6 +44,7 @@ ELSEWHERE = {
     "debootstrap": "makes that base image: root, and a mirror of Debian's",
     "kubectl": "needs a Kubernetes; tests/test_helm_release.py has an API server of ours",
     "pip": "the peer's packages: an index, and gigabytes",
+    "vllm": "vLLM's client, run by hand as docs/bench.md says: gigabytes to install",
     "serve": "Ray Serve's; tests/test_helm_serve.py hands Serve a file like those",
 }
 # Placeholders that stand for a number, or for one of few words.
