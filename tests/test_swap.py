@@ -27,7 +27,7 @@ PROMPT = "def main(arguments):\n"
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 SEEDED: dict[str, Any] = {"temperature": 0.8, "seed": 7, "ignore_eos": True}
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "ignore_eos": True}
-STREAM_TOKENS = 200
+STREAM_TOKENS = 120
 
 
 @pytest.fixture(autouse=True)
@@ -248,7 +248,7 @@ def running(tmp_path: Path, state_dir: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_every_method_in_turn_while_requests_stream(
     drafters: dict[str, dict[str, Any] | None], running: dict[str, Any], tmp_path: Path
 ) -> None:
