@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from cluster.engine.cpu import kernels
-from cluster.engine.cpu.in_place import InPlaceLayers, attend_in_place, begin_pass, end_pass
 from cluster.engine.cpu.kernels import can_pack, load_kernels
-from cluster.engine.cpu.packed_linear import PackedLinear, pack_linears
+from cluster.engine.cpu.packed_linear import PackedLinear
 from cluster.engine.draft_client import (
     DraftRound,
     DraftSampling,
@@ -22,6 +21,8 @@ from cluster.engine.draft_client import (
     SessionKey,
 )
 from cluster.engine.draft_engine import DraftEngine
+from cluster.engine.in_place import InPlaceLayers, attend_in_place, begin_pass, end_pass
+from cluster.engine.kernels import pack_linears
 from cluster.engine.step_input import StepInput
 from cluster.engine.target import TargetShard
 from cluster.models.checkpoint import Projection
@@ -256,7 +257,7 @@ def test_packing_keeps_hooks_and_what_is_no_linear_layer(dtype: torch.dtype) -> 
     )
     module[0].register_forward_hook(lambda _m, _i, output: output.double() + 1)
     before = module(torch.ones(1, 4, dtype=dtype))
-    pack_linears(module)
+    pack_linears(module, torch.device("cpu"))
     assert [type(child) for child in module] == [PackedLinear, nn.Linear, nn.LayerNorm]
     torch.testing.assert_close(module(torch.ones(1, 4, dtype=dtype)), before, rtol=2e-2, atol=2e-2)
 

@@ -46,7 +46,7 @@ def local_config(
         "drafter": {"dtype": dtype, "device": device, "num_threads": torch.get_num_threads()},
     }
     for part in ("target", "drafter"):  # compiling takes longer than what these engines are for
-        values[part]["enforce_eager"] = True
+        values[part]["enforce_eager"] = device == "cpu"
     if speculative is not None:
         # What is evaluated is the drafter, and not whether it pays on this machine.
         always = {"scheduler": "full", "switching": "always", "grouping": "off"}

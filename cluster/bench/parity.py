@@ -30,16 +30,23 @@ Complete = Callable[[list[Request]], dict[str, list[int]]]
 
 
 def run(
-    *, target: str, drafter: str, num_prompts: int, max_tokens: int, address: str | None = None
+    *,
+    target: str,
+    drafter: str,
+    num_prompts: int,
+    max_tokens: int,
+    address: str | None = None,
+    device: str = "cpu",
 ) -> Report:
-    """Runs the suite; ``address`` names a running cluster, else the engine is in this process."""
+    """Runs the suite; ``address`` names a running cluster, else the engine is in this process, on
+    ``device``."""
     tokenizer = load_tokenizer(target)
     prompts = heldout_prompts(tokenizer, num_prompts)
     complete: Complete
     if address:
         complete = _RemoteCompleter(address)
     else:
-        config = local_config(target, {"method": "dspark", "model": drafter})
+        config = local_config(target, {"method": "dspark", "model": drafter}, device=device)
         complete = partial(run_together, build_local_engine(config, seed=0))
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     on = SpeculationParams()

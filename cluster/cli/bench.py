@@ -84,6 +84,7 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=positive, default=100, metavar="N")
     parser.add_argument("--max-tokens", type=positive, default=48, metavar="N")
     parser.add_argument("--address", help="running cluster; unset: an engine in this process")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of that engine")
 
 
 def _run_parity(args: argparse.Namespace) -> Report:
@@ -95,6 +96,7 @@ def _run_parity(args: argparse.Namespace) -> Report:
         num_prompts=args.prompts,
         max_tokens=args.max_tokens,
         address=args.address,
+        device=args.device,
     )
 
 

@@ -10,7 +10,8 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -21,7 +22,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from cluster.engine.cpu.in_place import InPlaceLayers, attend_in_place, begin_pass, end_pass
+from cluster.engine.cuda.pass_buffers import PassBuffers
+from cluster.engine.graph import EXAMPLE_TOKENS
+from cluster.engine.in_place import InPlaceLayers, attend_in_place, begin_pass, end_pass
 from cluster.engine.step_input import StepInput
 from cluster.errors import ConfigError
 
@@ -47,7 +50,8 @@ class KVCache:
         num_pages: page 0 included, which no sequence holds.
         page_size: tokens of a page.
         sources: layers that read another layer's keys and values instead of their own.
-        in_place: whether pages are attended where they lie, by ``cluster.engine.cpu``'s kernels.
+        in_place: whether pages are attended where they lie, by kernels of our own.
+        buffers: with ``in_place`` on a CUDA device: what passes are loaded into.
     """
 
     def __init__(
@@ -57,10 +61,12 @@ class KVCache:
         sources: Mapping[int, int] | None = None,
         *,
         in_place: bool = False,
+        buffers: PassBuffers | None = None,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self._in_place = in_place
+        self.buffers = buffers
         self._sources = dict(sources or {})
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -99,12 +105,19 @@ class KVCache:
     def release(self, page: int) -> None:
         """Nothing to free: the next holder of the page overwrites it."""
 
-    def batch(self, step: StepInput, device: torch.device) -> PagedBatch | InPlaceLayers:
-        """What the layers need of the pass that comes next in this thread, up to ``end``."""
+    def batch(
+        self, step: StepInput, device: torch.device, padded: int | None = None
+    ) -> PagedBatch | InPlaceLayers:
+        """What the layers need of the pass that comes next in this thread, up to ``end``.
+
+        Args:
+            padded: tokens that it is computed as; unset: its own.
+        """
         # The first pass of all finds no layer's room yet: it makes them.
         if not (self._in_place and self._layers):
             return PagedBatch.build(step, self, device)
-        begin_pass(step, *zip(*self._layers.values(), strict=True))
+        keys, values = zip(*self._layers.values(), strict=True)
+        begin_pass(step, keys, values, self.buffers, padded)
         return self.in_place_layers
 
     @cached_property
@@ -113,12 +126,29 @@ class KVCache:
         index = {layer: index for index, layer in enumerate(self._layers)}
         readers = {layer: source for layer, source in self._sources.items() if source in index}
         index |= {layer: index[source] for layer, source in readers.items()}
-        return InPlaceLayers(index, frozenset(readers))
+        return InPlaceLayers(index, frozenset(readers), on_cuda=self.buffers is not None)
 
     def end(self) -> None:
         """Ends the pass of this thread that ``batch`` was called for."""
         if self._in_place:
-            end_pass()
+            end_pass(self.buffers)
+
+    @contextmanager
+    def rehearsal(self, device: torch.device) -> Iterator[None]:
+        """Whatever this thread runs inside is a pass of nobody's ``EXAMPLE_TOKENS`` tokens.
+
+        It may be called while another thread runs passes.
+        """
+        if self.buffers is None:
+            yield
+            return
+        keys, values = zip(*self._layers.values(), strict=True)
+        buffers = PassBuffers(EXAMPLE_TOKENS, 1, 1, device)
+        begin_pass(StepInput.idle(EXAMPLE_TOKENS), keys, values, buffers)
+        try:
+            yield
+        finally:
+            end_pass(buffers)
 
     def store(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from cluster.engine.cpu.packed_linear import packed
+from cluster.engine.kernels import packed
 from cluster.errors import ConfigError
 from cluster.models.checkpoint import Projection
 
@@ -72,7 +72,7 @@ class FeatureCapture:
             )
             weight = torch.cat(weights, dim=1).to(like.device, like.dtype)
             linear.weight = nn.Parameter(weight, requires_grad=False)
-            self._project = packed(linear) if packs else linear
+            self._project = packed(linear, like.device) if packs else linear
 
     def attach(self) -> None:
         """Begins to catch what passes through the layers."""

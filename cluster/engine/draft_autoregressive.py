@@ -19,7 +19,6 @@ import torch
 
 from cluster.config import DrafterConfig
 from cluster.engine.attention import KVCache, PagedBatch
-from cluster.engine.cpu.in_place import InPlaceLayers
 from cluster.engine.cpu.kernels import has_kernels
 from cluster.engine.draft_client import DraftSampling, SessionKey
 from cluster.engine.draft_method import (
@@ -31,6 +30,7 @@ from cluster.engine.draft_method import (
 )
 from cluster.engine.draft_sampling import ProposalDrawing, own_confidence
 from cluster.engine.draft_sessions import DraftSession
+from cluster.engine.in_place import InPlaceLayers
 from cluster.engine.step_input import StepInput
 from cluster.errors import ConfigError
 from cluster.speculation.proposal import DraftProposal

@@ -9,8 +9,6 @@ import numpy.typing as npt
 import torch
 
 from cluster.config import DrafterConfig
-from cluster.engine.cpu.kernels import has_kernels
-from cluster.engine.cpu.paged_block import PagedBlocks
 from cluster.engine.draft_context import DraftContext
 from cluster.engine.draft_method import (
     Draft,
@@ -20,6 +18,8 @@ from cluster.engine.draft_method import (
     page_table,
 )
 from cluster.engine.draft_sampling import ProposalDrawing, own_confidence
+from cluster.engine.kernels import has_kernels
+from cluster.engine.paged_block import PagedBlocks
 from cluster.models.dspark import DSparkDrafter
 from cluster.speculation.proposal import DraftProposal
 
@@ -70,7 +70,11 @@ class BlockMethod:
         self._paged: PagedBlocks | None = None
         if drafter.config.context_window is None and has_kernels(self._device, self._dtype):
             self._paged = PagedBlocks(
-                drafter, *self._context.layers(), compiles=not config.enforce_eager
+                drafter,
+                *self._context.layers(),
+                compiles=not config.enforce_eager,
+                max_sessions=config.max_sessions,
+                max_pages=-(-(self.max_length + self.block_size) // self.page_size),
             )
 
     def num_kept(self, length: int) -> int:
@@ -102,8 +106,9 @@ class BlockMethod:
         """Drafts for B sequences."""
         self.write([draft.rows for draft in drafts])
         num_tokens = max(draft.sequence.num_speculative_tokens for draft in drafts)
-        anchors = self._tensor([draft.sequence.new_token_ids[-1] for draft in drafts])
-        hidden = self._hidden(drafts, anchors)[:, :num_tokens]
+        last = np.array([draft.sequence.new_token_ids[-1] for draft in drafts], dtype=np.int64)
+        anchors = self._tensor(last)
+        hidden = self._hidden(drafts, last)[:, :num_tokens]
         base_logits = self._drafter.base_logits(hidden)
         drawing = ProposalDrawing(
             drafts, top_k=self._draft_top_k, generator=self._generator, device=self._device
@@ -126,7 +131,7 @@ class BlockMethod:
             confidences = self._drafter.confidence_logit(hidden, previous).sigmoid()
         return drawing.proposals(confidences)
 
-    def _hidden(self, drafts: Sequence[Draft], anchors: torch.Tensor) -> torch.Tensor:
+    def _hidden(self, drafts: Sequence[Draft], anchors: npt.NDArray[np.int64]) -> torch.Tensor:
         """The backbone's output ``[B, block_size, d]``."""
         ends = np.array([d.sequence.committed_length - 1 for d in drafts], dtype=np.int64)
         lengths = np.minimum(ends, self._window)
@@ -135,8 +140,12 @@ class BlockMethod:
             return self._paged.hidden(anchors, ends, table)
         keys, values = self._context.gather(table, ends - lengths, lengths)
         return self._drafter.block_hidden(
-            anchors, self._tensor(ends), keys, values, context_lengths=self._tensor(lengths)
+            self._tensor(anchors),
+            self._tensor(ends),
+            keys,
+            values,
+            context_lengths=self._tensor(lengths),
         )
 
     def _tensor(self, values: Sequence[int] | npt.NDArray[np.int64]) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=torch.int64, device=self._device)
+        return torch.as_tensor(values, dtype=torch.int64).to(self._device, non_blocking=True)

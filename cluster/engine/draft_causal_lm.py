@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cluster.engine.attention import ATTENTION_NAME, PagedBatch
-from cluster.engine.cpu.in_place import InPlaceLayers
+from cluster.engine.in_place import InPlaceLayers
 from cluster.engine.layout import key_sources
 from cluster.engine.target_model import load_model
 

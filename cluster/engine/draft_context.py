@@ -39,7 +39,7 @@ class DraftContext:
             slots: ``[N]``, page times page size plus the offset in the page; each once.
             keys, values: ``[layers, N, heads, dim]``.
         """
-        index = torch.from_numpy(slots).to(self._keys.device)
+        index = torch.from_numpy(slots).to(self._keys.device, non_blocking=True)
         self._keys.index_copy_(1, index, keys)
         self._values.index_copy_(1, index, values)
 

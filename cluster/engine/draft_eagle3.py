@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cluster.engine.attention import PagedBatch, paged_attention
-from cluster.engine.cpu.in_place import InPlaceLayers
+from cluster.engine.in_place import InPlaceLayers
 from cluster.models.eagle3 import Eagle3Drafter
 
 

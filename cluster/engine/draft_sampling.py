@@ -58,6 +58,15 @@ class DraftSampler:
         generator: torch.Generator,
         device: torch.device,
     ) -> None:
+        is_coupled = [s.seed is not None and s.temperature > 0 for s in samplings]
+        is_sampled = [s.seed is None and s.temperature > 0 for s in samplings]
+        coupled = [s for s, wanted in zip(samplings, is_coupled, strict=True) if wanted]
+        self.sampled_rows = np.flatnonzero(is_sampled)
+        self._is_greedy = not coupled and len(self.sampled_rows) == 0
+        self._top_k = top_k
+        self._generator = generator
+        if self._is_greedy:
+            return
         self._batch = SamplingBatch.from_params(
             [
                 SamplingParams(
@@ -67,21 +76,16 @@ class DraftSampler:
             ],
             device=device,
         )
-        is_coupled = [s.seed is not None and s.temperature > 0 for s in samplings]
-        is_sampled = [s.seed is None and s.temperature > 0 for s in samplings]
-        coupled = [s for s, wanted in zip(samplings, is_coupled, strict=True) if wanted]
-        self.sampled_rows = np.flatnonzero(is_sampled)
-        self._sampled_rows = torch.from_numpy(self.sampled_rows).to(device)
         coupled_rows = np.flatnonzero(is_coupled)
-        self._coupled_rows = torch.from_numpy(coupled_rows).to(device)
-        self._coupled_positions = torch.from_numpy(first_positions[coupled_rows]).to(device)
-        self._seeds = torch.tensor([s.seed for s in coupled], dtype=torch.int64, device=device)
-        self._choices = torch.tensor(
-            [s.choice_index for s in coupled], dtype=torch.int64, device=device
-        )
-        self._is_greedy = not coupled and len(self.sampled_rows) == 0
-        self._top_k = top_k
-        self._generator = generator
+
+        def integers(values: Sequence[int] | npt.NDArray[np.int64]) -> torch.Tensor:
+            return torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+        self._sampled_rows = integers(self.sampled_rows)
+        self._coupled_rows = integers(coupled_rows)
+        self._coupled_positions = integers(first_positions[coupled_rows])
+        self._seeds = integers([s.seed or 0 for s in coupled])
+        self._choices = integers([s.choice_index for s in coupled])
 
     def pick(self, logits: torch.Tensor, index: int) -> DraftPick:
         """Picks the token at ``index`` of the block.

@@ -113,7 +113,7 @@ class Sampler:
             block = _Block(entries, logits)
             rows = _padded_rows(first_rows[members], num_drafts[members])
             is_all = len(rows) == len(logits) and len(members) == len(inputs)  # nothing is padded
-            padded = logits if is_all else logits[torch.as_tensor(rows, device=logits.device)]
+            padded = logits if is_all else logits[_sent(torch.from_numpy(rows), logits.device)]
             verification = verify(padded, block)
             for member, output in zip(members, _to_outputs(verification, block), strict=True):
                 outputs[member] = output
@@ -138,16 +138,17 @@ class Sampler:
             return block.verify_coupled(picks)
         logprobs = process_logits(logits, batch, **counts)
         picks = logprobs.argmax(dim=-1)
-        rows = is_seeded.repeat_interleave(positions).nonzero().squeeze(1).to(logits.device)
+        device = logits.device
+        rows = _sent(is_seeded.repeat_interleave(positions).nonzero().squeeze(1), device)
         seeded = [e for e in block.entries if not e.params.is_greedy]
         next_positions = torch.tensor([len(e.token_ids) for e in seeded])
         noise = gumbel_noise(
-            seeds=_repeat([e.params.seed or 0 for e in seeded], positions, logits.device),
-            choice_indices=_repeat([e.choice_index for e in seeded], positions, logits.device),
-            positions=(next_positions.unsqueeze(1) + torch.arange(positions))
-            .reshape(-1)
-            .to(logits.device),
-            token_ids=torch.arange(logits.shape[1], device=logits.device),
+            seeds=_repeat([e.params.seed or 0 for e in seeded], positions, device),
+            choice_indices=_repeat([e.choice_index for e in seeded], positions, device),
+            positions=_sent(
+                (next_positions.unsqueeze(1) + torch.arange(positions)).reshape(-1), device
+            ),
+            token_ids=torch.arange(logits.shape[1], device=device),
         )
         picks[rows] = coupled_pick(logprobs[rows], noise)
         return block.verify_coupled(picks)
@@ -184,7 +185,7 @@ class Sampler:
         if batch.stop_rows.numel():
             outputs = torch.tensor([len(e.token_ids) - e.num_prompt_tokens for e in entries])
             rows = (outputs.unsqueeze(1) + torch.arange(positions)).reshape(-1)
-            extra["num_output_tokens"] = rows.to(device)
+            extra["num_output_tokens"] = _sent(rows, device)
         if batch.penalised_rows.numel():
             rows = batch.penalised_rows
             members = [entries[row] for row in rows.tolist()]
@@ -269,8 +270,8 @@ class _Block:
         drafted = np.zeros((len(entries), self.num_columns), dtype=np.int64)
         for row, entry in enumerate(entries):
             drafted[row, : lengths[row]] = entry.draft_token_ids
-        self.draft_token_ids = torch.from_numpy(drafted).to(logits.device)
-        self.num_draft_tokens = torch.tensor(lengths, device=logits.device)
+        self.draft_token_ids = _sent(torch.from_numpy(drafted), logits.device)
+        self.num_draft_tokens = _sent(torch.tensor(lengths), logits.device)
 
     def verify_coupled(self, picks: torch.Tensor) -> Verification:
         """Coupled verification; ``picks`` is ``[R * (K+1)]``."""
@@ -307,8 +308,8 @@ class _Block:
             token_ids[row, :length, :width] = proposal.draft_prob_token_ids[:length]
             values[row, :length, :width] = proposal.draft_prob_values[:length]
         device = self.draft_token_ids.device
-        wire_values = torch.from_numpy(values).to(device)
-        return torch.from_numpy(token_ids).to(device), dequantize_draft_probs(wire_values)
+        wire_values = _sent(torch.from_numpy(values), device)
+        return _sent(torch.from_numpy(token_ids), device), dequantize_draft_probs(wire_values)
 
 
 def _padded_rows(first_rows: np.ndarray, num_drafts: np.ndarray) -> np.ndarray:
@@ -318,8 +319,13 @@ def _padded_rows(first_rows: np.ndarray, num_drafts: np.ndarray) -> np.ndarray:
     return padded.reshape(-1)
 
 
+def _sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for what it has to do before."""
+    return values.to(device, non_blocking=True)
+
+
 def _repeat(values: list[int], times: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device).repeat_interleave(times)
+    return _sent(torch.tensor(values, dtype=torch.int64), device).repeat_interleave(times)
 
 
 def _counts(token_ids: list[int], vocab_size: int) -> torch.Tensor:
@@ -328,14 +334,18 @@ def _counts(token_ids: list[int], vocab_size: int) -> torch.Tensor:
 
 def _to_outputs(verification: Verification, block: _Block) -> list[SampleOutput]:
     outputs = []
-    rows = verification.output_token_ids.tolist()
-    accepted = verification.num_accepted_tokens.tolist()
-    bonus = verification.is_bonus.tolist()
+    # All in one: each of them would be a copy of its own from the device.
+    integers = (
+        verification.num_accepted_tokens.unsqueeze(1),
+        verification.is_bonus.to(torch.int64).unsqueeze(1),
+        verification.output_token_ids,
+    )
+    rows = torch.cat(integers, dim=1).tolist()
     chances = (
         [[]] * len(rows) if verification.acceptance is None else verification.acceptance.tolist()
     )
-    for row, num_accepted, is_bonus, chance, entry in zip(
-        rows, accepted, bonus, chances, block.entries, strict=True
+    for (num_accepted, is_bonus, *row), chance, entry in zip(
+        rows, chances, block.entries, strict=True
     ):
         last = TokenSource.BONUS if is_bonus else TokenSource.RECOVERED
         if not entry.draft_token_ids:

@@ -36,6 +36,20 @@ class StepInput:
     block_tables: np.ndarray
     logit_rows: np.ndarray
 
+    @classmethod
+    def idle(cls, num_tokens: int) -> StepInput:
+        """A pass of tokens that are nobody's: one sequence, everything on page 0."""
+        zeros = np.zeros(num_tokens, dtype=np.int64)
+        return cls(
+            token_ids=zeros,
+            positions=zeros,
+            slots=zeros,
+            query_lens=zeros[:1] + num_tokens,
+            context_lens=zeros[:1] + 1,
+            block_tables=zeros[:1].reshape(1, 1),
+            logit_rows=zeros[:0],
+        )
+
     @property
     def num_tokens(self) -> int:
         """N."""

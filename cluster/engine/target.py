@@ -11,12 +11,13 @@ from torch import nn
 from cluster.config import TargetConfig
 from cluster.engine.attention import ATTENTION_NAME, KVCache, PagedBatch
 from cluster.engine.capture import FeatureCapture
+from cluster.engine.compiled import CompiledLayers
 from cluster.engine.compressed_attention import COMPRESSED_ATTENTION_NAME, attend_per_sequence
 from cluster.engine.compressed_cache import CompressedCaches
-from cluster.engine.cpu.compiled import CompiledLayers
-from cluster.engine.cpu.graph import try_to_compile
-from cluster.engine.cpu.kernels import has_kernels
-from cluster.engine.cpu.packed_linear import pack_linears, packed
+from cluster.engine.cuda.graphed_layers import GraphedHead, GraphedLayers
+from cluster.engine.cuda.pass_buffers import PassBuffers
+from cluster.engine.graph import try_to_compile
+from cluster.engine.kernels import has_kernels, pack_linears, packed
 from cluster.engine.latent_attention import LATENT_ATTENTION_NAME, LatentStore
 from cluster.engine.layout import UNSPLIT_MODEL_TYPES, check_split, key_sources, stage_layers
 from cluster.engine.mesh import Mesh
@@ -105,10 +106,12 @@ class TargetShard:
             and not config.deterministic
             and has_kernels(self.device, self.dtype)
         )
-        self._compiles = self._has_kernels and num_ranks == 1 and not config.enforce_eager
+        # Graphs begin with tokens and end with hidden states: stages have neither.
+        is_whole = num_ranks == 1 and (num_stages == 1 or self.device.type == "cpu")
+        self._compiles = self._has_kernels and is_whole and not config.enforce_eager
         if self._has_kernels:
-            pack_linears(self._base)
-            self._head = packed(self._head)
+            pack_linears(self._base, self.device)
+            self._head = packed(self._head, self.device)
         for module in (self._base, self._norm, self._head):
             module.to(self.device).eval()
         self._num_layers = num_layers
@@ -119,7 +122,13 @@ class TargetShard:
         if self._is_compressed:
             self.cache = CompressedCaches(text_config, self.dtype)
         else:
-            self.cache = KVCache(1, self.page_size, sources, in_place=self._has_kernels)
+            self.cache = KVCache(
+                1,
+                self.page_size,
+                sources,
+                in_place=self._has_kernels,
+                buffers=self._make_buffers(config),
+            )
         self._try_one_token(type(model).__name__)
         self.num_pages = config.num_pages or self._pages_for_memory(
             config, feature_size(projection)
@@ -129,13 +138,17 @@ class TargetShard:
         self.cache.resize(self.num_pages)
         self._features = self._make_features(projection)
         self._attach()
+        self._graphed_head: GraphedHead | None = None
+        if isinstance(self._features.compiled, GraphedLayers):
+            self._graphed_head = self._warm_up_graphs(self._features.compiled)
 
     @property
     def execution(self) -> str:
-        """How passes run: ``compiled``; ``kernels``: layer by layer, with kernels of our own; or
-        ``eager``: by PyTorch's operators alone."""
+        """How passes run: ``compiled``; ``graphs``: compiled, and replayed on a CUDA device;
+        ``kernels``: layer by layer, with kernels of our own; or ``eager``: by PyTorch's operators
+        alone."""
         if self._features.compiled is not None:
-            return "compiled"
+            return "compiled" if self.device.type == "cpu" else "graphs"
         return "kernels" if self._has_kernels else "eager"
 
     @torch.inference_mode()
@@ -165,9 +178,9 @@ class TargetShard:
             start = end
         features = partial_in
         if partial_parts:
-            own = torch.cat(partial_parts)
+            own = _joined(partial_parts)
             features = own if partial_in is None else own + partial_in
-        return self._pass_on(step, torch.cat(hidden_parts), features)
+        return self._pass_on(step, _joined(hidden_parts), features)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -181,6 +194,11 @@ class TargetShard:
         """
         if self._deterministic and len(hidden) > 1:
             return torch.cat([self.logits(row.unsqueeze(0)) for row in hidden])
+        if self._graphed_head is not None:
+            return self._graphed_head(hidden)
+        return self._logits(hidden)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._head(self._norm(hidden))
         if self._gather_head and self.mesh is not None:
             logits = self.mesh.gather_columns(logits)
@@ -259,21 +277,36 @@ class TargetShard:
         self, step: StepInput, hidden: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This stage's layers over (a part of) a pass: hidden states, partial features."""
-        inputs = torch.as_tensor(step.token_ids, device=self.device) if hidden is None else hidden
         capture, compiled = self._features.capture, self._features.compiled
+        if isinstance(compiled, GraphedLayers):
+            return self._replay_layers(step, compiled)
         paged = self.cache.batch(step, self.device)
         try:
+            inputs = self._on_device(step.token_ids) if hidden is None else hidden
+            positions = self._on_device(step.positions)
             if compiled is not None:
-                output, caught = compiled(inputs, step.positions)
-            else:
-                output = self._call_layers(inputs, step.positions, paged)
-                caught = capture.take() if capture is not None else []
+                return compiled(inputs, positions)
+            output = self._call_layers(inputs, positions, paged)
+            return output, capture.project(capture.take()) if capture is not None else None
         finally:
             self.cache.end()
-        return output, capture.project(caught) if capture is not None else None
+
+    def _replay_layers(
+        self, step: StepInput, layers: GraphedLayers
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not isinstance(self.cache, KVCache):
+            raise RuntimeError("graphs need a paged cache")
+        self.cache.batch(step, self.device, layers.padded_size(step.num_tokens))
+        try:
+            return layers(step.num_tokens)
+        finally:
+            self.cache.end()
+
+    def _on_device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def _call_layers(
-        self, inputs: torch.Tensor, positions: np.ndarray, paged: object
+        self, inputs: torch.Tensor, positions: torch.Tensor, paged: object
     ) -> torch.Tensor:
         """The model's own forward pass. ``inputs``: ``[N]`` ids, or ``[N, hidden_size]``."""
         arguments: dict[str, Any] = {"paged": paged}
@@ -282,7 +315,7 @@ class TargetShard:
             arguments["past_key_values"] = LatentStore(paged)
         output = self._base(
             **arguments,
-            position_ids=torch.as_tensor(positions, device=self.device).unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
             use_cache=False,
         )
         hidden: torch.Tensor = output.last_hidden_state[0]
@@ -307,13 +340,12 @@ class TargetShard:
     def _rows(self, step: StepInput, hidden: torch.Tensor) -> torch.Tensor:
         if len(step.logit_rows) == step.num_tokens:
             return hidden
-        return hidden.index_select(0, torch.as_tensor(step.logit_rows, device=self.device))
+        return hidden.index_select(0, self._on_device(step.logit_rows))
 
     def _store_features(self, step: StepInput, features: torch.Tensor) -> None:
         cached = self._features.cached
         if cached.numel():
-            slots = torch.as_tensor(step.slots, device=self.device)
-            cached.index_copy_(0, slots, features.to(self.dtype))
+            cached.index_copy_(0, self._on_device(step.slots), features.to(self.dtype))
 
     def _make_features(self, projection: Projection | None) -> TargetFeatures:
         size, mesh = feature_size(projection), self.mesh
@@ -338,15 +370,43 @@ class TargetShard:
             self._compile(capture, embeds=embeds),
         )
 
-    def _compile(self, capture: FeatureCapture | None, *, embeds: bool) -> CompiledLayers | None:
+    def _compile(
+        self, capture: FeatureCapture | None, *, embeds: bool
+    ) -> CompiledLayers | GraphedLayers | None:
         if not self._compiles or not isinstance(self.cache, KVCache):
             return None
-        layers = self.cache.in_place_layers
-        compiled = try_to_compile(
-            "target", lambda: CompiledLayers(self._base, capture, layers, embeds=embeds)
-        )
+        cache = self.cache
+
+        def compile() -> CompiledLayers:
+            with cache.rehearsal(self.device):
+                layers = cache.in_place_layers
+                return CompiledLayers(self._base, capture, layers, embeds=embeds)
+
+        compiled = try_to_compile("target", compile)
         self._compiles = compiled is not None
-        return compiled
+        if compiled is None or cache.buffers is None:
+            return compiled
+        return GraphedLayers(compiled, cache.buffers)
+
+    def _make_buffers(self, config: TargetConfig) -> PassBuffers | None:
+        """Where passes are loaded on a CUDA device, for kernels of our own."""
+        if not self._has_kernels or self.device.type == "cpu":
+            return None
+        context = min(config.max_model_len or self.max_model_len, self.max_model_len)
+        num_pages = -(-context // config.page_size)
+        return PassBuffers(
+            config.max_num_batched_tokens, config.max_num_seqs, num_pages, self.device
+        )
+
+    @torch.inference_mode()
+    def _warm_up_graphs(self, layers: GraphedLayers) -> GraphedHead:
+        """Captures the layers' graphs, and the output head's, before anybody waits for them."""
+        for size in reversed(layers.sizes):  # smaller ones find memory that larger ones used
+            self.forward(StepInput.idle(size))
+        head = GraphedHead(self._logits, self.hidden_size, self.dtype, self.device)
+        for size in reversed(head.sizes):
+            head(torch.zeros(size, self.hidden_size, dtype=self.dtype, device=self.device))
+        return head
 
     @torch.inference_mode()
     def _try_one_token(self, architecture: str) -> None:
@@ -355,20 +415,10 @@ class TargetShard:
         Raises:
             ConfigError: a layer did not attend through the cache.
         """
-        zero = np.zeros(1, dtype=np.int64)
-        step = StepInput(
-            token_ids=zero,
-            positions=zero,
-            slots=zero,
-            query_lens=zero + 1,
-            context_lens=zero + 1,
-            block_tables=zero.reshape(1, 1),
-            logit_rows=zero[:0],
-        )
         hidden = None
         if self.mesh is not None and not self.mesh.is_first_stage:
             hidden = torch.zeros(1, self.hidden_size, dtype=self.dtype, device=self.device)
-        self._run_layers(step, hidden)
+        self._run_layers(StepInput.idle(1), hidden)
         missing = [layer for layer in self.layers if not self.cache.serves(layer)]
         if missing:
             raise ConfigError(
@@ -389,3 +439,7 @@ class TargetShard:
         context = config.max_model_len or self.max_model_len
         useful = config.max_num_seqs * -(-context // config.page_size) + 1
         return max(2, min(fitting, useful))
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

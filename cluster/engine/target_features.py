@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from cluster.engine.capture import FeatureCapture
-from cluster.engine.cpu.compiled import CompiledLayers
+from cluster.engine.compiled import CompiledLayers
 from cluster.models.checkpoint import Projection
+
+if TYPE_CHECKING:
+    from cluster.engine.cuda.graphed_layers import GraphedLayers
 
 
 class TargetFeatures(NamedTuple):
@@ -27,7 +30,7 @@ class TargetFeatures(NamedTuple):
     size: int = 0
     capture: FeatureCapture | None = None
     cached: torch.Tensor = torch.zeros(0)
-    compiled: CompiledLayers | None = None
+    compiled: CompiledLayers | GraphedLayers | None = None
 
 
 def projection_digest(projection: Projection | None) -> str:

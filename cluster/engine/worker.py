@@ -15,9 +15,9 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, GenerationConfig
 
 from cluster.config import ClusterConfig
-from cluster.engine.cpu.kernels import has_kernels
 from cluster.engine.draft_client import DraftClient
 from cluster.engine.engine import Engine
+from cluster.engine.kernels import has_kernels
 from cluster.engine.mesh import Mesh, open_store
 from cluster.engine.pace import target_pace
 from cluster.engine.runner import Runner, follow

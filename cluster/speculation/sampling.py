@@ -87,11 +87,12 @@ class SamplingBatch:
                     stop_rows.append(row)
                     stop_token_ids.append(token_id)
 
+        # Nothing here waits for the device, which may be computing the logits still.
         def floats(values: Iterable[float]) -> torch.Tensor:
-            return torch.tensor(list(values), dtype=torch.float32, device=device)
+            return torch.tensor(list(values), dtype=torch.float32).to(device, non_blocking=True)
 
         def integers(values: Iterable[int]) -> torch.Tensor:
-            return torch.tensor(list(values), dtype=torch.int64, device=device)
+            return torch.tensor(list(values), dtype=torch.int64).to(device, non_blocking=True)
 
         return cls(
             temperature=floats(

@@ -48,12 +48,3 @@ def packed(linear: nn.Module) -> nn.Module:
     for hook in linear._forward_hooks.values():
         new.register_forward_hook(hook)
     return new
-
-
-def pack_linears(module: nn.Module) -> None:
-    """Packs every linear layer inside ``module``, in place."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            new = packed(child)
-            if new is not child:
-                setattr(parent, name, new)

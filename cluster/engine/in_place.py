@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cluster.engine.cuda.pass_buffers import PassBuffers
 from cluster.engine.step_input import StepInput
 
 
@@ -18,21 +19,35 @@ class InPlaceLayers:
     Attributes:
         index: of the layer's own, or of those that it reads of another layer.
         readers: layers that store nothing.
+        on_cuda: whether passes are loaded into buffers.
     """
 
     index: Mapping[int, int]
     readers: frozenset[int]
+    on_cuda: bool = False
 
 
 def begin_pass(
-    step: StepInput, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+    step: StepInput,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    buffers: PassBuffers | None = None,
+    padded: int | None = None,
 ) -> None:
     """Tells the kernels what this thread's next pass is.
 
     Args:
         step: its tokens.
         keys, values: of each layer, ``[num_pages, page_size, kv_heads, x]``.
+        buffers: that the pass is loaded into, on a CUDA device.
+        padded: tokens that it is computed as there; unset: its own.
     """
+    if buffers is not None:
+        from cluster.engine.cuda import operators
+
+        buffers.load(step, padded)
+        operators.begin_pass(keys, values, buffers)
+        return
     starts = np.zeros(len(step.query_lens) + 1, dtype=np.int32)
     np.cumsum(step.query_lens, out=starts[1:])
     torch.ops.dspark_cpu.begin_pass(
@@ -45,8 +60,13 @@ def begin_pass(
     )
 
 
-def end_pass() -> None:
-    """Lets go of what ``begin_pass`` was given."""
+def end_pass(buffers: PassBuffers | None = None) -> None:
+    """Lets go of what ``begin_pass`` was given, with the same ``buffers``."""
+    if buffers is not None:
+        from cluster.engine.cuda import operators
+
+        operators.end_pass()
+        return
     torch.ops.dspark_cpu.end_pass()
 
 
@@ -75,7 +95,8 @@ def attend_in_place(
     Returns:
         ``[N, heads, value_dim]``.
     """
-    output: torch.Tensor = torch.ops.dspark_cpu.attend(
+    operators = torch.ops.dspark_cuda if layers.on_cuda else torch.ops.dspark_cpu
+    output: torch.Tensor = operators.attend(
         query,
         key,
         value,

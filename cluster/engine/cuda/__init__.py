@@ -1,0 +1,1 @@
+"""What makes passes fast on CUDA devices: kernels in Triton, and passes replayed as graphs."""
