@@ -148,6 +148,17 @@ def _run_verify_curve(args: argparse.Namespace) -> Report:
     return verify_curve.run(target=args.target, num_batches=args.batches)
 
 
+def _add_gpu_steps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-layers", type=positive, default=36, metavar="N")
+    parser.add_argument("--repeats", type=positive, default=15, metavar="N", help="of each size")
+
+
+def _run_gpu_steps(args: argparse.Namespace) -> Report:
+    from cluster.bench import gpu_steps
+
+    return gpu_steps.run(num_layers=args.num_layers, repeats=args.repeats, note=note)
+
+
 _SUITES = {
     "parity": _Suite(
         "held-out prompts, greedy and seeded, all at once, judged position by position against "
@@ -171,6 +182,12 @@ _SUITES = {
         "measured ones",
         _add_verify_curve,
         _run_verify_curve,
+    ),
+    "gpu-steps": _Suite(
+        "steps of a target of Qwen3-8B's shape, with random weights, on a CUDA device, against the "
+        "time to read the weights once",
+        _add_gpu_steps,
+        _run_gpu_steps,
     ),
     "load": _Suite(
         "throughput, latencies, acceptance and budget of an engine in this process, of a cluster "
