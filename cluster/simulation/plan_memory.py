@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cluster.simulation.events import Events
 from cluster.speculation.cost_model import CostModel
@@ -76,8 +76,14 @@ class PlanMemory:
             )
             former = _Remembered(self._events.now, plan, plain_goodput(rounded, cost_model))
             self._plans[key] = former
-        scale = plain_goodput(load, cost_model) / former.plain
-        return replace(former.plan, goodput=former.plan.goodput * scale)
+        plan, scale = former.plan, plain_goodput(load, cost_model) / former.plain
+        return SpeculationPlan(
+            goodput=plan.goodput * scale,
+            num_draft_tokens=plan.num_draft_tokens,
+            draft_seconds=plan.draft_seconds,
+            num_accepted=plan.num_accepted,
+            pass_seconds=plan.pass_seconds,
+        )
 
 
 def _step(value: float) -> int:

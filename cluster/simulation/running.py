@@ -50,6 +50,11 @@ class Running:
         self._floats = np.zeros((len(_FLOATS), capacity))
         self._view()
 
+    @property
+    def num_context_tokens(self) -> int:
+        """Of all of them."""
+        return sum(self.context.tolist())
+
     def __len__(self) -> int:
         return len(self.jobs)
 

@@ -16,15 +16,18 @@ from cluster.routing.admission import Admission, Admitted
 from cluster.routing.replica_loads import ReplicaLoad
 from cluster.routing.replica_picker import Prompt, ReplicaPicker
 from cluster.simulation.acceptance import AcceptanceModel
+from cluster.simulation.budget_memory import BudgetMemory
+from cluster.simulation.device import Device
 from cluster.simulation.draft_links import DraftLinks
 from cluster.simulation.drafters import SimulatedDrafter
+from cluster.simulation.drafting import Drafting
 from cluster.simulation.events import Events
 from cluster.simulation.figures import fleet_figures
 from cluster.simulation.fleet import Fleet
 from cluster.simulation.job import Job
 from cluster.simulation.plan_memory import PlanMemory
 from cluster.simulation.pool import DrafterPool
-from cluster.simulation.replica import Device, Drafting, SimulatedReplica
+from cluster.simulation.replica import SimulatedReplica
 from cluster.simulation.statistics import Statistics
 from cluster.simulation.workload import ClosedLoop
 from cluster.speculation.budget import make_budget
@@ -79,6 +82,7 @@ class FleetSimulation:
                 round_spread=acceptance.round_spread,
             )
         self._shared = (CostModel(self._curve), SurvivalProfile(), PlanMemory(self.events))
+        self._budgets = BudgetMemory(self.events)
         self.pool = self._make_pool()
         self.replicas = [self._make_replica(i) for i in range(self._config.target.num_replicas)]
         self._picker = ReplicaPicker(seed=self._config.seed)
@@ -177,6 +181,7 @@ class FleetSimulation:
             statistics=self.statistics,
             ended=functools.partial(self._end, index),
             reported=functools.partial(self._report, index),
+            budgets=self._budgets if is_coarse else None,
         )
 
     def _make_drafting(
@@ -205,6 +210,7 @@ class FleetSimulation:
             policy=policy,
             budget=make_budget(settings.scheduler, profile),
             profile=profile,
+            is_profile_kept=settings.scheduler == "search",
             links=links,
             acceptance=acceptance,
             max_tokens=max_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.simulation.job import Job
+from cluster.simulation.passes import SimulatedPass
 
 Floats = npt.NDArray[np.float64]
 
@@ -17,6 +19,7 @@ _PERCENTILES = (50, 95, 99)
 _DIGITS = 5
 # Gaps are counted in bins that are 2% wide, from 0.1 ms to 1000 s.
 _GAP_EDGES = np.exp(np.arange(np.log(1e-4), np.log(1e3), np.log(1.02)))
+_GAP_BOUNDS = _GAP_EDGES.tolist()
 
 
 @dataclass
@@ -35,7 +38,6 @@ class Statistics:
     num_accepted: int = 0
     num_ended: int = 0
     num_refused: int = 0
-    num_preemptions: int = 0
     first_token_s: list[float] = field(default_factory=list)
     queue_s: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
@@ -47,7 +49,28 @@ class Statistics:
 
     def add_gaps(self, gaps: Floats, times: int = 1) -> None:
         """Times between the chunks of requests; each is counted ``times`` times."""
-        np.add.at(self._gaps, np.searchsorted(_GAP_EDGES, gaps), times)
+        for gap in gaps.tolist():
+            self._gaps[bisect_left(_GAP_BOUNDS, gap)] += times
+
+    def add_pass(self, done: SimulatedPass, last_s: Floats, now: float) -> None:
+        """Counts a pass that has ended; ``last_s`` is when its rows had their tokens before."""
+        num_rounds, num_rows = done.tokens.shape
+        if now < self.since_s or not num_rows:
+            return
+        self.add_gaps(done.first_end_s - last_s)
+        if num_rounds > 1:
+            self.add_gaps(np.asarray([done.cycle_s]), num_rows * (num_rounds - 1))
+        num_verified = int(done.num_verified.sum())
+        self.num_steps += num_rounds
+        self.num_rounds += num_rounds * num_rows
+        self.num_verified += num_verified
+        self.num_accepted += int(done.num_accepted.sum())
+        self.add_budget(num_rows, num_verified, num_rounds)
+
+    def add_tokens(self, num_tokens: int, now: float) -> None:
+        """Counts output tokens."""
+        if now >= self.since_s:
+            self.num_output_tokens += num_tokens
 
     def add_job(self, job: Job) -> None:
         """Counts a request that has ended."""

@@ -66,15 +66,23 @@ def interpolate(
     Bilinear between points, flat below the first ones; beyond the last ones it goes on with the
     last segments' slope (the mean over the other axis, so that it stays monotone).
     """
-    wanted = np.asarray(at_rows, dtype=np.float64)
     left, right, share = place(columns, at_column)
+    beyond = 0.0
+    if at_column > columns[-1] and len(columns) > 1:
+        beyond = _last_slope(columns, table.T) * (at_column - float(columns[-1]))
+    one: object = at_rows
+    if isinstance(one, (int, float)) and one <= rows[-1]:
+        # One place within the rows, which is asked for all the time: without arrays.
+        row, next_row, row_share = place(rows, one)
+        low = _between(float(table[row, left]), float(table[row, right]), share)
+        high = _between(float(table[next_row, left]), float(table[next_row, right]), share)
+        return np.asarray(_between(low, high, row_share) + beyond)
+    wanted = np.asarray(at_rows, dtype=np.float64)
     start, end = table[:, left], table[:, right]
     values = np.interp(wanted, rows, start + share * (end - start))
     if wanted.size and wanted.max() > rows[-1]:
         values = values + _last_slope(rows, table) * np.maximum(wanted - rows[-1], 0.0)
-    if at_column > columns[-1]:
-        values = values + _last_slope(columns, table.T) * (at_column - columns[-1])
-    return np.asarray(values)
+    return np.asarray(values + beyond)
 
 
 def place(axis: Floats, value: float) -> tuple[int, int, float]:
@@ -86,6 +94,10 @@ def place(axis: Floats, value: float) -> tuple[int, int, float]:
         return right - 1, right - 1, 0.0
     start = float(axis[right - 1])
     return right - 1, right, (value - start) / (float(axis[right]) - start)
+
+
+def _between(start: float, end: float, share: float) -> float:
+    return start + share * (end - start)
 
 
 def _last_slope(axis: Floats, table: Floats) -> float:
