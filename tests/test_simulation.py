@@ -148,6 +148,22 @@ def test_the_pool_follows_a_step_of_load() -> None:
     assert changes[-1]["wanted"] < max(change["wanted"] for change in changes)
 
 
+def test_a_colocated_drafter_adds_its_time_and_no_device() -> None:
+    certain = {"acceptance": {"conditional": [1.0] * 4}, "target": {"num_replicas": 2}}
+    loop = ClosedLoop(8, 1, 1001, 20.0, 2.0)
+    slow = make_fleet(**certain, drafter={"network_ms": 10.0, "min_replicas": 2, "max_replicas": 2})
+    values = slow.config.model_dump(exclude_unset=True)
+    values["drafter"] = {"placement": "colocated", "network_ms": 10.0}
+    near = Fleet.of(FleetConfig.parse(values), {"test": PROFILE})
+    found = simulate(fleet_of_way(near, "3"), loop)
+    expected = 2 * 4 * 4 / (decode_s(16) + ROUND_S)  # in rounds of four requests, without network
+    assert found["throughput"] == pytest.approx(expected, rel=0.02)
+    assert found["devices"] == 2
+    remote = simulate(fleet_of_way(slow, "3"), loop)
+    assert remote["devices"] == 4
+    assert remote["throughput_per_device"] < found["throughput_per_device"] / 2
+
+
 @pytest.mark.parametrize(
     ("text", "key"),
     [

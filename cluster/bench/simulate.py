@@ -48,6 +48,7 @@ def frontier_rows(
                 "adaptive": adaptive["throughput"],
                 "plain": found[PLAIN]["throughput"],
                 "fixed": {way: found[way]["throughput"] for way in ways if way != ADAPTIVE},
+                "per_device": adaptive["throughput_per_device"],
                 "budget": adaptive["budget"],
                 "acceptance_length": adaptive["acceptance_length"],
                 "tokens_per_second_per_user": adaptive["tokens_per_second_per_user"]["p50"],
@@ -75,6 +76,7 @@ def drafter_rows(
             {
                 "drafters": count,
                 "throughput": found["throughput"],
+                "throughput_per_device": found["throughput_per_device"],
                 "tokens_per_second_per_user": found["tokens_per_second_per_user"]["p50"],
                 "first_token_p95_s": found["first_token_s"]["p95"],
                 "inter_chunk_p95_s": found["inter_chunk_s"]["p95"],

@@ -25,6 +25,8 @@ from cluster.cli.pool import add_arguments as add_pool
 from cluster.cli.pool import run as run_pool
 from cluster.cli.router import add_arguments as add_router
 from cluster.cli.router import run as run_router
+from cluster.cli.simulator import add_arguments as add_simulator
+from cluster.cli.simulator import run as run_simulator
 from cluster.cli.speed import add_arguments as add_speed
 from cluster.cli.speed import run as run_speed
 from cluster.cli.widen import add_arguments as add_widen
@@ -235,6 +237,12 @@ _SUITES = {
         "cluster that is paced as GPUs",
         add_pool,
         run_pool,
+    ),
+    "simulator": _Suite(
+        "predictions of `dspark simulate`, from profiles alone, against a measured frontier, and "
+        "the time that a day of a trace takes it",
+        add_simulator,
+        run_simulator,
     ),
     "widen": _Suite(
         "a small trained target and its drafter in models of a larger shape whose outputs are the "

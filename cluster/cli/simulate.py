@@ -51,7 +51,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     shape = parser.add_argument_group("its shape")
     shape.add_argument("--requests", type=positive, metavar="N", help="of the trace; default all")
-    shape.add_argument("--repeat", type=positive, default=1, metavar="N", help="the trace N times")
+    shape.add_argument(
+        "--repeat",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="the trace N times, from the second on with a minute's jitter",
+    )
     shape.add_argument("--rate-scale", type=_above_zero, default=1.0, metavar="X", help="faster")
     shape.add_argument("--prompt-tokens", type=positive, default=128, metavar="N")
     shape.add_argument("--output-tokens", type=positive, default=256, metavar="N")
@@ -148,7 +154,9 @@ def _workload(args: argparse.Namespace, seed: int, detail: Detail) -> tuple[Work
         return jobs, replace(detail, sample_s=max(span_s / _PICTURE_ROWS, 0.1))
     trace = read_trace(args.trace, args.requests or sys.maxsize)
     span_s = trace[-1].arrival_s * args.repeat / args.rate_scale
-    jobs = functools.partial(trace_jobs, trace, repeat=args.repeat, rate_scale=args.rate_scale)
+    jobs = functools.partial(
+        trace_jobs, trace, repeat=args.repeat, rate_scale=args.rate_scale, seed=seed
+    )
     return jobs, replace(detail, sample_s=max(span_s / _PICTURE_ROWS, 0.1))
 
 

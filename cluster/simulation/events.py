@@ -26,9 +26,13 @@ class Events:
         self._count += 1
         heapq.heappush(self._heap, (max(time, self.now), self._count, action))
 
-    def run(self, until: float = math.inf) -> None:
-        """Lets everything happen that is planned until then, and what comes of it."""
-        while self._heap and self._heap[0][0] <= until:
+    def run(self, until: float = math.inf, goes_on: Callable[[], bool] = lambda: True) -> None:
+        """Lets everything happen that is planned until then, and what comes of it.
+
+        Args:
+            goes_on: asked before each of it; what is planned is left undone once it says no.
+        """
+        while self._heap and self._heap[0][0] <= until and goes_on():
             self.now, _, action = heapq.heappop(self._heap)
             action()
         if until < math.inf:

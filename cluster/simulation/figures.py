@@ -29,6 +29,10 @@ def fleet_figures(simulation: FleetSimulation, processor_s: float) -> dict[str, 
         "preemptions": sum(r.num_preemptions for r in simulation.replicas),
         "output_tokens": statistics.num_output_tokens,
         "throughput": round(statistics.num_output_tokens / span_s, 2),
+        "devices": round(_num_devices(simulation), 2),
+        "throughput_per_device": round(
+            statistics.num_output_tokens / span_s / _num_devices(simulation), 2
+        ),
         "tokens_per_second_per_user": percentiles(statistics.rates),
         "first_token_s": percentiles(statistics.first_token_s),
         "queue_s": percentiles(statistics.queue_s),
@@ -46,3 +50,12 @@ def fleet_figures(simulation: FleetSimulation, processor_s: float) -> dict[str, 
         ],
         "timeline": statistics.timeline,
     }
+
+
+def _num_devices(simulation: FleetSimulation) -> float:
+    """Of replicas and of drafters, these on average."""
+    target, drafter = simulation.config.target, simulation.config.drafter
+    count = float(target.num_replicas * target.devices)
+    if drafter is not None and not drafter.is_colocated:
+        count += drafter.devices * simulation.pool.ready_s / max(simulation.events.now, 1e-9)
+    return count

@@ -20,6 +20,7 @@ class TargetFleet(Section):
 
     profile: str = Field(description="file of a device profile, or the name of one in `profiles`")
     num_replicas: int = Field(default=1, ge=1, le=100_000)
+    devices: int = Field(default=1, ge=1, description="of a replica, for figures per device")
     max_num_seqs: int = Field(default=64, ge=1, description="requests at once on a replica")
     max_num_batched_tokens: int = Field(default=2048, ge=1, description="tokens of one pass")
     max_num_waiting: int = Field(default=1024, ge=0, description="requests queued on a replica")
@@ -35,12 +36,24 @@ class DrafterFleet(Section):
     profile: str | None = Field(default=None, description="unset: the target's")
     min_replicas: int = Field(default=1, ge=0, le=100_000)
     max_replicas: int = Field(default=1, ge=0, le=100_000, description="min_replicas: a fixed pool")
+    placement: Literal["remote", "colocated"] = Field(
+        default="remote",
+        description="colocated: one on each replica's own devices, which compute one or the other",
+    )
+    devices: int = Field(default=1, ge=1, description="of a remote drafter, for figures per device")
     start_s: float = Field(default=30.0, ge=0, description="until a new drafter is ready")
     per_replica: int = Field(default=4, ge=1, description="drafters that a replica's sessions use")
     network_ms: float = Field(default=0.5, ge=0, description="to a drafter and back")
 
+    @property
+    def is_colocated(self) -> bool:
+        """Whether each replica has its own."""
+        return self.placement == "colocated"
+
     @model_validator(mode="after")
     def _check_bounds(self) -> DrafterFleet:
+        if self.is_colocated and {"min_replicas", "max_replicas"} & self.model_fields_set:
+            raise ValueError("min_replicas and max_replicas are for remote drafters")
         if self.max_replicas < self.min_replicas:
             raise ValueError("max_replicas must be at least min_replicas")
         return self
@@ -49,6 +62,7 @@ class DrafterFleet(Section):
 class Acceptance(Section):
     """How often guesses are accepted (``cluster.simulation.acceptance``)."""
 
+    source: str = Field(default="", description="what it was measured on, and by which command")
     conditional: tuple[float, ...] = Field(
         min_length=1, max_length=128, description="by position, given those before; `dspark eval`"
     )
@@ -102,7 +116,9 @@ class FleetConfig(Section):
     )
     target: TargetFleet
     drafter: DrafterFleet | None = Field(default=None, description="unset: plain decoding")
-    acceptance: Acceptance | None = Field(default=None, description="needed with drafters")
+    acceptance: Acceptance | None = Field(
+        default=None, description="needed with drafters; in a fleet file also a file's path"
+    )
     speculative: SpeculationSettings = Field(default_factory=SpeculationSettings)
     pool: PoolSettings = Field(default_factory=PoolSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)

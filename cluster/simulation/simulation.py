@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,17 +65,17 @@ class FleetSimulation:
 
     def __init__(self, fleet: Fleet, detail: Detail | None = None) -> None:
         self._fleet = fleet
-        self._config = fleet.config
+        self.config = fleet.config
         self._detail = detail or Detail()
         self.events = Events()
         self.statistics = Statistics()
-        self._rng = np.random.default_rng(self._config.seed)
-        self._curve = fleet.target.scaled(self._config.time_scale)
+        self._rng = np.random.default_rng(self.config.seed)
+        self._curve = fleet.target.scaled(self.config.time_scale)
         self._draft_curve: DraftCurve | None = None
         self._acceptance: AcceptanceModel | None = None
-        acceptance = self._config.acceptance
+        acceptance = self.config.acceptance
         if fleet.drafter is not None and acceptance is not None:
-            self._draft_curve = fleet.drafter.scaled(self._config.time_scale)
+            self._draft_curve = fleet.drafter.scaled(self.config.time_scale)
             self._acceptance = AcceptanceModel(
                 acceptance.conditional,
                 request_spread=acceptance.request_spread,
@@ -84,17 +84,17 @@ class FleetSimulation:
         self._shared = (CostModel(self._curve), SurvivalProfile(), PlanMemory(self.events))
         self._budgets = BudgetMemory(self.events)
         self.pool = self._make_pool()
-        self.replicas = [self._make_replica(i) for i in range(self._config.target.num_replicas)]
-        self._picker = ReplicaPicker(seed=self._config.seed)
+        self.replicas = [self._make_replica(i) for i in range(self.config.target.num_replicas)]
+        self._picker = ReplicaPicker(seed=self.config.seed)
         self._slots = [self._picker.add() for _ in self.replicas]
         self._index_of = {slot: index for index, slot in enumerate(self._slots)}
         for slot in self._slots:
             self._picker.connect(slot, None)
-        limit = self._config.router.max_queued_tokens
+        limit = self.config.router.max_queued_tokens
         self._admission = (
             None
             if limit is None
-            else Admission(limit, clock=lambda: self.events.now, seed=self._config.seed)
+            else Admission(limit, clock=lambda: self.events.now, seed=self.config.seed)
         )
         self._admitted: dict[int, Admitted] = {}
         self._busy: dict[int, None] = {}
@@ -114,7 +114,7 @@ class FleetSimulation:
             self.events.at(0.0, functools.partial(self._arrive, job))
         self._num_jobs = loop.concurrency
         end_s = loop.warm_up_s + loop.duration_s
-        return self._run(end_s, goes_on=lambda: self.events.now < end_s)
+        return self._run(end_s, goes_on=lambda: True)
 
     def run_open(self, jobs: Iterable[Job]) -> dict[str, Any]:
         """Serves requests that come by themselves, to the last one's end; returns the figures."""
@@ -122,11 +122,11 @@ class FleetSimulation:
         self._next_arrival()
         return self._run(np.inf, goes_on=lambda: self._has_arrivals or self._num_open > 0)
 
-    def _run(self, until_s: float, goes_on: Any) -> dict[str, Any]:
+    def _run(self, until_s: float, goes_on: Callable[[], bool]) -> dict[str, Any]:
         started = time.process_time()
         self.pool.watch(self._demands, goes_on)
         self._sample_while(goes_on)
-        self.events.run(until_s)
+        self.events.run(until_s, goes_on)
         seconds = time.process_time() - started
         return fleet_figures(self, seconds)
 
@@ -144,20 +144,22 @@ class FleetSimulation:
         return sum(r.policy.switch.num_flips for r in self.replicas if r.policy is not None)
 
     def _make_pool(self) -> DrafterPool:
-        drafter, curve = self._config.drafter, self._draft_curve
+        drafter, curve = self.config.drafter, self._draft_curve
         if drafter is None or curve is None:
             return DrafterPool(
                 None, initial=0, start_s=0.0, make=_no_drafter, changed=_nothing, events=self.events
             )
-        policy = None
-        if drafter.max_replicas > drafter.min_replicas:
-            timing = PoolTiming(**self._config.pool.model_dump())
+        policy, initial, network_ms = None, drafter.min_replicas, drafter.network_ms
+        if drafter.is_colocated:
+            initial, network_ms = self.config.target.num_replicas, 0.0
+        elif drafter.max_replicas > drafter.min_replicas:
+            timing = PoolTiming(**self.config.pool.model_dump())
             policy = PoolPolicy(drafter.min_replicas, drafter.max_replicas, timing)
         return DrafterPool(
             policy,
-            initial=drafter.min_replicas,
+            initial=initial,
             start_s=drafter.start_s,
-            make=lambda: SimulatedDrafter(curve, drafter.network_ms / 1e3, self.events),
+            make=lambda: SimulatedDrafter(curve, network_ms / 1e3, self.events),
             changed=self._connect_drafters,
             events=self.events,
         )
@@ -169,15 +171,15 @@ class FleetSimulation:
             cost_model, profile = CostModel(self._curve), SurvivalProfile()
         return SimulatedReplica(
             Device(
-                settings=self._config.target,
+                settings=self.config.target,
                 curve=self._curve,
                 cost_model=cost_model,
-                prefix_hit_rate=self._config.router.prefix_hit_rate,
+                prefix_hit_rate=self.config.router.prefix_hit_rate,
                 stretch_s=self._detail.stretch_s,
             ),
             self._make_drafting(cost_model, profile, plans if is_coarse else None),
             events=self.events,
-            rng=np.random.default_rng([self._config.seed, index]),
+            rng=np.random.default_rng([self.config.seed, index]),
             statistics=self.statistics,
             ended=functools.partial(self._end, index),
             reported=functools.partial(self._report, index),
@@ -187,22 +189,23 @@ class FleetSimulation:
     def _make_drafting(
         self, cost_model: CostModel, profile: SurvivalProfile, plans: PlanMemory | None
     ) -> Drafting | None:
-        settings, drafter = self._config.speculative, self._config.drafter
+        settings, drafter = self.config.speculative, self.config.drafter
         curve, acceptance = self._draft_curve, self._acceptance
         max_tokens = acceptance.block_size if acceptance is not None else 0
         if settings.num_speculative_tokens is not None:
             max_tokens = min(max_tokens, settings.num_speculative_tokens)
         if drafter is None or curve is None or acceptance is None or max_tokens == 0:
             return None
-        links = DraftLinks(
-            curve, drafter.network_ms / 1e3, self.events, is_estimated=plans is not None
-        )
+        network_s = 0.0 if drafter.is_colocated else drafter.network_ms / 1e3
+        links = DraftLinks(curve, network_s, self.events, is_estimated=plans is not None)
+        # A device that does both by itself can hide neither behind the other.
+        has_groups = plans is None and not drafter.is_colocated
         policy = SpeculationPolicy(
             cost_model=cost_model,
             profile=profile,
             predict_round=links.predict,
             switching=settings.switching,
-            grouping=settings.grouping if plans is None else "off",
+            grouping=settings.grouping if has_groups else "off",
             drafts_whole_blocks=settings.scheduler == "full",
             plan=plan_speculation if plans is None else plans,
         )
@@ -219,11 +222,11 @@ class FleetSimulation:
 
     def _connect_drafters(self) -> None:
         """Gives every replica its share of the drafters that are ready."""
-        drafters, config = self.pool.drafters, self._config.drafter
+        drafters, config = self.pool.drafters, self.config.drafter
         for index, replica in enumerate(self.replicas):
             if replica.links is None or config is None:
                 continue
-            count = min(config.per_replica, len(drafters))
+            count = 1 if config.is_colocated else min(config.per_replica, len(drafters))
             chosen = [drafters[(index * count + k) % len(drafters)] for k in range(count)]
             if [link.drafter for link in replica.links.links] != chosen:
                 replica.connect(replica.links.connect(chosen))
@@ -309,7 +312,7 @@ class FleetSimulation:
             demands.append(DraftDemand(num_requests=0, is_off=is_off))
         return demands
 
-    def _sample_while(self, goes_on: Any) -> None:
+    def _sample_while(self, goes_on: Callable[[], bool]) -> None:
         def sample() -> None:
             self._sample()
             if goes_on():

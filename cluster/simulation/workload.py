@@ -10,6 +10,8 @@ import numpy as np
 
 from cluster.simulation.job import Job
 
+_JITTER_S = 60.0
+
 
 class Lengths(Protocol):
     """A request of a trace; ``cluster.bench.arrival_trace.Arrival`` is one."""
@@ -57,22 +59,36 @@ class LoadStep:
 
 
 def trace_jobs(
-    trace: Sequence[Lengths], *, repeat: int = 1, rate_scale: float = 1.0
+    trace: Sequence[Lengths], *, repeat: int = 1, rate_scale: float = 1.0, seed: int = 0
 ) -> Iterator[Job]:
     """A trace's requests, so many times one behind the other, and so many times as often.
+
+    The first time they come as in the trace. In each repetition every request comes up to a minute
+    (of the trace) earlier or later, at random, and over the end of its turn at the beginning, so
+    that no second repeats itself.
 
     Args:
         trace: at least one request, in the order of arrival.
         repeat: at least 1.
         rate_scale: above 1 time passes faster, with the same requests.
+        seed: of the repetitions' jitter.
     """
     span_s = trace[-1].arrival_s * (1 + 1 / max(len(trace) - 1, 1))
+    times = np.asarray([entry.arrival_s for entry in trace])
+    rng = np.random.default_rng(seed)
     number = 0
     for turn in range(repeat):
-        for entry in trace:
+        order = range(len(trace))
+        moved = times
+        if turn > 0:
+            moved = times + rng.uniform(-_JITTER_S, _JITTER_S, len(times))
+            moved = np.mod(moved, max(span_s, 1e-9))
+            order = np.argsort(moved, kind="stable").tolist()
+        for index in order:
+            entry = trace[index]
             yield Job(
                 number,
-                (turn * span_s + entry.arrival_s) / rate_scale,
+                (turn * span_s + float(moved[index])) / rate_scale,
                 max(entry.num_prompt_tokens, 1),
                 max(entry.num_output_tokens, 1),
             )
