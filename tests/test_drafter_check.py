@@ -164,7 +164,7 @@ def test_settings_that_do_not_fit_are_named(
     assert caught.value.key == key
 
 
-@pytest.mark.parametrize("spoilt", ["target", "dspark", "dflash", "eagle3"])
+@pytest.mark.parametrize("spoilt", ["target", *METHODS])
 def test_files_that_are_cut_off_are_refused(
     spoilt: str, folders: dict[str, str], tmp_path: Path
 ) -> None:

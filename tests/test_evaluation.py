@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,11 @@ from cluster.bench.prompt_sets import PromptSet, load_prompt_set
 from cluster.cli import main
 from cluster.engine.worker import load_tokenizer
 from cluster.errors import CheckpointError, ConfigError, DataError
-from cluster.models.calibration_file import load_calibration
+from cluster.models.calibration_file import (
+    CalibrationEntry,
+    load_calibration,
+    save_calibration,
+)
 from cluster.speculation.calibration import LogitMap, LogitScaling
 from cluster.speculation.record import COUPLED, REJECTION, CalibrationKey, VerificationRecord
 from cluster.speculation.reliability import RoundTable, length_difference
@@ -251,6 +256,79 @@ def test_the_suite_leaves_rows_differences_and_pictures(
     ]
 
 
+def test_the_command_prints_tables_and_leaves_everything_in_its_folder(
+    pair: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target, drafter = pair
+    monkeypatch.setattr(
+        drafters_bench, "load_prompt_set", lambda *args, count, **options: tiny_prompts(count)
+    )
+    scaling = LogitScaling((LogitMap.straight(2.0, -0.5),) * BLOCK)
+    entry = CalibrationEntry(key=KEY, scaling=scaling, num_rounds=10)
+    file = save_calibration(drafter, target, [entry])
+    command = f"eval --target {target} --drafter mine=dspark:{drafter} --drafter ngram"
+    options = f"--prompts 2 --max-tokens 16 --temperature 0 --out {tmp_path}"
+    assert main(f"{command} {options}".split()) == 0
+    file.unlink()
+    rows = json.loads((tmp_path / "eval.json").read_text())["rows"]
+    assert [row["drafter"] for row in rows] == ["mine", "ngram"]
+    mine = rows[0]
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for label, figures, name, form in (
+        ("ECE", "confidence", "ece", ".1%"),
+        ("ECE calibrated", "calibrated_confidence", "ece", ".1%"),
+        ("Brier", "confidence", "brier", ".3f"),
+        ("Brier calibrated", "calibrated_confidence", "brier", ".3f"),
+        ("AUC", "confidence", "auc", ".3f"),
+    ):
+        values = [format(v, form) for v in mine[figures][name] if v is not None]
+        assert " ".join(["mine tiny 0", label, *values]) in printed
+    rates = (f"{value:.2f}" for value in mine["acceptance_rate"])
+    assert " ".join(["mine tiny 0", *rates]) in printed
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert {"positions-tiny-0.png", "reliability-mine-tiny-coupled-0.png"} <= pictures
+    for name in pictures:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_broken_line_is_named_before_anything_is_loaded(
+    pair: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target, drafter = pair
+    for module in (drafters_bench, calibration_bench):
+        monkeypatch.setattr(module, "DrafterRunner", None)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "x"}\n{"prompt": "cut\n')
+    models = f"--target {target} --drafter dspark={drafter}"
+    for command in (
+        f"eval {models} --data stdlib-heldout --data {data}",
+        f"bench drafters {models} --data {data}",
+        f"calibrate {models} --training-data {data}",
+        f"calibrate {models} --heldout-data {data}",
+    ):
+        assert main(command.split()) == 2
+        assert f"{data}:2: is not JSON" in capsys.readouterr().err
+
+
+def test_a_target_that_is_cut_off_is_named_with_its_tensor(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = Path(shutil.copytree(pair[0], tmp_path / "target"))
+    weights = target / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    for command in (f"eval --target {target} --drafter ngram", f"profile {target}"):
+        assert main(command.split()) == 2
+        assert "the file is cut off" in (error := capsys.readouterr().err)
+        assert f"{weights}: " in error
+        assert "weight" in error
+
+
 def test_a_baseline_that_is_no_drafter_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "drafters", "--drafter", "ngram", "--baseline", "eagle3"]) == 2
     assert "--baseline" in capsys.readouterr().err
@@ -344,8 +422,8 @@ def test_calibrating_writes_a_file_that_serves(
     plan = FitPlan(
         target=target,
         temperatures=[0.0, 1.0],
-        training="a",
-        heldout="b",
+        training="stdlib-heldout-fit",
+        heldout="stdlib-heldout-judge",
         training_rounds=20,
         heldout_rounds=10,
         num_prompts=8,

@@ -89,6 +89,12 @@ def test_bad_configuration_names_its_key(
     assert message in str(caught.value)
 
 
+def test_a_loss_without_its_head_is_refused(folder: Path) -> None:
+    path = write_config(folder, drafter={"enable_confidence_head": False}, loss={"confidence": 1.0})
+    with pytest.raises(ConfigError, match=r"loss\.confidence: drafter\.enable_confidence_head"):
+        load_train_config(path)
+
+
 def test_the_context_bounds_sequences(folder: Path) -> None:
     data = {"sequence_length": 256}
     config = make_config(folder, data=data, optimization={"batch_tokens": 1024})

@@ -18,7 +18,7 @@ from cluster.bench.evaluation import (
     acceptance_figures,
     confidence_figures,
 )
-from cluster.bench.prompt_sets import load_prompt_set
+from cluster.bench.prompt_sets import check_prompt_source, load_prompt_set
 from cluster.bench.report import Report
 from cluster.engine.worker import load_tokenizer
 from cluster.errors import ConfigError, DataError
@@ -122,6 +122,8 @@ def fit_drafter(
     if plan.training == plan.heldout:
         raise ConfigError("--heldout-data", f"{plan.heldout} is what is fitted on")
     combinations = _combinations(plan.temperatures, plan.verifiers)
+    for source in (plan.training, plan.heldout):
+        check_prompt_source(source)
     # The file that is there is to be replaced, and may be one that cannot be used.
     runner = DrafterRunner(plan.target, drafter, settings, calibration=Calibration())
     tokenizer = load_tokenizer(plan.target)

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.bench.drafter_choice import DrafterChoice
 from cluster.bench.evaluation import DrafterRunner, Evaluation, Settings, check_choice
-from cluster.bench.prompt_sets import dataset_name, load_prompt_set
+from cluster.bench.prompt_sets import check_prompt_source, dataset_name, load_prompt_set
 from cluster.bench.report import Report
 from cluster.engine.drafter_calibration import load_drafter_calibration
 from cluster.engine.worker import load_tokenizer
@@ -53,12 +53,15 @@ def evaluate(
     Raises:
         CheckpointError, ConfigError: a drafter cannot be run, before the first round of any; two
             data sets have one name.
-        DataError: before the first round of a drafter.
+        DataError: a file is broken, before anything is loaded; it has nothing to use, before the
+            first round of a drafter.
     """
     names = [dataset_name(source) for source in comparison.datasets]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError("--data", f"two are called {name!r}: their figures could not be told")
+    for source in comparison.datasets:
+        check_prompt_source(source)
     configs = [check_choice(comparison.target, drafter, settings)[0] for drafter in drafters]
     calibrations = [load_drafter_calibration(config) for config in configs]
     tokenizer = load_tokenizer(comparison.target)

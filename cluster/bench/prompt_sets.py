@@ -34,6 +34,16 @@ def dataset_name(source: str) -> str:
     return Path(source).stem
 
 
+def check_prompt_source(source: str) -> None:
+    """Reads a file of prompts and forgets it, so that a broken line costs no model's loading.
+
+    Raises:
+        DataError: names the file and the line.
+    """
+    if source not in CODE_SETS:
+        read_prompts(source)
+
+
 def load_prompt_set(
     source: str, tokenizer: PreTrainedTokenizerBase, *, count: int, num_tokens: int, max_tokens: int
 ) -> PromptSet:

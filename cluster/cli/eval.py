@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         print(document)
     else:
         console = wide_console()
-        for table in (acceptance_table(rows), confidence_table(rows)):
+        for table in (acceptance_table(rows), rate_table(rows), confidence_table(rows)):
             console.print(table)
     return 0
 
@@ -152,8 +152,23 @@ def acceptance_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def rate_table(rows: list[dict[str, Any]]) -> Table:
+    """The part of all rounds that accepted everything up to a position, a line for each row."""
+    width = max(len(row.get("acceptance_rate", ())) for row in rows)
+    table = Table(title="Acceptance rate by position", title_justify="left", box=SIMPLE)
+    for heading in ("drafter", "data", "T"):
+        table.add_column(heading, no_wrap=True)
+    for position in range(width):
+        table.add_column(str(position + 1), justify="right", no_wrap=True)
+    for row in rows:
+        rates = (f"{value:.2f}" for value in row.get("acceptance_rate", ()))
+        table.add_row(row["drafter"], row["dataset"], f"{row['temperature']:g}", *rates)
+    return table
+
+
 def confidence_table(rows: list[dict[str, Any]]) -> Table:
-    """Calibration error of the survival (20 bins), before and after, and AUC, by position."""
+    """By position: calibration error of the survival (20 bins) and Brier score, before and after
+    calibration, and AUC, which calibration leaves as it is."""
     table = Table(title="Confidence by position", title_justify="left", box=SIMPLE)
     for heading in ("drafter", "data", "T", "figure"):
         table.add_column(heading, no_wrap=True)
@@ -168,6 +183,12 @@ def confidence_table(rows: list[dict[str, Any]]) -> Table:
         for label, figures, name in lines:
             values = ("" if v is None else f"{v:.1%}" for v in figures[name])
             table.add_row(*start, label, *values)
-        values = ("" if v is None else f"{v:.3f}" for v in row["confidence"]["auc"])
-        table.add_row(*start, "AUC", *values)
+        for label, figures, name in (
+            ("Brier", row["confidence"], "brier"),
+            ("Brier calibrated", row["calibrated_confidence"], "brier"),
+            ("AUC", row["confidence"], "auc"),
+        ):
+            if figures is not None:
+                values = ("" if v is None else f"{v:.3f}" for v in figures[name])
+                table.add_row(*start, label, *values)
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cluster.engine.compressed_cache import COMPRESSED_LAYER_TYPES
 from cluster.errors import CheckpointError, ConfigError
+from cluster.models.tensor_headers import read_headers
 
 # Whose layers give their cache one latent a token, and expand it with ``kv_b_proj``.
 LATENT_MODEL_TYPES = frozenset({"deepseek_v3"})
@@ -46,6 +48,8 @@ def load_model(
     Raises:
         CheckpointError: it cannot be read, or weights are missing or of another shape.
     """
+    if Path(path).is_dir():
+        read_headers(Path(path))  # names the file and the tensor, which transformers does not
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,

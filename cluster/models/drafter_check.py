@@ -18,6 +18,7 @@ from cluster.models.drafter_config import (
 from cluster.models.dspark_config import DSparkConfig, check_drafter_matches_target
 from cluster.models.eagle3_config import Eagle3Config, is_eagle3
 from cluster.models.json_files import read_json
+from cluster.models.tensor_headers import read_headers
 
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.json"
@@ -47,6 +48,7 @@ def check_drafter(
     if speculative.method == "draft_model":
         _check_language_model(data, file, target)
         _check_tokenizer(folder / _TOKENIZER, target_folder / _TOKENIZER)
+        read_headers(folder)
         return None
     if _is_language_model(data) and not has_draft_module(data):
         _check_method(speculative, file, ("draft_model",), "a language model")

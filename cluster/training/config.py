@@ -251,6 +251,8 @@ class TrainConfig(FiniteSection):
             methods = _METHODS_WITH.get(key, (method,))
             if method not in methods:
                 raise ConfigError(key, f"is for {' and '.join(methods)}, not for {method}")
+        if self.loss.confidence and not self.drafter.enable_confidence_head:
+            raise ConfigError("loss.confidence", "drafter.enable_confidence_head is false")
 
     def _check_short_phase(self) -> None:
         key = "data.short_phase"
