@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+from cluster.bench.mis_scaled import mis_scaled_figures
 from cluster.speculation import online_calibration
 from cluster.speculation.calibration import (
     Calibration,
@@ -58,6 +59,16 @@ def test_doubled_logits_are_brought_back_within_2000_rounds(
     assert 1.5 < online.drift < 2.5
     # Positions that were never admitted are not known about, and stay.
     assert online.scaling(key, BLOCK).maps[num_admitted:] == offline.maps[num_admitted:]
+
+
+@pytest.mark.parametrize("key", [KEY, EXACT_KEY], ids=["coupled", "rejection"])
+def test_the_suite_shows_it_on_rounds_that_it_has(key: CalibrationKey) -> None:
+    found = mis_scaled_figures(draw_table(20_000, seed=7, key=key), key, fitted(key))
+    assert found is not None
+    assert (found["learnt_rounds"], found["judged_rounds"]) == (2000, 18_000)
+    assert max(found["before"]) > 0.06
+    assert max(found["after"]) < 0.04
+    assert mis_scaled_figures(draw_table(2500, seed=7, key=key), key, fitted(key)) is None
 
 
 def test_a_bend_is_kept_under_another_scale() -> None:

@@ -18,6 +18,7 @@ from cluster.bench.evaluation import (
     acceptance_figures,
     confidence_figures,
 )
+from cluster.bench.mis_scaled import mis_scaled_figures
 from cluster.bench.prompt_sets import check_prompt_source, load_prompt_set
 from cluster.bench.report import Report
 from cluster.engine.worker import load_tokenizer
@@ -185,8 +186,13 @@ def store(target: str, folder: str, fit: Fit, settings: Settings) -> str:
 
 
 def summarise(fits: Sequence[Fit]) -> dict[str, Any]:
-    """The suite's figures: by position the worst of all fits, and every fit's own."""
-    rows = [fit.figures() for fit in fits]
+    """The suite's figures: by position the worst of all fits, and every fit's own; with what
+    online calibration makes of doubled logits on the held-out rounds, where these are enough."""
+    rows = [
+        fit.figures()
+        | {"mis_scaled": mis_scaled_figures(fit.heldout.table, fit.heldout.key, fit.scaling)}
+        for fit in fits
+    ]
     before, after, auc = (
         _by_position([row["heldout"][when][name] for row in rows], pick)
         for when, name, pick in (
