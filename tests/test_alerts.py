@@ -33,8 +33,7 @@ from tests.test_hostile_drafter import BREAKERS, HostileDrafter
 from tests.test_security import entry, write_keys
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timed,  # the rules look at seconds, in which everything has to happen
+    pytest.mark.full,  # the rules look at seconds, in which everything has to happen: run it alone
     pytest.mark.prometheus,
     pytest.mark.timeout(600),
 ]

@@ -17,8 +17,7 @@ from cluster.serve_config import load_serve_config
 from tests.models import DRAFTER, TARGET
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timed,  # drafters come when they pay, by a device's paced time
+    pytest.mark.full,  # drafters come when they pay, by a device's paced time: run it alone
     pytest.mark.cluster,
     pytest.mark.timeout(1200),
     pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20"),  # Ray Serve's own
