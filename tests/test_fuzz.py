@@ -83,7 +83,7 @@ def test_mutated_documents_are_yaml() -> None:
         parse_yaml("mutated", dump_document(document))
 
 
-@pytest.mark.slow
+@pytest.mark.full  # alone: beside other tests its child processes are taken for hanging
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris is for Linux")
 def test_twenty_thousand_broken_messages_each() -> None:
