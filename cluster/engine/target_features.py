@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from cluster.engine.capture import FeatureCapture
 from cluster.engine.compiled import CompiledLayers
+from cluster.engine.cuda.graphed_layers import GraphedLayers
 from cluster.models.checkpoint import Projection
-
-if TYPE_CHECKING:
-    from cluster.engine.cuda.graphed_layers import GraphedLayers
 
 
 class TargetFeatures(NamedTuple):

@@ -21,6 +21,7 @@ from torch.utils import cpp_extension
 
 from cluster.engine.cache_folder import cache_folder
 from cluster.engine.machine import processor_flags, processor_name
+from cluster.engine.operator_shapes import SHAPES
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,8 @@ def load_kernels() -> bool:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning("computing without kernels of our own: %s", error)
         return False
-    torch.library.register_fake("dspark_cpu::attend", _attend_shape)
-    torch.library.register_fake("dspark_cpu::linear", _linear_shape)
-    torch.library.register_fake("dspark_cpu::linears", _linear_shapes)
+    for name, shape in SHAPES.items():
+        torch.library.register_fake(f"dspark_cpu::{name}", shape)
     return True
 
 
@@ -133,31 +133,3 @@ def _identity(compiler: str) -> str:
     parts = (torch.__version__, *machine, version, *_FLAGS)
     digest.update("\0".join(parts).encode())
     return digest.hexdigest()[:32]
-
-
-def _attend_shape(
-    query: torch.Tensor,
-    _key: torch.Tensor,
-    value: torch.Tensor,
-    _layer: int,
-    _stores: bool,
-    _scale: float,
-    _window: int,
-    _causal: bool,
-) -> torch.Tensor:
-    return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-
-
-def _linear_shape(
-    input: torch.Tensor, _packed: torch.Tensor, _bias: torch.Tensor | None, outputs: int
-) -> torch.Tensor:
-    return input.new_empty(*input.shape[:-1], outputs)
-
-
-def _linear_shapes(
-    input: torch.Tensor,
-    _packed: list[torch.Tensor],
-    _biases: list[torch.Tensor | None],
-    outputs: list[int],
-) -> list[torch.Tensor]:
-    return [input.new_empty(*input.shape[:-1], size) for size in outputs]

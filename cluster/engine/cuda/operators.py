@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from cluster.engine.cuda import paged_attention, stream_rows
 from cluster.engine.cuda.pass_buffers import PassBuffers
+from cluster.engine.operator_shapes import SHAPES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _STREAMED_DTYPES = (torch.bfloat16, torch.float16)
@@ -95,34 +96,6 @@ def _linears(
     return [product.view(*input.shape[:-1], product.shape[1]) for product in products]
 
 
-def _attend_shape(
-    query: torch.Tensor,
-    _key: torch.Tensor,
-    value: torch.Tensor,
-    _layer: int,
-    _stores: bool,
-    _scale: float,
-    _window: int,
-    _causal: bool,
-) -> torch.Tensor:
-    return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-
-
-def _linear_shape(
-    input: torch.Tensor, _weight: torch.Tensor, _bias: torch.Tensor | None, outputs: int
-) -> torch.Tensor:
-    return input.new_empty(*input.shape[:-1], outputs)
-
-
-def _linear_shapes(
-    input: torch.Tensor,
-    _weights: Sequence[torch.Tensor],
-    _biases: Sequence[torch.Tensor | None],
-    outputs: Sequence[int],
-) -> list[torch.Tensor]:
-    return [input.new_empty(*input.shape[:-1], size) for size in outputs]
-
-
 _library = torch.library.Library("dspark_cuda", "DEF")
 _library.define(
     "attend(Tensor query, Tensor key, Tensor value, int layer, bool stores, float scale,"
@@ -133,10 +106,6 @@ _library.define(
     "linears(Tensor input, Tensor[] weights, Tensor?[] biases, int[] outputs) -> Tensor[]"
 )
 # On any device, so that Triton's interpreter can test them where there is no CUDA.
-for _name, _function, _shape in (
-    ("attend", _attend, _attend_shape),
-    ("linear", _linear, _linear_shape),
-    ("linears", _linears, _linear_shapes),
-):
+for _name, _function in (("attend", _attend), ("linear", _linear), ("linears", _linears)):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dspark_cuda::{_name}", _shape, lib=_library)
+    torch.library.register_fake(f"dspark_cuda::{_name}", SHAPES[_name], lib=_library)
