@@ -35,7 +35,7 @@ from cluster import cli  # noqa: E402
 from cluster.config import ClusterConfig  # noqa: E402
 
 MODEL = ROOT / "deployments" / "models" / "stdlib-7m"
-PROTOS = ("inference", "common", "replica", "drafter")
+PROTOS = ("inference", "chat", "common", "replica", "drafter")
 NOTE = "<!-- Written by docs/generate.py (`make docs`); do not edit. -->"
 
 

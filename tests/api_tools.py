@@ -43,6 +43,7 @@ def serving(
     *,
     router: dict[str, Any] | None = None,
     engine: Engine | None = None,
+    chat_template: str | None = None,
     **app: Any,
 ) -> Iterator[ApiServer]:
     """Serves ``config`` by the real engine, replica, router and application.
@@ -50,6 +51,7 @@ def serving(
     Args:
         router: arguments of ``RouterServer``.
         engine: unset: one of ``config``, with its drafter in this process.
+        chat_template: of the router.
         app: arguments of ``create_app``.
     """
     engine = engine or make_engine(config)
@@ -71,6 +73,7 @@ def serving(
             vocab_size=engine.vocab_size,
             max_model_len=engine.max_model_len,
             eos_token_ids=eos_token_ids(model),
+            chat_template=chat_template,
             **(router or {}),
         )
         grpc_port = await server.start("127.0.0.1")

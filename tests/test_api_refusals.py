@@ -17,19 +17,13 @@ from pydantic import ValidationError
 
 from cluster.api.app import create_app
 from cluster.api.chat import ChatCompletionRequest
-from cluster.api.chat_template import CHATML, ChatTemplate, read_template
 from cluster.api.completions import CompletionRequest
 from cluster.api.errors import error_response
-from cluster.api.fields import REFUSALS, StructuredOutputs
-from cluster.api.tools import (
-    AllowedToolsChoice,
-    FunctionTool,
-    Tool,
-    ToolCall,
-    ToolCallReader,
-    ToolUse,
-    tool_use,
-)
+from cluster.api.fields import StructuredOutputs
+from cluster.chat.fields import REFUSALS
+from cluster.chat.template import CHATML, ChatTemplate, read_template
+from cluster.chat.tool_calls import ToolCall, ToolCallReader
+from cluster.chat.tools import AllowedToolsChoice, FunctionTool, Tool, ToolUse, tool_use
 from cluster.engine.grammar import GrammarCompiler
 from cluster.engine.vocabulary import Vocabulary
 from cluster.errors import (
@@ -49,7 +43,10 @@ MESSAGES = [{"role": "user", "content": "x"}]
 
 @asynccontextmanager
 async def door(
-    authenticator: Authenticator | None = None, **app: Any
+    authenticator: Authenticator | None = None,
+    *,
+    chat_template: str | None = None,
+    **app: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
     router = RouterServer(
         tokenizer=small_tokenizer(),
@@ -58,6 +55,7 @@ async def door(
         max_model_len=64,
         wait_s=0.05,
         authenticator=authenticator,
+        chat_template=chat_template,
     )
     transport = httpx.ASGITransport(app=create_app(router, **app), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:

@@ -56,14 +56,8 @@ class Router:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Serve's proxies hand HTTP requests to; Serve asks for it behind the constructor."""
         from cluster.api.app import create_app
-        from cluster.api.chat_template import read_template
 
-        router = self._config.router
-        return create_app(
-            self._server,
-            chat_template=read_template(router.chat_template),
-            max_body_bytes=router.max_message_mb << 20,
-        )
+        return create_app(self._server, max_body_bytes=self._config.router.max_message_mb << 20)
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Where this router listens."""
@@ -98,6 +92,7 @@ class Router:
 
 def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
     # Imported here: whoever builds or starts the application needs neither torch nor gRPC.
+    from cluster.chat.template import read_template
     from cluster.engine.target_model import load_text_config
     from cluster.engine.worker import eos_token_ids, load_tokenizer
     from cluster.models.checkpoint import tokenizer_digest
@@ -119,6 +114,7 @@ def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
         eos_token_ids=eos_token_ids(target.model, trust_remote_code=trust),
         tokenizer_digest=tokenizer_digest(target.model),
         router_id=router_id,
+        chat_template=read_template(config.router.chat_template),
         max_queued_tokens=config.router.max_queued_tokens,
         queue_timeout_s=config.router.queue_timeout_s,
         policy=POLICIES[config.router.replica_choice],

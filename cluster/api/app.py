@@ -14,13 +14,13 @@ import cluster
 from cluster.api.answers import check_model
 from cluster.api.body_limit import BodyLimit
 from cluster.api.chat import ChatCompletionRequest, ChatCompletions
-from cluster.api.chat_template import ChatTemplate
 from cluster.api.completions import CompletionRequest, Completions
 from cluster.api.console.routes import console_routes
 from cluster.api.errors import add_error_handlers, error_response
-from cluster.api.fields import REFUSALS, GenerationFields
+from cluster.api.fields import GenerationFields
 from cluster.api.streaming import EventStream, unless_disconnected
 from cluster.api.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from cluster.chat.fields import REFUSALS
 from cluster.errors import ReplicaLostError
 from cluster.rpc.router import RouterServer
 from cluster.tracing import incoming_traceparent
@@ -28,29 +28,19 @@ from cluster.tracing import incoming_traceparent
 _MB = 1 << 20
 
 
-def create_app(
-    router: RouterServer,
-    *,
-    chat_template: str | None = None,
-    max_body_bytes: int = 16 * _MB,
-) -> FastAPI:
+def create_app(router: RouterServer, *, max_body_bytes: int = 16 * _MB) -> FastAPI:
     """The HTTP API of a router; to be served in the router's event loop.
 
     API keys are those of the router; probes need none.
 
     Args:
-        chat_template: ``chatml``, the text of a template, or ``None`` for the tokenizer's own.
         max_body_bytes: larger bodies are refused unread.
-
-    Raises:
-        ConfigError: the chat template cannot be used.
     """
     app = FastAPI(title="dspark-cluster", version=cluster.__version__)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     known = {*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields}
     add_error_handlers(app, REFUSALS, known)
     app.include_router(_probes(router))
-    template = ChatTemplate(router.tokenizer, chat_template)
 
     async def authenticate(request: Request) -> None:
         peer = request.client.host if request.client is not None else ""
@@ -59,14 +49,14 @@ def create_app(
         request.state.api_key = router.authenticator.authenticate(header, peer)
 
     with_key = [Depends(authenticate)]
-    app.include_router(_openai(router, template), dependencies=with_key)
-    app.include_router(_tokens(router, template), dependencies=with_key)
+    app.include_router(_openai(router), dependencies=with_key)
+    app.include_router(_tokens(router), dependencies=with_key)
     app.include_router(_metrics(router), dependencies=with_key)
-    app.include_router(console_routes(router, authenticate, has_chat_template=template.is_there))
+    app.include_router(console_routes(router, authenticate))
     return app
 
 
-def _openai(router: RouterServer, template: ChatTemplate) -> APIRouter:
+def _openai(router: RouterServer) -> APIRouter:
     paths = APIRouter(prefix="/v1")
     model = {
         "id": router.model_name,
@@ -97,19 +87,19 @@ def _openai(router: RouterServer, template: ChatTemplate) -> APIRouter:
     @paths.post("/chat/completions")
     async def complete_chat(fields: ChatCompletionRequest, request: Request) -> Response:
         """Answers a conversation."""
-        work = await ChatCompletions.of(router, fields, template, request.state.api_key)
+        work = await ChatCompletions.of(router, fields, request.state.api_key)
         return await _answer(router, work, request, fields)
 
     return paths
 
 
-def _tokens(router: RouterServer, template: ChatTemplate) -> APIRouter:
+def _tokens(router: RouterServer) -> APIRouter:
     paths = APIRouter()
 
     @paths.post("/tokenize")
     async def tokenize_prompt(fields: TokenizeRequest) -> dict[str, Any]:
         """The token ids of a prompt, or of a conversation."""
-        return await tokenize(router, fields, template)
+        return await tokenize(router, fields)
 
     @paths.post("/detokenize")
     async def detokenize_tokens(fields: DetokenizeRequest) -> dict[str, Any]:

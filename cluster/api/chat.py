@@ -18,13 +18,13 @@ from cluster.api.answers import (
     extensions,
     generated,
 )
-from cluster.api.chat_template import ChatFields, ChatTemplate
 from cluster.api.fields import GenerationFields
 from cluster.api.logprobs import TokenTexts, chat_logprobs
-from cluster.api.tools import Tool, ToolCall, ToolCallReader, ToolChoice, ToolUse, tool_use
+from cluster.chat.template import ChatFields
+from cluster.chat.tool_calls import AnswerReader, ToolCall
+from cluster.chat.tools import Tool, ToolChoice
 from cluster.errors import InvalidRequestError
-from cluster.grammar import Grammar
-from cluster.request import SamplingParams
+from cluster.rpc.chat_prompt import ChatPrompt
 from cluster.rpc.chunk import Chunk
 from cluster.rpc.router import RouterServer
 from cluster.security.api_keys import ApiKey
@@ -57,50 +57,46 @@ class ChatCompletions:
         self,
         router: RouterServer,
         fields: ChatCompletionRequest,
-        prompt: tuple[int, ...],
-        sampling: SamplingParams,
-        tools: ToolUse | None,
+        prompt: ChatPrompt,
         key: ApiKey,
     ) -> None:
         self._router = router
         self._fields = fields
         self._prompt = prompt
-        self._sampling = sampling
         self._key = key
-        self._reads_tools = tools is not None
-        self._grammar_field = "tools" if tools is not None else fields.grammar_field
+        self._grammar_field = "tools" if prompt.may_call else fields.grammar_field
         kind = "chat.completion.chunk" if fields.stream else "chat.completion"
         self._envelope = Envelope.new("chatcmpl", kind, router.model_name)
         self._texts = TokenTexts(router.vocabulary)
-        self._usage = UsageCounter([len(prompt)], with_speculation=fields.return_speculation_stats)
+        self._usage = UsageCounter(
+            [len(prompt.token_ids)], with_speculation=fields.return_speculation_stats
+        )
 
     @classmethod
     async def of(
-        cls,
-        router: RouterServer,
-        fields: ChatCompletionRequest,
-        template: ChatTemplate,
-        key: ApiKey,
+        cls, router: RouterServer, fields: ChatCompletionRequest, key: ApiKey
     ) -> ChatCompletions:
         """Checks, renders and tokenises. Raises: InvalidRequestError, ModelNotFoundError."""
         check_model(router, fields.model)
         fields.check_together()
         if fields.top_logprobs is not None and not fields.logprobs:
             raise InvalidRequestError("top_logprobs", "needs logprobs: true")
-        use = tool_use(fields.tools, fields.tool_choice, may_repeat=fields.parallel_tool_calls)
         sampling = fields.to_sampling(
             max_tokens=_max_tokens(fields, router.max_model_len),
             logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
-            grammar=_grammar(fields, use, template),
+            grammar=fields.to_grammar(),
         )
-        if template.stop:
-            sampling = SamplingParams(
-                **{**vars(sampling), "stop": (*sampling.stop, *template.stop)}
+        with client_fields({**_FIELD_NAMES, "sampling.grammar": fields.grammar_field}):
+            prompt = await ChatPrompt.of(
+                fields,
+                sampling,
+                template=router.chat_template,
+                encoder=router.encoder,
+                tools=fields.tools,
+                tool_choice=fields.tool_choice,
+                parallel_tool_calls=fields.parallel_tool_calls,
             )
-        text = await template.render(fields, fields.tools if use is not None else ())
-        with client_fields(_FIELD_NAMES):
-            prompt = await router.encoder.encode(text, add_special_tokens=False)
-        return cls(router, fields, prompt, sampling, use, key)
+        return cls(router, fields, prompt, key)
 
     async def complete(self) -> dict[str, Any]:
         """The whole answer. Raises: DsparkError."""
@@ -120,7 +116,7 @@ class ChatCompletions:
             async for chunk in chunks:
                 index = chunk.choice_index
                 if index not in streams:
-                    streams[index] = _ChoiceStream(reads_tools=self._reads_tools)
+                    streams[index] = _ChoiceStream(reads_calls=self._prompt.may_call)
                     first = {"role": "assistant", "content": ""}
                     yield self._event(index, first, {}, with_usage)
                 extra: dict[str, Any] = {}
@@ -139,9 +135,9 @@ class ChatCompletions:
     async def _chunks(self) -> AsyncGenerator[Chunk, None]:
         stream = generated(
             self._router,
-            [self._prompt],
+            [self._prompt.token_ids],
             self._fields,
-            self._sampling,
+            self._prompt.sampling,
             num_choices=self._fields.n,
             key=self._key,
             request_id=self._envelope.id,
@@ -159,16 +155,18 @@ class ChatCompletions:
         return self._envelope.of([choice | extra], self._usage.usage() if with_usage else None)
 
     def _choice(self, index: int, record: ChoiceRecord) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": record.text, "refusal": None}
+        parts = AnswerReader(reads_calls=self._prompt.may_call).push(record.text, is_last=True)
+        calls = [part.to_json() for part in parts if isinstance(part, ToolCall)]
+        content = "".join(part for part in parts if isinstance(part, str))
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": None if self._prompt.may_call and not content else content,
+            "refusal": None,
+        }
         reason = record.finish_reason
-        if self._reads_tools:
-            reader = ToolCallReader()
-            parts = [*reader.push(record.text), reader.finish()]
-            message["content"] = "".join(part for part in parts if isinstance(part, str)) or None
-            calls = [part.to_json() for part in parts if isinstance(part, ToolCall)]
-            if calls:
-                message["tool_calls"] = calls
-                reason = "tool_calls" if reason == "stop" else reason
+        if calls:
+            message["tool_calls"] = calls
+            reason = "tool_calls" if reason == "stop" else reason
         choice = {"index": index, "message": message, "finish_reason": reason, "logprobs": None}
         if self._fields.logprobs:
             choice["logprobs"] = chat_logprobs(record.logprobs, self._texts)
@@ -178,20 +176,15 @@ class ChatCompletions:
 class _ChoiceStream:
     """One choice's deltas."""
 
-    def __init__(self, *, reads_tools: bool) -> None:
-        self._reader = ToolCallReader() if reads_tools else None
+    def __init__(self, *, reads_calls: bool) -> None:
+        self._reader = AnswerReader(reads_calls=reads_calls)
         self._num_calls = 0
 
     def push(self, chunk: Chunk) -> tuple[list[dict[str, Any]], str | None]:
         """The deltas that a piece brings, and why the choice ends if it does."""
         reason = None if chunk.finish_reason is None else chunk.finish_reason.name.lower()
-        if self._reader is None:
-            return ([{"content": chunk.text}] if chunk.text else []), reason
-        parts: list[str | ToolCall] = self._reader.push(chunk.text)
-        if reason is not None:
-            parts += [rest] if (rest := self._reader.finish()) else []
         deltas: list[dict[str, Any]] = []
-        for part in parts:
+        for part in self._reader.push(chunk.text, is_last=reason is not None):
             if isinstance(part, str):
                 deltas.append({"content": part})
             else:
@@ -206,18 +199,3 @@ def _max_tokens(fields: ChatCompletionRequest, max_model_len: int) -> int:
         if value is not None:
             return value
     return max_model_len
-
-
-def _grammar(
-    fields: ChatCompletionRequest, use: ToolUse | None, template: ChatTemplate
-) -> Grammar | None:
-    grammar = fields.to_grammar()
-    if use is None:
-        return grammar
-    if grammar is not None:
-        raise InvalidRequestError(fields.grammar_field, "cannot go with tools that may be called")
-    if not template.calls_tools:
-        raise InvalidRequestError(
-            "tools", "the model's chat template has no tool calls in the form that is read here"
-        )
-    return use.to_grammar()

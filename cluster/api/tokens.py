@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import Field
 
 from cluster.api.answers import check_model
-from cluster.api.chat_template import ChatFields, ChatTemplate, Message
-from cluster.api.fields import Fields
-from cluster.api.tools import Tool
+from cluster.chat.fields import Fields
+from cluster.chat.template import ChatFields, Message
+from cluster.chat.tools import Tool
 from cluster.errors import InvalidRequestError
 from cluster.rpc.router import RouterServer
 
@@ -34,9 +34,7 @@ class DetokenizeRequest(Fields):
     tokens: list[int]
 
 
-async def tokenize(
-    router: RouterServer, fields: TokenizeRequest, template: ChatTemplate
-) -> dict[str, Any]:
+async def tokenize(router: RouterServer, fields: TokenizeRequest) -> dict[str, Any]:
     """Raises: InvalidRequestError, ModelNotFoundError."""
     check_model(router, fields.model)
     if (fields.prompt is None) == (not fields.messages):
@@ -45,7 +43,7 @@ async def tokenize(
         raise InvalidRequestError("tools", "needs messages")
     text = fields.prompt
     if text is None:
-        text = await template.render(fields, fields.tools)
+        text = await router.chat_template.render(fields, fields.tools)
     with_special = fields.add_special_tokens
     if with_special is None:
         with_special = fields.prompt is not None
@@ -56,17 +54,11 @@ async def tokenize(
         "tokens": list(token_ids),
     }
     if fields.return_token_strs:
-        answer["token_strs"] = router.tokenizer.convert_ids_to_tokens(list(token_ids))
+        answer["token_strs"] = router.encoder.strings(token_ids)
     return answer
 
 
 def detokenize(router: RouterServer, fields: DetokenizeRequest) -> dict[str, Any]:
     """Raises: InvalidRequestError, ModelNotFoundError."""
     check_model(router, fields.model)
-    size = len(router.tokenizer)
-    for token_id in fields.tokens:
-        if not 0 <= token_id < size:
-            raise InvalidRequestError(
-                "tokens", f"token id {token_id} is outside the vocabulary of {size}"
-            )
-    return {"prompt": router.tokenizer.decode(fields.tokens)}
+    return {"prompt": router.encoder.decode(fields.tokens, field="tokens")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from google.protobuf.message import Message
 
@@ -89,11 +89,19 @@ def generate_call_from_proto(message: inference_pb2.GenerateRequest) -> Generate
     Raises:
         InvalidRequestError: naming the first field that is missing, unknown or contradicts another.
     """
-    if len(message.request_id) > MAX_REQUEST_ID_CHARS:
-        raise InvalidRequestError("request_id", f"at most {MAX_REQUEST_ID_CHARS} characters")
+    call = call_from_proto(message)
     kind = message.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequestError("prompt", "is required")
+    return replace(call, prompt=message.text if kind == "text" else tuple(message.token_ids.ids))
+
+
+def call_from_proto(
+    message: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
+) -> GenerateCall:
+    """Reads all but the prompt. Raises: InvalidRequestError."""
+    if len(message.request_id) > MAX_REQUEST_ID_CHARS:
+        raise InvalidRequestError("request_id", f"at most {MAX_REQUEST_ID_CHARS} characters")
     num_choices = message.n if message.HasField("n") else 1
     if not 1 <= num_choices <= MAX_CHOICES:
         raise InvalidRequestError("n", f"must be between 1 and {MAX_CHOICES}, got {num_choices}")
@@ -104,7 +112,7 @@ def generate_call_from_proto(message: inference_pb2.GenerateRequest) -> Generate
         raise InvalidRequestError("attempt", f"must be 0 or more, got {message.attempt}")
     return GenerateCall(
         request_id=message.request_id,
-        prompt=message.text if kind == "text" else tuple(message.token_ids.ids),
+        prompt=(),
         sampling=sampling_from_proto(message.sampling),
         speculation=speculation_from_proto(message.speculation),
         num_choices=num_choices,

@@ -1,8 +1,9 @@
-"""Clients' prompts as token ids."""
+"""Clients' prompts as token ids, and back."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -55,3 +56,21 @@ class PromptEncoder:
             self._tokenizer.encode_batch, [text], add_special_tokens=add_special_tokens
         )
         return tuple(encodings[0].ids)
+
+    def strings(self, token_ids: Sequence[int]) -> list[str]:
+        """How the tokenizer writes each of its own tokens."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
+
+    def decode(self, token_ids: Sequence[int], *, field: str) -> str:
+        """The tokens' text, special ones included.
+
+        Raises:
+            InvalidRequestError: naming ``field``, for an id that is none of a token.
+        """
+        size = self._tokenizer.get_vocab_size()
+        for token_id in token_ids:
+            if not 0 <= token_id < size:
+                raise InvalidRequestError(
+                    field, f"token id {token_id} is outside the vocabulary of {size}"
+                )
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)

@@ -13,33 +13,33 @@ from grpc import aio
 from transformers import PreTrainedTokenizerFast
 
 import cluster
+from cluster.chat.template import ChatTemplate
 from cluster.engine.grammar import GrammarCompiler
 from cluster.engine.vocabulary import Vocabulary
-from cluster.errors import InvalidRequestError, QueueFullError, RequestCancelledError
+from cluster.errors import InvalidRequestError, QueueFullError
 from cluster.metrics.router import RouterMetrics, RouterState
 from cluster.request import Request
 from cluster.routing.admission import Admission, Admitted
 from cluster.routing.replica_choice import ChoicePolicy
 from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, server_options
-from cluster.rpc.convert import GenerateCall, generate_call_from_proto
+from cluster.rpc.convert import GenerateCall
 from cluster.rpc.generation import Generation
-from cluster.rpc.guard import Guard, caller, key_check
+from cluster.rpc.guard import Guard, key_check
+from cluster.rpc.inference_service import InferenceService
 from cluster.rpc.prompt import PromptEncoder
 from cluster.rpc.replica_pool import ReplicaPool
 from cluster.rpc.serving import ServingState, bind
-from cluster.rpc.status import abort
 from cluster.rpc.tls import ChannelTls, ServerTls
 from cluster.security.api_keys import ApiKey
 from cluster.security.authenticator import ANYBODY, Authenticator
 from cluster.security.key_limits import KeyLimits
-from cluster.security.refusals import Refusal
 from cluster.tracing import Span, incoming_traceparent
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE_NAME = "cluster.v1.InferenceService"
 
 
-class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
+class RouterServer:
     """Takes clients' requests and runs them on target replicas.
 
     Guarantees: a request is checked completely before it costs a replica anything. What is admitted
@@ -57,6 +57,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         eos_token_ids: the target's tokens that end an output.
         tokenizer_digest: hex SHA-256; replicas that name another are not used. Empty: all are.
         router_id: unique in the cluster; unset: a random one.
+        chat_template: ``chatml``, the text of a template, or ``None`` for the tokenizer's own.
         max_queued_tokens: bound on admitted work (``Admission``).
         queue_timeout_s: a request that a replica has not begun after so long is refused; unset:
             never.
@@ -70,6 +71,9 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         authenticator: who may call; unset: everybody.
         tls: of the clients' door; unset: plaintext.
         replica_tls: of the connections to replicas; unset: plaintext.
+
+    Raises:
+        ConfigError: the chat template cannot be used.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         eos_token_ids: Collection[int] = (),
         tokenizer_digest: str = "",
         router_id: str | None = None,
+        chat_template: str | None = None,
         max_queued_tokens: int = 1_000_000,
         queue_timeout_s: float | None = None,
         policy: ChoicePolicy | None = None,
@@ -102,6 +107,7 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         self.router_id = router_id or f"router-{uuid.uuid4().hex[:12]}"
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, max_model_len)
+        self.chat_template = ChatTemplate(tokenizer, chat_template)
         self.vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_ids)
         self.model_name = model_name
         self._grammars = GrammarCompiler(self.vocabulary, has_end=bool(eos_token_ids))
@@ -183,7 +189,9 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             key_check(self.authenticator), handshakes=self._tls.handshakes if self._tls else None
         )
         self._server = aio.server(options=self._options, interceptors=[guard])
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceService(self), self._server
+        )
         self._serving = ServingState(self._server, SERVICE_NAME)
         port = bind(self._server, host, port, key="router.port", tls=self._tls)
         await self._server.start()
@@ -195,27 +203,6 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
         await self._serving.set_serving(False)
         await self._server.stop(grace_s)
         await self._pool.close()
-
-    async def Generate(
-        self, request: inference_pb2.GenerateRequest, context: aio.ServicerContext
-    ) -> None:
-        """Streams the request's chunks."""
-        try:
-            call = generate_call_from_proto(request)
-            timeout_s = context.time_remaining()
-            place = dict(context.invocation_metadata() or ()).get("traceparent", "")
-            incoming_traceparent.set(place if isinstance(place, str) else "")
-            async with aclosing(self.generate(call, timeout_s, caller())) as chunks:
-                async for chunk in chunks:
-                    await self._write(context, chunk)
-        except Exception as error:
-            await abort(context, error)
-
-    async def GetStatus(
-        self, request: inference_pb2.GetStatusRequest, context: aio.ServicerContext
-    ) -> inference_pb2.GetStatusResponse:
-        """Answers from the replicas' latest reports."""
-        return self.status()
 
     async def generate(
         self, call: GenerateCall, timeout_s: float | None = None, key: ApiKey = ANYBODY
@@ -269,19 +256,6 @@ class RouterServer(inference_pb2_grpc.InferenceServiceServicer):
             num_queued_tokens=self.num_queued_tokens,
             num_restarts=self._pool.num_restarts,
         )
-
-    async def _write(
-        self, context: aio.ServicerContext, chunk: inference_pb2.GenerateResponse
-    ) -> None:
-        """Sends a chunk. Raises: RequestCancelledError: the client does not read."""
-        try:
-            async with asyncio.timeout(self.slow_reader_timeout_s):
-                await context.write(chunk)
-        except TimeoutError:
-            self.authenticator.refusals.count(Refusal.SLOW_READER, context.peer())
-            raise RequestCancelledError(
-                f"the client has read nothing for {self.slow_reader_timeout_s:g} s"
-            ) from None
 
     async def _to_request(
         self, call: GenerateCall, deadline: float | None, traceparent: str

@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from cluster.v1 import chat_pb2 as cluster_dot_v1_dot_chat__pb2
 from cluster.v1 import common_pb2 as cluster_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63luster/v1/inference.proto\x12\ncluster.v1\x1a\x17\x63luster/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xdc\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.cluster.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.cluster.v1.SamplingParams\x12\x32\n\x0bspeculation\x18\x05 \x01(\x0b\x32\x1d.cluster.v1.SpeculationParams\x12\x0e\n\x01n\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12.\n\x10resume_token_ids\x18\x07 \x01(\x0b\x32\x14.cluster.v1.TokenIds\x12\x14\n\x07\x61ttempt\x18\x08 \x01(\x05H\x02\x88\x01\x01\x12&\n\x08priority\x18\x1e \x01(\x0e\x32\x14.cluster.v1.PriorityB\x08\n\x06promptB\x04\n\x02_nB\n\n\x08_attempt\"\xcd\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x14\n\x0ctoken_offset\x18\x04 \x01(\x05\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x12.\n\rtoken_sources\x18\x06 \x03(\x0e\x32\x17.cluster.v1.TokenSource\x12\x0c\n\x04text\x18\x07 \x01(\t\x12.\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\t \x01(\x0e\x32\x18.cluster.v1.FinishReason\x12 \n\x05usage\x18\n \x01(\x0b\x32\x11.cluster.v1.Usage\x12\x14\n\x0ctext_lengths\x18\x0b \x03(\x05\"\x12\n\x10GetStatusRequest\"c\n\x0bShardStatus\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x05\x12\x16\n\x0epipeline_stage\x18\x04 \x01(\x05\x12\x13\n\x0btensor_rank\x18\x05 \x01(\x05\"\xae\x02\n\rDrafterStatus\x12\x12\n\ndrafter_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rround_trip_ms\x18\x05 \x01(\x01\x12\x1f\n\x05paced\x18# \x01(\x0b\x32\x10.cluster.v1.Pace\x12<\n\nnum_rounds\x18\x46 \x03(\x0b\x32(.cluster.v1.DrafterStatus.NumRoundsEntry\x12\x31\n\x12round_trip_seconds\x18G \x01(\x0b\x32\x15.cluster.v1.Histogram\x1a\x30\n\x0eNumRoundsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xc6\x03\n\x0eReplicaMetrics\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\x03\x12\x17\n\x0fnum_preemptions\x18\x02 \x01(\x03\x12\x1e\n\x16num_requests_by_budget\x18\x03 \x03(\x03\x12\x18\n\x10speculation_mode\x18\x04 \x01(\t\x12\x1f\n\x17speculation_reason_code\x18\x05 \x01(\t\x12\x11\n\tnum_flips\x18\x06 \x01(\x03\x12\x46\n\x0fseconds_in_mode\x18\x07 \x03(\x0b\x32-.cluster.v1.ReplicaMetrics.SecondsInModeEntry\x12\x16\n\x0e\x64rafter_demand\x18\x08 \x01(\x01\x12\x1b\n\x13\x64raft_queue_seconds\x18\t \x01(\x01\x12\x1d\n\x15\x64raft_network_seconds\x18\n \x01(\x01\x12\x0f\n\x07goodput\x18\x0b \x01(\x01\x12\x15\n\rgoodput_plain\x18\x0c \x01(\x01\x12\x18\n\x10seconds_in_state\x18( \x01(\x01\x1a\x34\n\x12SecondsInModeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"{\n\x10PrefixCacheStats\x12\x1a\n\x12num_queried_tokens\x18\x01 \x01(\x03\x12\x16\n\x0enum_hit_tokens\x18\x02 \x01(\x03\x12\x18\n\x10num_cached_pages\x18\x03 \x01(\x05\x12\x19\n\x11num_evicted_pages\x18\x04 \x01(\x03\"\x8f\x06\n\rReplicaStatus\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x13\n\x0bnum_running\x18\x04 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\x05\x12\x16\n\x0ekv_cache_usage\x18\x06 \x01(\x01\x12\x19\n\x11speculation_state\x18\x07 \x01(\t\x12\x1a\n\x12speculation_reason\x18\x08 \x01(\t\x12\'\n\x06shards\x18\t \x03(\x0b\x32\x17.cluster.v1.ShardStatus\x12+\n\x08\x64rafters\x18\n \x03(\x0b\x32\x19.cluster.v1.DrafterStatus\x12\x31\n\x0bspeculation\x18\x0b \x01(\x0b\x32\x1c.cluster.v1.SpeculationStats\x12\x19\n\x11num_output_tokens\x18\x0c \x01(\x03\x12\x0e\n\x06reason\x18\r \x01(\t\x12\x1e\n\x11\x63\x61libration_error\x18\x0e \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11\x63\x61libration_drift\x18\x0f \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\x12speculation_method\x18\x10 \x01(\t\x12\x19\n\x11speculation_model\x18\x11 \x01(\t\x12\x32\n\x0cprefix_cache\x18\x12 \x01(\x0b\x32\x1c.cluster.v1.PrefixCacheStats\x12\x19\n\x11num_queued_tokens\x18\x1e \x01(\x03\x12\x17\n\x0fnum_free_tokens\x18\x1f \x01(\x03\x12\x13\n\x0bnum_routers\x18  \x01(\x05\x12\x1a\n\x12mean_output_tokens\x18! \x01(\x01\x12\x1f\n\x05paced\x18# \x01(\x0b\x32\x10.cluster.v1.Pace\x12+\n\x07metrics\x18\x46 \x01(\x0b\x32\x1a.cluster.v1.ReplicaMetrics\x12\x13\n\x0bis_exporter\x18G \x01(\x08\x42\x14\n\x12_calibration_errorB\x14\n\x12_calibration_drift\"2\n\x0cRouterStatus\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xbb\x01\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12+\n\x08replicas\x18\x03 \x03(\x0b\x32\x19.cluster.v1.ReplicaStatus\x12\x1b\n\x13num_active_requests\x18\x04 \x01(\x05\x12\x0f\n\x07version\x18\x05 \x01(\t\x12)\n\x07routers\x18( \x03(\x0b\x32\x18.cluster.v1.RouterStatus2\xa5\x01\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.cluster.v1.GenerateRequest\x1a\x1c.cluster.v1.GenerateResponse0\x01\x12H\n\tGetStatus\x12\x1c.cluster.v1.GetStatusRequest\x1a\x1d.cluster.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63luster/v1/inference.proto\x12\ncluster.v1\x1a\x15\x63luster/v1/chat.proto\x1a\x17\x63luster/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xdc\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.cluster.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.cluster.v1.SamplingParams\x12\x32\n\x0bspeculation\x18\x05 \x01(\x0b\x32\x1d.cluster.v1.SpeculationParams\x12\x0e\n\x01n\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12.\n\x10resume_token_ids\x18\x07 \x01(\x0b\x32\x14.cluster.v1.TokenIds\x12\x14\n\x07\x61ttempt\x18\x08 \x01(\x05H\x02\x88\x01\x01\x12&\n\x08priority\x18\x1e \x01(\x0e\x32\x14.cluster.v1.PriorityB\x08\n\x06promptB\x04\n\x02_nB\n\n\x08_attempt\"\xcd\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x14\n\x0ctoken_offset\x18\x04 \x01(\x05\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x12.\n\rtoken_sources\x18\x06 \x03(\x0e\x32\x17.cluster.v1.TokenSource\x12\x0c\n\x04text\x18\x07 \x01(\t\x12.\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\t \x01(\x0e\x32\x18.cluster.v1.FinishReason\x12 \n\x05usage\x18\n \x01(\x0b\x32\x11.cluster.v1.Usage\x12\x14\n\x0ctext_lengths\x18\x0b \x03(\x05\"\xaa\x03\n\x0b\x43hatRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12.\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x18.cluster.v1.Conversation\x12+\n\x0btool_choice\x18\x03 \x01(\x0b\x32\x16.cluster.v1.ToolChoice\x12 \n\x13parallel_tool_calls\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.cluster.v1.SamplingParams\x12\x32\n\x0bspeculation\x18\x06 \x01(\x0b\x32\x1d.cluster.v1.SpeculationParams\x12\x0e\n\x01n\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12.\n\x10resume_token_ids\x18\x08 \x01(\x0b\x32\x14.cluster.v1.TokenIds\x12\x14\n\x07\x61ttempt\x18\t \x01(\x05H\x02\x88\x01\x01\x12&\n\x08priority\x18\n \x01(\x0e\x32\x14.cluster.v1.PriorityB\x16\n\x14_parallel_tool_callsB\x04\n\x02_nB\n\n\x08_attempt\"\xf6\x02\n\x0c\x43hatResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63hoice_index\x18\x02 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x14\n\x0ctoken_offset\x18\x04 \x01(\x05\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x12.\n\rtoken_sources\x18\x06 \x03(\x0e\x32\x17.cluster.v1.TokenSource\x12\x0f\n\x07\x63ontent\x18\x07 \x01(\t\x12.\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1c.cluster.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\t \x01(\x0e\x32\x18.cluster.v1.FinishReason\x12 \n\x05usage\x18\n \x01(\x0b\x32\x11.cluster.v1.Usage\x12\x14\n\x0ctext_lengths\x18\x0b \x03(\x05\x12(\n\ntool_calls\x18\x0c \x03(\x0b\x32\x14.cluster.v1.ToolCall\"\xd0\x01\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x30\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x18.cluster.v1.ConversationH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12!\n\x14return_token_strings\x18\x04 \x01(\x08H\x02\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokensB\x17\n\x15_return_token_strings\"S\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x15\n\rtoken_strings\x18\x02 \x03(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\x05\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"\x91\x01\n\x12ListModelsResponse\x12\x34\n\x06models\x18\x01 \x03(\x0b\x32$.cluster.v1.ListModelsResponse.Model\x1a\x45\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\x12\x19\n\x11has_chat_template\x18\x03 \x01(\x08\"\x12\n\x10GetStatusRequest\"c\n\x0bShardStatus\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\x05\x12\x16\n\x0epipeline_stage\x18\x04 \x01(\x05\x12\x13\n\x0btensor_rank\x18\x05 \x01(\x05\"\xae\x02\n\rDrafterStatus\x12\x12\n\ndrafter_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x15\n\rround_trip_ms\x18\x05 \x01(\x01\x12\x1f\n\x05paced\x18# \x01(\x0b\x32\x10.cluster.v1.Pace\x12<\n\nnum_rounds\x18\x46 \x03(\x0b\x32(.cluster.v1.DrafterStatus.NumRoundsEntry\x12\x31\n\x12round_trip_seconds\x18G \x01(\x0b\x32\x15.cluster.v1.Histogram\x1a\x30\n\x0eNumRoundsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xc6\x03\n\x0eReplicaMetrics\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\x03\x12\x17\n\x0fnum_preemptions\x18\x02 \x01(\x03\x12\x1e\n\x16num_requests_by_budget\x18\x03 \x03(\x03\x12\x18\n\x10speculation_mode\x18\x04 \x01(\t\x12\x1f\n\x17speculation_reason_code\x18\x05 \x01(\t\x12\x11\n\tnum_flips\x18\x06 \x01(\x03\x12\x46\n\x0fseconds_in_mode\x18\x07 \x03(\x0b\x32-.cluster.v1.ReplicaMetrics.SecondsInModeEntry\x12\x16\n\x0e\x64rafter_demand\x18\x08 \x01(\x01\x12\x1b\n\x13\x64raft_queue_seconds\x18\t \x01(\x01\x12\x1d\n\x15\x64raft_network_seconds\x18\n \x01(\x01\x12\x0f\n\x07goodput\x18\x0b \x01(\x01\x12\x15\n\rgoodput_plain\x18\x0c \x01(\x01\x12\x18\n\x10seconds_in_state\x18( \x01(\x01\x1a\x34\n\x12SecondsInModeEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"{\n\x10PrefixCacheStats\x12\x1a\n\x12num_queried_tokens\x18\x01 \x01(\x03\x12\x16\n\x0enum_hit_tokens\x18\x02 \x01(\x03\x12\x18\n\x10num_cached_pages\x18\x03 \x01(\x05\x12\x19\n\x11num_evicted_pages\x18\x04 \x01(\x03\"\x8f\x06\n\rReplicaStatus\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x13\n\x0bnum_running\x18\x04 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x05 \x01(\x05\x12\x16\n\x0ekv_cache_usage\x18\x06 \x01(\x01\x12\x19\n\x11speculation_state\x18\x07 \x01(\t\x12\x1a\n\x12speculation_reason\x18\x08 \x01(\t\x12\'\n\x06shards\x18\t \x03(\x0b\x32\x17.cluster.v1.ShardStatus\x12+\n\x08\x64rafters\x18\n \x03(\x0b\x32\x19.cluster.v1.DrafterStatus\x12\x31\n\x0bspeculation\x18\x0b \x01(\x0b\x32\x1c.cluster.v1.SpeculationStats\x12\x19\n\x11num_output_tokens\x18\x0c \x01(\x03\x12\x0e\n\x06reason\x18\r \x01(\t\x12\x1e\n\x11\x63\x61libration_error\x18\x0e \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11\x63\x61libration_drift\x18\x0f \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\x12speculation_method\x18\x10 \x01(\t\x12\x19\n\x11speculation_model\x18\x11 \x01(\t\x12\x32\n\x0cprefix_cache\x18\x12 \x01(\x0b\x32\x1c.cluster.v1.PrefixCacheStats\x12\x19\n\x11num_queued_tokens\x18\x1e \x01(\x03\x12\x17\n\x0fnum_free_tokens\x18\x1f \x01(\x03\x12\x13\n\x0bnum_routers\x18  \x01(\x05\x12\x1a\n\x12mean_output_tokens\x18! \x01(\x01\x12\x1f\n\x05paced\x18# \x01(\x0b\x32\x10.cluster.v1.Pace\x12+\n\x07metrics\x18\x46 \x01(\x0b\x32\x1a.cluster.v1.ReplicaMetrics\x12\x13\n\x0bis_exporter\x18G \x01(\x08\x42\x14\n\x12_calibration_errorB\x14\n\x12_calibration_drift\"2\n\x0cRouterStatus\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xbb\x01\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12+\n\x08replicas\x18\x03 \x03(\x0b\x32\x19.cluster.v1.ReplicaStatus\x12\x1b\n\x13num_active_requests\x18\x04 \x01(\x05\x12\x0f\n\x07version\x18\x05 \x01(\t\x12)\n\x07routers\x18( \x03(\x0b\x32\x18.cluster.v1.RouterStatus2\xc3\x03\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.cluster.v1.GenerateRequest\x1a\x1c.cluster.v1.GenerateResponse0\x01\x12H\n\tGetStatus\x12\x1c.cluster.v1.GetStatusRequest\x1a\x1d.cluster.v1.GetStatusResponse\x12;\n\x04\x43hat\x12\x17.cluster.v1.ChatRequest\x1a\x18.cluster.v1.ChatResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.cluster.v1.TokenizeRequest\x1a\x1c.cluster.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.cluster.v1.DetokenizeRequest\x1a\x1e.cluster.v1.DetokenizeResponse\x12K\n\nListModels\x12\x1d.cluster.v1.ListModelsRequest\x1a\x1e.cluster.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,32 +37,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAFTERSTATUS_NUMROUNDSENTRY']._serialized_options = b'8\001'
   _globals['_REPLICAMETRICS_SECONDSINMODEENTRY']._loaded_options = None
   _globals['_REPLICAMETRICS_SECONDSINMODEENTRY']._serialized_options = b'8\001'
-  _globals['_TOKENIDS']._serialized_start=67
-  _globals['_TOKENIDS']._serialized_end=90
-  _globals['_GENERATEREQUEST']._serialized_start=93
-  _globals['_GENERATEREQUEST']._serialized_end=441
-  _globals['_GENERATERESPONSE']._serialized_start=444
-  _globals['_GENERATERESPONSE']._serialized_end=777
-  _globals['_GETSTATUSREQUEST']._serialized_start=779
-  _globals['_GETSTATUSREQUEST']._serialized_end=797
-  _globals['_SHARDSTATUS']._serialized_start=799
-  _globals['_SHARDSTATUS']._serialized_end=898
-  _globals['_DRAFTERSTATUS']._serialized_start=901
-  _globals['_DRAFTERSTATUS']._serialized_end=1203
-  _globals['_DRAFTERSTATUS_NUMROUNDSENTRY']._serialized_start=1155
-  _globals['_DRAFTERSTATUS_NUMROUNDSENTRY']._serialized_end=1203
-  _globals['_REPLICAMETRICS']._serialized_start=1206
-  _globals['_REPLICAMETRICS']._serialized_end=1660
-  _globals['_REPLICAMETRICS_SECONDSINMODEENTRY']._serialized_start=1608
-  _globals['_REPLICAMETRICS_SECONDSINMODEENTRY']._serialized_end=1660
-  _globals['_PREFIXCACHESTATS']._serialized_start=1662
-  _globals['_PREFIXCACHESTATS']._serialized_end=1785
-  _globals['_REPLICASTATUS']._serialized_start=1788
-  _globals['_REPLICASTATUS']._serialized_end=2571
-  _globals['_ROUTERSTATUS']._serialized_start=2573
-  _globals['_ROUTERSTATUS']._serialized_end=2623
-  _globals['_GETSTATUSRESPONSE']._serialized_start=2626
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2813
-  _globals['_INFERENCESERVICE']._serialized_start=2816
-  _globals['_INFERENCESERVICE']._serialized_end=2981
+  _globals['_TOKENIDS']._serialized_start=90
+  _globals['_TOKENIDS']._serialized_end=113
+  _globals['_GENERATEREQUEST']._serialized_start=116
+  _globals['_GENERATEREQUEST']._serialized_end=464
+  _globals['_GENERATERESPONSE']._serialized_start=467
+  _globals['_GENERATERESPONSE']._serialized_end=800
+  _globals['_CHATREQUEST']._serialized_start=803
+  _globals['_CHATREQUEST']._serialized_end=1229
+  _globals['_CHATRESPONSE']._serialized_start=1232
+  _globals['_CHATRESPONSE']._serialized_end=1606
+  _globals['_TOKENIZEREQUEST']._serialized_start=1609
+  _globals['_TOKENIZEREQUEST']._serialized_end=1817
+  _globals['_TOKENIZERESPONSE']._serialized_start=1819
+  _globals['_TOKENIZERESPONSE']._serialized_end=1902
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1904
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1942
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1944
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1978
+  _globals['_LISTMODELSREQUEST']._serialized_start=1980
+  _globals['_LISTMODELSREQUEST']._serialized_end=1999
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2002
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2147
+  _globals['_LISTMODELSRESPONSE_MODEL']._serialized_start=2078
+  _globals['_LISTMODELSRESPONSE_MODEL']._serialized_end=2147
+  _globals['_GETSTATUSREQUEST']._serialized_start=2149
+  _globals['_GETSTATUSREQUEST']._serialized_end=2167
+  _globals['_SHARDSTATUS']._serialized_start=2169
+  _globals['_SHARDSTATUS']._serialized_end=2268
+  _globals['_DRAFTERSTATUS']._serialized_start=2271
+  _globals['_DRAFTERSTATUS']._serialized_end=2573
+  _globals['_DRAFTERSTATUS_NUMROUNDSENTRY']._serialized_start=2525
+  _globals['_DRAFTERSTATUS_NUMROUNDSENTRY']._serialized_end=2573
+  _globals['_REPLICAMETRICS']._serialized_start=2576
+  _globals['_REPLICAMETRICS']._serialized_end=3030
+  _globals['_REPLICAMETRICS_SECONDSINMODEENTRY']._serialized_start=2978
+  _globals['_REPLICAMETRICS_SECONDSINMODEENTRY']._serialized_end=3030
+  _globals['_PREFIXCACHESTATS']._serialized_start=3032
+  _globals['_PREFIXCACHESTATS']._serialized_end=3155
+  _globals['_REPLICASTATUS']._serialized_start=3158
+  _globals['_REPLICASTATUS']._serialized_end=3941
+  _globals['_ROUTERSTATUS']._serialized_start=3943
+  _globals['_ROUTERSTATUS']._serialized_end=3993
+  _globals['_GETSTATUSRESPONSE']._serialized_start=3996
+  _globals['_GETSTATUSRESPONSE']._serialized_end=4183
+  _globals['_INFERENCESERVICE']._serialized_start=4186
+  _globals['_INFERENCESERVICE']._serialized_end=4637
 # @@protoc_insertion_point(module_scope)

@@ -45,6 +45,26 @@ class InferenceServiceStub:
                 request_serializer=cluster_dot_v1_dot_inference__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_inference__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.Chat = channel.unary_stream(
+                '/cluster.v1.InferenceService/Chat',
+                request_serializer=cluster_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_inference__pb2.ChatResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/cluster.v1.InferenceService/Tokenize',
+                request_serializer=cluster_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/cluster.v1.InferenceService/Detokenize',
+                request_serializer=cluster_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/cluster.v1.InferenceService/ListModels',
+                request_serializer=cluster_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -67,6 +87,35 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Chat(self, request, context):
+        """Answers a conversation as Generate does a prompt, by the model's chat template; with tools, the
+        answer is parted into content and calls.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """The token ids of a text or a conversation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of token ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """The models that are served: one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +128,26 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=cluster_dot_v1_dot_inference__pb2.GetStatusRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_inference__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'Chat': grpc.unary_stream_rpc_method_handler(
+                    servicer.Chat,
+                    request_deserializer=cluster_dot_v1_dot_inference__pb2.ChatRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_inference__pb2.ChatResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=cluster_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=cluster_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=cluster_dot_v1_dot_inference__pb2.ListModelsRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_inference__pb2.ListModelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +205,114 @@ class InferenceService:
             '/cluster.v1.InferenceService/GetStatus',
             cluster_dot_v1_dot_inference__pb2.GetStatusRequest.SerializeToString,
             cluster_dot_v1_dot_inference__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Chat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cluster.v1.InferenceService/Chat',
+            cluster_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
+            cluster_dot_v1_dot_inference__pb2.ChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.InferenceService/Tokenize',
+            cluster_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            cluster_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.InferenceService/Detokenize',
+            cluster_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            cluster_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.InferenceService/ListModels',
+            cluster_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
+            cluster_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,14 +41,11 @@ _HEADERS = {
 Authenticate = Callable[[Request], Coroutine[Any, Any, None]]
 
 
-def console_routes(
-    router: RouterServer, authenticate: Authenticate, *, has_chat_template: bool
-) -> APIRouter:
+def console_routes(router: RouterServer, authenticate: Authenticate) -> APIRouter:
     """The page at ``/console``, which tells nothing, and ``/console/state``, which needs a key.
 
     Args:
         authenticate: raises for a request without a key, where keys are asked for.
-        has_chat_template: whether conversations can be answered.
     """
     paths = APIRouter()
     files = _read_files()
@@ -79,7 +76,8 @@ def console_routes(
         The fields of ``dspark status --json``, and ``has_chat_template``.
         """
         status = cluster_status_from_proto(router.status())
-        return {**dataclasses.asdict(status), "has_chat_template": has_chat_template}
+        can_chat = router.chat_template.is_there
+        return {**dataclasses.asdict(status), "has_chat_template": can_chat}
 
     for file_name in files.keys() - {_PAGE}:
         _add_file(paths, file_name, answer)

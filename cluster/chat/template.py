@@ -12,8 +12,9 @@ from jinja2 import TemplateError
 from pydantic import Field
 from transformers import PreTrainedTokenizerFast
 
-from cluster.api.fields import Fields
-from cluster.api.tools import BEGIN, Tool
+from cluster.chat.fields import Fields
+from cluster.chat.tool_calls import BEGIN
+from cluster.chat.tools import Tool
 from cluster.errors import ConfigError, InvalidRequestError
 
 # For a model without a template of its own, where it is asked for: ChatML, with Hermes' tools.

@@ -1,0 +1,107 @@
+"""One ``Chat`` call: a conversation in, and its answers as content and calls of tools."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cluster.chat.tool_calls import AnswerReader, ToolCall
+from cluster.engine.text import TextStream
+from cluster.errors import InvalidRequestError
+from cluster.rpc.chat_messages import (
+    conversation_from_proto,
+    tool_choice_from_proto,
+    tools_from_proto,
+)
+from cluster.rpc.chat_prompt import ChatPrompt
+from cluster.rpc.convert import call_from_proto
+from cluster.security.api_keys import ApiKey
+from cluster.v1 import chat_pb2, common_pb2, inference_pb2
+
+if TYPE_CHECKING:
+    from cluster.rpc.router import RouterServer
+
+# Fields of ``cluster.chat`` as our own clients write them.
+_FIELD_NAMES = {
+    "chat_template_kwargs": "conversation.template_variables",
+    "continue_final_message": "conversation.continue_final_message",
+    "messages": "conversation.messages",
+    "prompt": "conversation",
+    "reasoning_effort": "conversation.reasoning_effort",
+    "tools": "conversation.tools",
+}
+_SAME_FIELDS = ("request_id", "choice_index", "attempt", "token_offset", "finish_reason")
+_SAME_LISTS = ("token_ids", "token_sources", "logprobs", "text_lengths")
+
+
+async def chat(
+    router: RouterServer,
+    request: inference_pb2.ChatRequest,
+    timeout_s: float | None,
+    key: ApiKey,
+) -> AsyncGenerator[inference_pb2.ChatResponse, None]:
+    """Streams the answers; however it is left, nothing of the call runs on.
+
+    Raises:
+        DsparkError: as ``RouterServer.generate``; ``InvalidRequestError`` names the client's field.
+    """
+    with conversation_fields():
+        call = call_from_proto(request)
+        sampling = call.sampling
+        if not request.sampling.HasField("max_tokens"):
+            sampling = replace(sampling, max_tokens=router.max_model_len)
+        prompt = await ChatPrompt.of(
+            conversation_from_proto(request.conversation),
+            sampling,
+            template=router.chat_template,
+            encoder=router.encoder,
+            tools=tools_from_proto(request.conversation.tools),
+            tool_choice=tool_choice_from_proto(request.tool_choice),
+            parallel_tool_calls=(
+                not request.HasField("parallel_tool_calls") or request.parallel_tool_calls
+            ),
+        )
+        call = replace(call, prompt=prompt.token_ids, sampling=prompt.sampling)
+        readers: dict[int, AnswerReader] = {}
+        async with aclosing(router.generate(call, timeout_s, key)) as chunks:
+            async for chunk in chunks:
+                if chunk.choice_index not in readers:
+                    reader = AnswerReader(reads_calls=prompt.may_call)
+                    # What the client has already is read again, and not sent.
+                    text = TextStream(router.tokenizer, prompt.sampling.stop)
+                    for token_id in call.resume_token_ids:
+                        reader.push(text.push(token_id).text, is_last=False)
+                    readers[chunk.choice_index] = reader
+                yield _response(chunk, readers[chunk.choice_index])
+
+
+@contextmanager
+def conversation_fields() -> Iterator[None]:
+    """Errors within name the fields of a conversation as they are in ``cluster.v1``."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        field = _FIELD_NAMES.get(error.field, error.field)
+        raise InvalidRequestError(field, error.message) from None
+
+
+def _response(
+    chunk: inference_pb2.GenerateResponse, reader: AnswerReader
+) -> inference_pb2.ChatResponse:
+    response = inference_pb2.ChatResponse(
+        **{name: getattr(chunk, name) for name in (*_SAME_FIELDS, *_SAME_LISTS)}
+    )
+    if chunk.HasField("usage"):
+        response.usage.CopyFrom(chunk.usage)
+    for part in reader.push(chunk.text, is_last=bool(chunk.finish_reason)):
+        if isinstance(part, ToolCall):
+            response.tool_calls.append(
+                chat_pb2.ToolCall(id=part.id, name=part.name, arguments=part.arguments)
+            )
+        else:
+            response.content += part
+    if chunk.finish_reason == common_pb2.FINISH_REASON_STOP and reader.num_calls:
+        response.finish_reason = common_pb2.FINISH_REASON_TOOL_CALLS
+    return response
