@@ -4,7 +4,6 @@ import atexit
 import functools
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -120,20 +119,10 @@ def _root_missing(_config: pytest.Config) -> str | None:
 
 
 @functools.cache
-def _netlab_missing(config: pytest.Config) -> str | None:
-    if sys.platform != "linux":
-        return "network namespaces need Linux"
-    if reason := _root_missing(config):
-        return reason
-    if shutil.which("ip") is None:
-        return "no `ip` command (iproute2)"
-    # Seeing the command is not enough: containers often forbid what it does.
-    name = f"dspark-probe-{os.getpid()}"
-    added = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    if added.returncode != 0:
-        return f"cannot create a network namespace: {added.stderr.strip()}"
-    subprocess.run(["ip", "netns", "delete", name], check=True)
-    return None if Path("/dev/net/tun").exists() else "no /dev/net/tun for the hosts' interfaces"
+def _netlab_missing(_config: pytest.Config) -> str | None:
+    from cluster.bench.lab.network import why_unavailable
+
+    return why_unavailable()
 
 
 def _shared_missing(_config: pytest.Config) -> str | None:

@@ -1,0 +1,1 @@
+"""Several hosts on one machine, whose processes and links can be broken; needs root and Linux."""
