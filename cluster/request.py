@@ -19,6 +19,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_CHOICES = 16
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 256
 
 
 class SpeculationMode(enum.Enum):
@@ -79,6 +81,10 @@ class SamplingParams:
         logit_bias: token id -> added to its logit.
         ignore_eos: go on behind the end-of-sequence token.
         logprobs: number of top log-probabilities per token (0..20), or ``None`` for none at all.
+        skip_special_tokens: leave special tokens, as end-of-sequence, out of the text.
+        include_stop_str_in_output: the text ends behind a stop string instead of in front of it.
+        allowed_token_ids: the only tokens of an output, its end included; empty: all.
+        bad_words: texts that no output holds as the tokenizer writes them.
         grammar: what the output must be. Where it allows nothing but an end, ``min_tokens`` yields.
     """
 
@@ -97,6 +103,10 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     ignore_eos: bool = False
     logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
     grammar: Grammar | None = None
 
     @property
@@ -155,14 +165,9 @@ class SamplingParams:
                 raise InvalidRequestError(
                     "sampling.logit_bias", f"bias of token {token_id} must be in [-100, 100]"
                 )
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequestError("sampling.stop", f"at most {MAX_STOP_STRINGS} strings")
-        for stop in self.stop:
-            if not 1 <= len(stop) <= MAX_STOP_STRING_CHARS:
-                raise InvalidRequestError(
-                    "sampling.stop",
-                    f"each string must have 1 to {MAX_STOP_STRING_CHARS} characters",
-                )
+        _check_token_ids("sampling.allowed_token_ids", self.allowed_token_ids, vocab_size)
+        _check_strings("sampling.stop", self.stop, MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS)
+        _check_strings("sampling.bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
         if self.grammar is not None:
             self.grammar.validate()
             if self.ignore_eos:
@@ -375,3 +380,11 @@ def _check_token_ids(name: str, token_ids: Collection[int], vocab_size: int) -> 
             raise InvalidRequestError(
                 name, f"token id {token_id} is outside the vocabulary of {vocab_size}"
             )
+
+
+def _check_strings(name: str, strings: Collection[str], max_strings: int, max_chars: int) -> None:
+    if len(strings) > max_strings:
+        raise InvalidRequestError(name, f"at most {max_strings} strings")
+    for string in strings:
+        if not 1 <= len(string) <= max_chars:
+            raise InvalidRequestError(name, f"each string must have 1 to {max_chars} characters")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +182,32 @@ def letters_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
-def pairs_law(target: str, params: SamplingParams) -> Any:
+def pairs(output: tuple[int, ...]) -> Collection[int]:
+    """What ``PAIRS`` lets follow."""
+    return range(3) if len(output) % 2 == 0 else FOLLOWERS[output[-1]]
+
+
+# a to d, but neither b behind a nor d behind two c.
+LETTERS: dict[str, Any] = {"allowed_token_ids": (0, 1, 2, 3), "bad_words": ("ab", "ccd")}
+
+
+def letters(output: tuple[int, ...]) -> Collection[int]:
+    """What ``LETTERS`` lets follow."""
+    return {0, 1, 2, 3} - ({1} if output[-1:] == (0,) else {3} if output[-2:] == (2, 2) else set())
+
+
+def constrained_law(
+    target: str, params: SamplingParams, allowed: Callable[[tuple[int, ...]], Collection[int]]
+) -> Any:
     from tests.engine_law import _logits_by_output
 
     logits = _logits_by_output(target)
 
     def next_token_law(output: tuple[int, ...]) -> Any:
-        allowed = range(3) if len(output) % 2 == 0 else FOLLOWERS[output[-1]]
-        scores = [score if index in allowed else -1e9 for index, score in enumerate(logits[output])]
+        may_follow = allowed(output)
+        scores = [
+            score if index in may_follow else -1e9 for index, score in enumerate(logits[output])
+        ]
         return reference_next_token_law(scores, params, prompt=PROMPT, output=output)
 
     law = exact_law(next_token_law, vocab_size=VOCAB_SIZE, num_tokens=2 + NUM_TOKENS)
@@ -197,6 +216,13 @@ def pairs_law(target: str, params: SamplingParams) -> Any:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
+    ("constraint", "allowed"),
+    [
+        pytest.param({"grammar": PAIRS}, pairs, id="grammar"),
+        pytest.param(LETTERS, letters, id="tokens"),
+    ],
+)
+@pytest.mark.parametrize(
     "is_coupled",
     [
         pytest.param(False, id="rejection"),
@@ -204,7 +230,10 @@ def pairs_law(target: str, params: SamplingParams) -> Any:
     ],
 )
 def test_a_constrained_output_has_the_target_s_constrained_law(
-    is_coupled: bool, tmp_path: Path
+    is_coupled: bool,
+    constraint: dict[str, Any],
+    allowed: Callable[[tuple[int, ...]], Collection[int]],
+    tmp_path: Path,
 ) -> None:
     target, drafter = save_pair(tmp_path)
     letters_tokenizer().save_pretrained(target)
@@ -220,7 +249,7 @@ def test_a_constrained_output_has_the_target_s_constrained_law(
     )
     engine = make_engine(config)
     params = SamplingParams(
-        temperature=0.8, presence_penalty=0.5, top_p=0.95, grammar=PAIRS, max_tokens=2 + NUM_TOKENS
+        temperature=0.8, presence_penalty=0.5, top_p=0.95, max_tokens=2 + NUM_TOKENS, **constraint
     )
     requests = [
         Request(
@@ -234,7 +263,7 @@ def test_a_constrained_output_has_the_target_s_constrained_law(
     samples = np.array([done[str(number)].token_ids for number in range(NUM_SAMPLES)])
     sources = {source for completion in done.values() for source in completion.token_sources}
     assert {TokenSource.ACCEPTED, TokenSource.RECOVERED, TokenSource.BONUS} <= sources
-    law = pairs_law(target, params)
+    law = constrained_law(target, params, allowed)
     tokens = samples[:, 2:]
     assert law_p_value(tokens, law) > 1e-4
     for position in range(NUM_TOKENS):

@@ -82,7 +82,10 @@ def complete(client: OpenAI, prompt: Any = PROMPT, **fields: Any) -> Any:
 
 
 EXTENSIONS = (
+    "allowed_token_ids",
+    "bad_words",
     "ignore_eos",
+    "include_stop_str_in_output",
     "min_p",
     "min_tokens",
     "num_speculative_tokens",
@@ -90,6 +93,7 @@ EXTENSIONS = (
     "return_speculation_stats",
     "return_token_ids",
     "return_token_sources",
+    "skip_special_tokens",
     "speculation",
     "stop_token_ids",
     "structured_outputs",
@@ -135,6 +139,14 @@ FEATURES: dict[str, dict[str, Any]] = {
     "logit_bias": {**SEEDED, "logit_bias": {"357": 4.0, "5": -100}},
     "top_k": {**SEEDED, "top_k": 5, "top_p": 0.9},
     "min_tokens": {**GREEDY, "min_tokens": 8, "stop_token_ids": [220]},
+    "allowed_token_ids": {**SEEDED, "allowed_token_ids": list(range(300, 900))},
+    "bad_words": {**SEEDED, "bad_words": ["return", "self", "self."]},
+    "whole_text": {
+        **GREEDY,
+        "skip_special_tokens": False,
+        "include_stop_str_in_output": True,
+        "stop": ["(", "\n"],
+    },
 }
 MATRIX = [
     *(pytest.param(feature, fields, id=feature) for feature, fields in FEATURES.items()),
@@ -205,6 +217,34 @@ def test_features_do_what_they_say(client: OpenAI) -> None:
     assert short.choices[0].finish_reason == "length"
     assert short.usage.completion_tokens == 2
     assert short.usage.total_tokens == short.usage.prompt_tokens + 2
+
+
+def test_what_an_answer_may_hold(client: OpenAI) -> None:
+    """Tokens, words, its end and special tokens; the model's own answer is the base."""
+    base = complete(client, **GREEDY, return_token_ids=True).choices[0]
+    word = next(word for word in re.findall(r"[a-z]{2,}", base.text))
+    without = complete(client, **GREEDY, bad_words=[word], max_tokens=64).choices[0].text
+    assert not re.search(rf"(^|[ \W]){word}\b", without)
+    ids = sorted(set(base.token_ids))[:3]
+    only = complete(
+        client,
+        **SEEDED,
+        allowed_token_ids=ids,
+        return_token_ids=True,
+        return_speculation_stats=True,
+    )
+    assert set(only.choices[0].token_ids) <= set(ids)
+    assert len(only.choices[0].token_ids) == 12  # no end among them
+    for included in (False, True):
+        choice = complete(
+            client, **GREEDY, stop=[word], include_stop_str_in_output=included
+        ).choices[0]
+        assert choice.finish_reason == "stop"
+        assert choice.text == base.text[: base.text.index(word) + included * len(word)]
+    ended: dict[str, Any] = {**GREEDY, "structured_outputs": {"choice": ["yes"]}}
+    assert complete(client, **ended).choices[0].text == "yes"
+    whole = complete(client, **ended, skip_special_tokens=False).choices[0].text
+    assert re.fullmatch(r"yes<\|?[a-z_]+\|?>", whole)
 
 
 def test_log_probabilities_are_the_target_s(client: OpenAI) -> None:
@@ -558,6 +598,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"5000000": 1}}, "logit_bias"),
     ({"stop": [""]}, "stop"),
+    ({"bad_words": [""]}, "bad_words"),
+    ({"bad_words": ["x"] * 129}, "bad_words"),
+    ({"allowed_token_ids": [5_000_000]}, "allowed_token_ids"),
     ({"n": 3, "best_of": 2}, "best_of"),
     ({"best_of": 17}, "best_of"),
     ({"suffix": "end"}, "suffix"),

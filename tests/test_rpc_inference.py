@@ -83,6 +83,10 @@ async def test_everything_asked_for_reaches_the_engine() -> None:
         logit_bias={3: 1.5, 4: -100.0},
         ignore_eos=True,
         logprobs=0,
+        skip_special_tokens=False,
+        include_stop_str_in_output=True,
+        allowed_token_ids=(5, 6),
+        bad_words=("never",),
     )
     speculation = SpeculationParams(mode=SpeculationMode.OFF, num_speculative_tokens=0)
     async with running_cluster() as cluster:

@@ -128,6 +128,16 @@ def test_first_of_several_stop_strings_wins(tokenizer: PreTrainedTokenizerFast) 
     assert "".join(deltas) == "one "
 
 
+def test_a_stop_string_can_be_part_of_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer.encode("x = 好の🎉END and more")
+    for stop in (["🎉E"], ["D a", "END a"], ["END"]):
+        stream = TextStream(tokenizer, stop, include_stop=True)
+        text = "".join(stream.push(token_id).text for token_id in ids) + stream.finish()
+        assert stream.stopped
+        assert text.endswith(stop[-1])
+        assert "x = 好の🎉END and more".startswith(text)
+
+
 def test_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = [*tokenizer.encode("hello"), tokenizer.eos_token_id]
     deltas, _ = stream_text(tokenizer, ids)

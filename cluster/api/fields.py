@@ -105,6 +105,19 @@ class GenerationFields(Fields):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[str, float] = Field(default_factory=dict, description="by token id")
+    skip_special_tokens: bool = Field(
+        default=True, description="leave special tokens, as end-of-sequence, out of the text"
+    )
+    include_stop_str_in_output: bool = Field(
+        default=False, description="the text ends behind a stop string, not in front of it"
+    )
+    allowed_token_ids: list[int] = Field(
+        default_factory=list, description="the only tokens of an answer, its end included"
+    )
+    bad_words: list[str] = Field(
+        default_factory=list,
+        description="no answer holds these as the tokenizer writes them; at most 128",
+    )
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     speculation: Literal["auto", "off"] = Field(
@@ -158,6 +171,10 @@ class GenerationFields(Fields):
             logit_bias={_token_id(name): bias for name, bias in self.logit_bias.items()},
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            skip_special_tokens=self.skip_special_tokens,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            allowed_token_ids=tuple(self.allowed_token_ids),
+            bad_words=tuple(self.bad_words),
             grammar=grammar,
         )
 

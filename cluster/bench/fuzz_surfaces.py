@@ -101,6 +101,10 @@ def _client() -> Loaded:
         logit_bias={5: 1.0, 6: -2.0},
         ignore_eos=True,
         logprobs=3,
+        skip_special_tokens=False,
+        include_stop_str_in_output=True,
+        allowed_token_ids=[7, 8],
+        bad_words=["x", "yz"],
     )
     speculation = common_pb2.SpeculationParams(mode=common_pb2.SPECULATION_MODE_OFF)
     speculation.num_speculative_tokens = 3

@@ -67,6 +67,8 @@ def judge(
         raise ValueError("only greedy and seeded outputs can be judged")
     if params.has_penalties or params.logit_bias or params.min_tokens:
         raise ValueError("penalties, bias and min_tokens are not judged")
+    if params.allowed_token_ids or params.bad_words:
+        raise ValueError("outputs of some tokens only are not judged")
     token_ids = torch.tensor([prompt_token_ids + output_token_ids])
     first = len(prompt_token_ids) - 1
     logits = reference(token_ids, use_cache=False).logits[0, first:-1].float()

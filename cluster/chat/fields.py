@@ -24,19 +24,15 @@ _WITHOUT_EFFECT = frozenset(
 )
 # Fields that are not served, with the values that ask for nothing.
 _NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": ([],),
     "annotations": ([],),
     "audio": (),
-    "bad_words": ([],),
     "function_call": ("none",),
     "functions": ([],),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1.0,),
     "modalities": (["text"],),
     "moderation": (),
     "prompt_logprobs": (),
     "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),

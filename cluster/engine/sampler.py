@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cluster.engine.grammar import GrammarMasks, GrammarMatcher
+from cluster.engine.token_rules import TokenRules
 from cluster.request import PositionLogprobs, SamplingParams, TokenLogprob, TokenSource
 from cluster.speculation.coupling import coupled_pick, gumbel_noise
 from cluster.speculation.proposal import DraftProposal, dequantize_draft_probs
@@ -36,6 +37,7 @@ class SampleInput:
         draft_token_ids: guesses verified in this pass, k of them; it owns k+1 rows of the logits.
         proposal: where they come from, for their draft distribution.
         grammar: what the output must follow, behind ``token_ids``.
+        rules: which tokens it may be made of.
     """
 
     params: SamplingParams
@@ -45,6 +47,7 @@ class SampleInput:
     draft_token_ids: tuple[int, ...]
     proposal: DraftProposal | None
     grammar: GrammarMatcher | None = None
+    rules: TokenRules | None = None
 
 
 @dataclass(frozen=True)
@@ -205,17 +208,35 @@ class Sampler:
         return expanded, extra
 
     def _constrain(self, block: _Block, positions: int, extra: dict[str, torch.Tensor]) -> None:
-        """Adds what grammars allow, each position's as if the guesses before it were committed.
+        """Adds what grammars and rules allow, each position's as if the guesses before it stood.
 
-        A guess that its grammar forbids is never accepted, so nothing behind it matters.
+        A guess that is forbidden is never accepted, so nothing behind it matters.
         """
-        constrained = [i for i, e in enumerate(block.entries) if e.grammar is not None]
+        entries = block.entries
+        constrained = [
+            i for i, e in enumerate(entries) if e.grammar is not None or e.rules is not None
+        ]
         if not constrained:
             return
-        members = [(e.grammar, e.draft_token_ids) for e in block.entries if e.grammar is not None]
-        allowed = self._grammar_masks.of(
-            members, num_positions=positions, vocab_size=block.vocab_size
-        )
+        allowed = torch.ones((len(constrained), positions, block.vocab_size), dtype=torch.bool)
+        grammars = [
+            (index, grammar, entries[member].draft_token_ids)
+            for index, member in enumerate(constrained)
+            if (grammar := entries[member].grammar) is not None
+        ]
+        if grammars:
+            masks = self._grammar_masks.of(
+                [member[1:] for member in grammars],
+                num_positions=positions,
+                vocab_size=block.vocab_size,
+            )
+            allowed[[member[0] for member in grammars]] = masks.view(len(grammars), positions, -1)
+        for index, member in enumerate(constrained):
+            entry = entries[member]
+            if entry.rules is not None:
+                output = entry.token_ids[entry.num_prompt_tokens :]
+                entry.rules.narrow(allowed[index], output, entry.draft_token_ids)
+        allowed = allowed.flatten(0, 1)
         starts = torch.tensor(constrained) * positions
         rows = (starts.unsqueeze(1) + torch.arange(positions)).reshape(-1)
         device = block.draft_token_ids.device
@@ -223,7 +244,7 @@ class Sampler:
         extra["constrained_rows"] = rows.to(device)
         if "num_output_tokens" not in extra:
             return
-        # Where a grammar allows nothing but an end, `min_tokens` cannot hold it back.
+        # Where nothing but an end is allowed, `min_tokens` cannot hold it back.
         for index, member in enumerate(constrained):
             params = block.entries[member].params
             if params.min_tokens > 0:

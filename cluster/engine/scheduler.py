@@ -56,6 +56,7 @@ class ScheduledSequence:
             draft_token_ids=self.draft_token_ids,
             proposal=sequence.proposal,
             grammar=sequence.grammar,
+            rules=sequence.rules,
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from cluster.engine.draft_client import SessionKey
 from cluster.engine.grammar import GrammarMatcher
 from cluster.engine.text import TextStream
+from cluster.engine.token_rules import TokenRules
 from cluster.errors import DeadlineExceededError, InvalidRequestError, QueueFullError
 from cluster.request import FinishReason, Request, SpeculationStats, Usage
 from cluster.speculation.proposal import DraftProposal
@@ -37,6 +38,7 @@ class Sequence:
         end_error: set when it must end without finishing; acted on between passes.
         text: present where stop strings must be looked for.
         grammar: present where the output must follow one; it stands behind the output so far.
+        rules: present where only some tokens may come.
     """
 
     request: Request
@@ -57,6 +59,7 @@ class Sequence:
     has_outdated_features: bool = False
     text: TextStream | None = None
     grammar: GrammarMatcher | None = None
+    rules: TokenRules | None = None
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     proposal: DraftProposal | None = None
     session: SessionKey | None = None
@@ -76,18 +79,18 @@ class Sequence:
 
         Args:
             max_model_len: no output goes beyond it.
-            tokenizer: ``None`` if there is none; stop strings are looked for with it.
+            tokenizer: ``None`` if there is none; stop strings and words are looked for with it.
             grammar: of the request, at its beginning.
 
         Raises:
-            InvalidRequestError: there are stop strings and no tokenizer, or the tokens to resume
-                from do not follow the grammar.
+            InvalidRequestError: there are stop strings or bad words and no tokenizer, or the tokens
+                to resume from do not follow the grammar.
         """
         text = None
         if request.sampling.stop:
             if tokenizer is None:
                 raise InvalidRequestError("sampling.stop", "this engine has no tokenizer")
-            text = TextStream(tokenizer, request.sampling.stop)
+            text = TextStream.of(tokenizer, request.sampling)
             for token_id in request.resume_token_ids:
                 text.push(token_id)
         if grammar is not None and not grammar.accept(request.resume_token_ids):
@@ -100,6 +103,7 @@ class Sequence:
             max_output_tokens=min(request.sampling.max_tokens, max_model_len - num_prompt_tokens),
             text=text,
             grammar=grammar,
+            rules=TokenRules.of(request.sampling, tokenizer),
         )
 
     @property

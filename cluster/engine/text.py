@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
+from cluster.request import SamplingParams
+
 _REPLACEMENT = "\ufffd"
 # More tokens without one place between two characters are stray bytes.
 _MAX_WINDOW = 64
@@ -27,7 +29,7 @@ class TextStream:
     """The text of one output, token by token.
 
     Guarantees: the texts of all ``push`` calls and of ``finish``, joined, are the tokenizer's
-    decoding of the pushed tokens, cut in front of the first stop string. No call returns a part of
+    decoding of the pushed tokens, cut at the first stop string. No call returns a part of
     a character, or text that might still turn out to be the beginning of a stop string. The result
     depends on nothing but the tokens and their order, so a stream that is fed the tokens of a
     broken one goes on exactly where that one stood. A call costs the same however long the output.
@@ -39,6 +41,7 @@ class TextStream:
         tokenizer: a Hugging Face fast tokenizer.
         stop: strings that end the text.
         skip_special_tokens: leave special tokens, as end-of-sequence, out of the text.
+        include_stop: end the text behind the stop string instead of in front of it.
     """
 
     def __init__(
@@ -46,10 +49,12 @@ class TextStream:
         tokenizer: PreTrainedTokenizerFast,
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
+        include_stop: bool = False,
     ) -> None:
         self._backend = tokenizer.backend_tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._stop = tuple(stop)
+        self._include_stop = include_stop
         self._max_held = max(map(len, self._stop), default=1) - 1
         # Decoders look at neighbours (a first token loses its space, bytes join to characters), so
         # tokens are decoded behind some that are out already: `_context` of the window's tokens.
@@ -59,6 +64,16 @@ class TextStream:
         self._num_chars = 0
         self._held = ""
         self._stopped = False
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast, sampling: SamplingParams) -> TextStream:
+        """As a request asks for it."""
+        return cls(
+            tokenizer,
+            sampling.stop,
+            sampling.skip_special_tokens,
+            sampling.include_stop_str_in_output,
+        )
 
     @property
     def stopped(self) -> bool:
@@ -110,11 +125,12 @@ class TextStream:
         return self._backend.decode(self._window, skip_special_tokens=self._skip_special_tokens)
 
     def _cut(self, text: str) -> TextDelta:
-        found = [at for at in map(text.find, self._stop) if at >= 0]
+        found = [(at, at + len(stop)) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self._stopped = True
             self._held = ""
-            return TextDelta(text[: min(found)], True)
+            start, end = min(found)
+            return TextDelta(text[: end if self._include_stop else start], True)
         for start in range(max(len(text) - self._max_held, 0), len(text)):
             if any(stop.startswith(text[start:]) for stop in self._stop):
                 self._held = text[start:]

@@ -70,7 +70,7 @@ async def chat(
                 if chunk.choice_index not in readers:
                     reader = AnswerReader(reads_calls=prompt.may_call)
                     # What the client has already is read again, and not sent.
-                    text = TextStream(router.tokenizer, prompt.sampling.stop)
+                    text = TextStream.of(router.tokenizer, prompt.sampling)
                     for token_id in call.resume_token_ids:
                         reader.push(text.push(token_id).text, is_last=False)
                     readers[chunk.choice_index] = reader

@@ -76,7 +76,7 @@ class Choice:
         self._ending_token_ids = request.sampling.ending_token_ids(eos_token_ids)
         self._num_losses = 0  # since the last new token
         self._token_ids = list(request.resume_token_ids)
-        self._text = TextStream(tokenizer, request.sampling.stop)
+        self._text = TextStream.of(tokenizer, request.sampling)
         for token_id in self._token_ids:
             self._text.push(token_id)
         if self._text.stopped:

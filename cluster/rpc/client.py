@@ -286,9 +286,9 @@ def _call(
     speculation: SpeculationParams | bool,
     **fields: Any,
 ) -> GenerateCall:
-    stop = sampling_fields.get("stop")
-    if isinstance(stop, str):  # else each of its characters would be a stop string
-        sampling_fields = {**sampling_fields, "stop": (stop,)}
+    for name in ("stop", "bad_words"):  # else each character would be one of them
+        if isinstance(sampling_fields.get(name), str):
+            sampling_fields = {**sampling_fields, name: (sampling_fields[name],)}
     try:
         sampling = replace(sampling or SamplingParams(), **sampling_fields)
     except TypeError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from google.protobuf.message import Message
 
@@ -48,7 +49,10 @@ _SCALARS = (
     "repetition_penalty",
     "ignore_eos",
     "logprobs",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
 )
+_LISTS = ("stop_token_ids", "stop", "allowed_token_ids", "bad_words")
 _MODE_TO_PROTO = {
     SpeculationMode.AUTO: common_pb2.SPECULATION_MODE_AUTO,
     SpeculationMode.OFF: common_pb2.SPECULATION_MODE_OFF,
@@ -160,11 +164,12 @@ def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
     Raises:
         InvalidRequestError: a kind of grammar of a later version.
     """
-    given = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
+    given: dict[str, Any] = {
+        name: getattr(message, name) for name in _SCALARS if message.HasField(name)
+    }
+    given |= {name: tuple(getattr(message, name)) for name in _LISTS}
     return SamplingParams(
         **given,
-        stop_token_ids=tuple(message.stop_token_ids),
-        stop=tuple(message.stop),
         logit_bias=dict(message.logit_bias),
         grammar=_grammar_from_proto(message.grammar) if message.HasField("grammar") else None,
     )
@@ -177,8 +182,8 @@ def sampling_to_proto(sampling: SamplingParams) -> common_pb2.SamplingParams:
         value = getattr(sampling, name)
         if value is not None:
             _assign(message, name, value, name=f"sampling.{name}")
-    _extend(message.stop_token_ids, sampling.stop_token_ids, name="sampling.stop_token_ids")
-    _extend(message.stop, sampling.stop, name="sampling.stop")
+    for name in _LISTS:
+        _extend(getattr(message, name), getattr(sampling, name), name=f"sampling.{name}")
     try:
         message.logit_bias.update(sampling.logit_bias)
     except (TypeError, ValueError) as error:
