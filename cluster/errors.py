@@ -13,6 +13,7 @@
     ├── RequestCancelledError     the client went away
     ├── DeadlineExceededError     the request's own deadline passed
     ├── ReplicaLostError          the target replica that ran the request is gone
+    │   └── RouterStoppingError   the router is being stopped; another one can go on
     ├── MalformedProposalError    a drafter sent something that is not a proposal
     ├── TrainingDivergedError     a training run whose loss or gradient is no number any more
     └── ClusterStateError         a command that needs (or must not find) a running cluster
@@ -147,6 +148,10 @@ class DeadlineExceededError(DsparkError):
 
 class ReplicaLostError(DsparkError):
     """The target replica that ran the request is gone; the request can be replayed elsewhere."""
+
+
+class RouterStoppingError(ReplicaLostError):
+    """The router is being stopped; another one goes on behind the tokens that were received."""
 
 
 class MalformedProposalError(DsparkError):

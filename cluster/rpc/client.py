@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -9,7 +12,13 @@ from typing import Any, Self
 import grpc
 from grpc import aio
 
-from cluster.errors import ClusterStateError, DsparkError, InvalidRequestError, ReplicaLostError
+from cluster.errors import (
+    ClusterStateError,
+    ConfigError,
+    DsparkError,
+    InvalidRequestError,
+    ReplicaLostError,
+)
 from cluster.request import (
     FinishReason,
     PositionLogprobs,
@@ -25,14 +34,17 @@ from cluster.rpc.channels import (
     open_blocking_channel,
     open_channel,
 )
-from cluster.rpc.chunk import Chunk, chunk_from_proto
+from cluster.rpc.chunk import Chunk
 from cluster.rpc.cluster_status import ClusterStatus, cluster_status_from_proto
-from cluster.rpc.convert import GenerateCall, generate_call_to_proto
+from cluster.rpc.convert import GenerateCall
 from cluster.rpc.credentials import Credentials
+from cluster.rpc.resumption import Resumption
 from cluster.rpc.status import from_rpc_error, has_details
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 
 STATUS_TIMEOUT_S = 5.0
+# A router that starts anew, and a target replica behind it, are there again by then.
+RESUME_TIMEOUT_S = 60.0
 
 
 __all__ = ["AsyncClient", "Chunk", "Client", "Completion"]
@@ -63,7 +75,7 @@ class Client:
         n: number of choices, 1..16.
         timeout_s: the request's deadline from now; unset: none.
         resume_token_ids: with n = 1, the tokens of a broken stream; the answer goes on behind them.
-        request_id: unset: the router makes one.
+        request_id: unset: a random one.
         attempt: to be raised with each retry of the same request id.
         priority: who may wait for whom; see ``Priority``.
 
@@ -72,10 +84,15 @@ class Client:
         UnauthenticatedError: no API key, or an unknown one.
         ClusterStateError: no cluster answers at the address.
 
+    A stream that breaks because its router ended goes on, on whichever router answers then, behind
+    the tokens that came (``Resumption``): the caller sees one unbroken stream.
+
     Args:
-        address: ``host:port`` of a router.
+        address: ``host:port`` of a router, or of several, with commas between them; a name may
+            stand for several too.
         credentials: API key and TLS; unset: ``Credentials.from_environment()``.
         max_message_bytes: the largest message sent or received.
+        resume_timeout_s: how long a broken stream is tried to be taken up; 0: not at all.
 
     Raises:
         ConfigError: the environment names a file that cannot be used.
@@ -87,11 +104,15 @@ class Client:
         *,
         credentials: Credentials | None = None,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        resume_timeout_s: float = RESUME_TIMEOUT_S,
     ) -> None:
         self._address = address
+        self._resume_timeout_s = resume_timeout_s
         credentials = credentials or Credentials.from_environment()
         self._metadata = credentials.metadata
-        self._channel = open_blocking_channel(address, max_message_bytes, tls=credentials.tls)
+        self._channel = open_blocking_channel(
+            _target(address), max_message_bytes, tls=credentials.tls
+        )
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     def generate(
@@ -121,18 +142,28 @@ class Client:
             attempt=attempt,
             priority=priority,
         )
-        stream = self._stub.Generate(
-            generate_call_to_proto(call), timeout=timeout_s, metadata=self._metadata
+        resumption = Resumption(
+            call, self._address, timeout_s=timeout_s, resume_timeout_s=self._resume_timeout_s
         )
-        started = False
-        try:
-            for message in stream:
-                started = True
-                yield chunk_from_proto(message)
-        except grpc.RpcError as error:
-            raise _error(error, self._address, started) from None
-        finally:
-            stream.cancel()
+        while True:
+            stream = self._stub.Generate(
+                resumption.request(), timeout=resumption.timeout_s(), metadata=self._metadata
+            )
+            try:
+                for message in stream:
+                    chunk = resumption.take(message)
+                    if chunk is None:
+                        break
+                    yield chunk
+                else:
+                    return
+            except grpc.RpcError as error:
+                if resumption.is_complete:
+                    return
+                resumption.failed(error, stream.initial_metadata())
+            finally:
+                stream.cancel()
+            time.sleep(resumption.next_delay_s())
 
     def complete(self, prompt: str | Sequence[int], **arguments: Any) -> list[Completion]:
         """Waits for all choices; arguments as for ``generate``."""
@@ -148,7 +179,7 @@ class Client:
                 inference_pb2.GetStatusRequest(), timeout=timeout_s, metadata=self._metadata
             )
         except grpc.RpcError as error:
-            raise _error(error, self._address, False) from None
+            raise _status_error(error, self._address) from None
         return cluster_status_from_proto(answer)
 
     def close(self) -> None:
@@ -171,11 +202,13 @@ class AsyncClient:
         *,
         credentials: Credentials | None = None,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        resume_timeout_s: float = RESUME_TIMEOUT_S,
     ) -> None:
         self._address = address
+        self._resume_timeout_s = resume_timeout_s
         credentials = credentials or Credentials.from_environment()
         self._metadata = credentials.metadata
-        self._channel = open_channel(address, max_message_bytes, tls=credentials.tls)
+        self._channel = open_channel(_target(address), max_message_bytes, tls=credentials.tls)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def generate(
@@ -205,18 +238,28 @@ class AsyncClient:
             attempt=attempt,
             priority=priority,
         )
-        stream: aio.UnaryStreamCall = self._stub.Generate(
-            generate_call_to_proto(call), timeout=timeout_s, metadata=self._metadata
+        resumption = Resumption(
+            call, self._address, timeout_s=timeout_s, resume_timeout_s=self._resume_timeout_s
         )
-        started = False
-        try:
-            async for message in stream:
-                started = True
-                yield chunk_from_proto(message)
-        except grpc.RpcError as error:
-            raise _error(error, self._address, started) from None
-        finally:
-            stream.cancel()
+        while True:
+            stream: aio.UnaryStreamCall = self._stub.Generate(
+                resumption.request(), timeout=resumption.timeout_s(), metadata=self._metadata
+            )
+            try:
+                async for message in stream:
+                    chunk = resumption.take(message)
+                    if chunk is None:
+                        break
+                    yield chunk
+                else:
+                    return
+            except grpc.RpcError as error:
+                if resumption.is_complete:
+                    return
+                resumption.failed(error, await stream.initial_metadata())
+            finally:
+                stream.cancel()
+            await asyncio.sleep(resumption.next_delay_s())
 
     async def complete(self, prompt: str | Sequence[int], **arguments: Any) -> list[Completion]:
         """Waits for all choices; arguments as for ``generate``."""
@@ -232,7 +275,7 @@ class AsyncClient:
                 inference_pb2.GetStatusRequest(), timeout=timeout_s, metadata=self._metadata
             )
         except grpc.RpcError as error:
-            raise _error(error, self._address, False) from None
+            raise _status_error(error, self._address) from None
         return cluster_status_from_proto(answer)
 
     async def close(self) -> None:
@@ -304,8 +347,27 @@ def _call(
     )
 
 
-def _error(error: grpc.RpcError, address: str, started: bool) -> DsparkError:
+def _target(address: str) -> str:
+    """``address`` as gRPC wants it; several become a list of IP addresses. What is written in
+    gRPC's own way stays so.
+
+    Raises:
+        ConfigError: one of several has no port, or is not known.
+    """
+    if "," not in address or address.startswith(("ipv4:", "ipv6:")):
+        return address
+    found = []
+    for one in address.split(","):
+        host, _, port = one.strip().rpartition(":")
+        try:
+            found.append(f"{socket.gethostbyname(host)}:{int(port)}")
+        except (OSError, ValueError):
+            raise ConfigError("address", f"{one.strip()!r} is no host:port that is known") from None
+    return f"ipv4:{','.join(found)}"
+
+
+def _status_error(error: grpc.RpcError, address: str) -> DsparkError:
     rebuilt = from_rpc_error(error)
-    if isinstance(rebuilt, ReplicaLostError) and not started and not has_details(error):
+    if isinstance(rebuilt, ReplicaLostError) and not has_details(error):
         return ClusterStateError(f"no cluster answers at {address}: {rebuilt}")
     return rebuilt

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerFast
 
-from cluster.errors import RequestCancelledError
 from cluster.request import Request
 from cluster.routing.replica_picker import Prompt
 from cluster.rpc.choice import Choice
@@ -47,7 +46,7 @@ class Generation:
     ) -> None:
         self.request = request
         self._changed = asyncio.Event()
-        self._superseded = False
+        self._end_error: Exception | None = None
         resumed = request.resume_token_ids
         prompt = Prompt(
             [*request.prompt_token_ids, *resumed], request.sampling.max_tokens - len(resumed)
@@ -66,7 +65,7 @@ class Generation:
         ]
 
     async def chunks(self) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        """Runs the request. Raises: what a choice failed with, or that a retry took it over."""
+        """Runs the request. Raises: what a choice failed with, or what ``end`` was given."""
         try:
             for choice in self._choices:
                 choice.start()
@@ -78,8 +77,8 @@ class Generation:
                     chunk = choice.take()
                     if chunk is not None:
                         yield chunk
-                if self._superseded:
-                    raise RequestCancelledError("a later attempt of the request has begun")
+                if self._end_error is not None and not done:
+                    raise self._end_error
                 if error is not None:
                     raise error
                 if done:
@@ -92,7 +91,7 @@ class Generation:
             for choice in self._choices:
                 choice.cancel("deadline" if late else "cancelled")
 
-    def supersede(self) -> None:
-        """Ends the call, since the client has begun a later attempt."""
-        self._superseded = True
+    def end(self, error: Exception) -> None:
+        """Ends the call with ``error``, behind what has come, unless it is through by then."""
+        self._end_error = error
         self._changed.set()

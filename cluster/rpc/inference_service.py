@@ -14,6 +14,7 @@ from cluster.rpc.chat import chat, conversation_fields
 from cluster.rpc.chat_messages import conversation_from_proto, tools_from_proto
 from cluster.rpc.convert import generate_call_from_proto
 from cluster.rpc.guard import caller
+from cluster.rpc.resumption import ROUTER_HEADER
 from cluster.rpc.status import abort
 from cluster.security.refusals import Refusal
 from cluster.tracing import incoming_traceparent
@@ -38,7 +39,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             call = generate_call_from_proto(request)
             _take_place(context)
-            stream = self._router.generate(call, context.time_remaining(), caller())
+            headers = ((ROUTER_HEADER, self._router.router_id),)
+            stream = self._router.generate(
+                call,
+                context.time_remaining(),
+                caller(),
+                on_admitted=lambda: context.send_initial_metadata(headers),
+            )
             await self._write_all(context, stream)
         except Exception as error:
             await abort(context, error)

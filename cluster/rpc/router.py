@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
@@ -16,7 +17,13 @@ import cluster
 from cluster.chat.template import ChatTemplate
 from cluster.engine.grammar import GrammarCompiler
 from cluster.engine.vocabulary import Vocabulary
-from cluster.errors import InvalidRequestError, QueueFullError
+from cluster.errors import (
+    InvalidRequestError,
+    QueueFullError,
+    ReplicaLostError,
+    RequestCancelledError,
+    RouterStoppingError,
+)
 from cluster.metrics.router import RouterMetrics, RouterState
 from cluster.request import Request
 from cluster.routing.admission import Admission, Admitted
@@ -37,6 +44,9 @@ from cluster.tracing import Span, incoming_traceparent
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE_NAME = "cluster.v1.InferenceService"
+FLUSH_TIMEOUT_S = 0.5  # for what is written already when the server stops
+
+logger = logging.getLogger(__name__)
 
 
 class RouterServer:
@@ -126,6 +136,8 @@ class RouterServer:
         )
         self.slow_reader_timeout_s = slow_reader_timeout_s
         self._active: dict[str, Generation] = {}
+        self._stopping: asyncio.Task[None] | None = None
+        self._is_last = False
         self._routers: list[tuple[str, str]] = []
         self.metrics = RouterMetrics(model_name, self._metrics_state)
         self._pool = ReplicaPool(
@@ -198,24 +210,59 @@ class RouterServer:
         await self._serving.set_serving(True)
         return port
 
-    async def stop(self, grace_s: float = 0.0) -> None:
-        """Takes no new calls, lets running ones finish for ``grace_s``, and ends the rest."""
+    async def stop(self, grace_s: float = 0.0, *, is_last: bool = False) -> None:
+        """Takes no new calls, and lets running ones finish for ``grace_s``, however they came.
+
+        What is left then ends with ``RouterStoppingError``, and other routers go on with it behind
+        the tokens that its client has. Whoever calls this again waits for the first call's end.
+
+        Args:
+            is_last: there is no other router to go on: it ends with ``ReplicaLostError``.
+        """
+        self._is_last = is_last
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop(grace_s))
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, grace_s: float) -> None:
         await self._serving.set_serving(False)
-        await self._server.stop(grace_s)
+        # Closes the port at once, and says on every connection that it takes no more calls.
+        closing = asyncio.create_task(self._server.stop(grace_s + FLUSH_TIMEOUT_S))
+        await self._wait_idle(grace_s)
+        left = list(self._active.values())
+        for generation in left:
+            generation.end(self._stopping_error())
+        if left:
+            logger.warning("%d requests have not ended within the drain", len(left))
+        await self._wait_idle(FLUSH_TIMEOUT_S)
+        await self._server.stop(FLUSH_TIMEOUT_S if left else 0.0)
+        await closing
         await self._pool.close()
 
+    async def _wait_idle(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self._active and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
     async def generate(
-        self, call: GenerateCall, timeout_s: float | None = None, key: ApiKey = ANYBODY
+        self,
+        call: GenerateCall,
+        timeout_s: float | None = None,
+        key: ApiKey = ANYBODY,
+        *,
+        on_admitted: Callable[[], Awaitable[None]] | None = None,
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """Streams a call's chunks; however it is left, nothing of the call runs on.
 
         Args:
             timeout_s: until the call's deadline; unset: it has none.
             key: whose call it is, for its limits.
+            on_admitted: awaited once it is admitted: from then on it is ours to finish.
 
         Raises:
             InvalidRequestError, QueueFullError: before the call costs a replica anything.
             ReplicaLostError, DeadlineExceededError: no replica could run it, or not in time.
+            RouterStoppingError: this router is being stopped, or was before it was through.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with (
@@ -242,11 +289,18 @@ class RouterServer:
             )
             with self._admitted(generation, call.num_choices) as admitted:
                 meter.begin(call.num_choices)
+                if on_admitted is not None:
+                    await on_admitted()
                 async with aclosing(generation.chunks()) as chunks:
                     async for chunk in chunks:
                         admitted.advance(chunk.choice_index, len(chunk.token_ids))
                         meter.chunk(chunk)
                         yield chunk
+
+    def _stopping_error(self) -> ReplicaLostError:
+        if self._is_last:
+            return ReplicaLostError("the cluster is being stopped")
+        return RouterStoppingError(f"router {self.router_id} is being stopped; ask another one")
 
     def _metrics_state(self) -> RouterState:
         return RouterState(
@@ -292,6 +346,8 @@ class RouterServer:
     def _admitted(self, generation: Generation, num_choices: int) -> Iterator[Admitted]:
         """Holds the request's share of the queue. Raises: QueueFullError, InvalidRequestError."""
         request = generation.request
+        if self._stopping is not None:
+            raise self._stopping_error()
         running = self._active.get(request.request_id)
         if running is not None and running.request.attempt >= request.attempt:
             raise InvalidRequestError(
@@ -305,7 +361,7 @@ class RouterServer:
             priority=request.priority,
         )
         if running is not None:
-            running.supersede()
+            running.end(RequestCancelledError("a later attempt of the request has begun"))
         self._active[request.request_id] = generation
         try:
             with admitted:

@@ -11,6 +11,7 @@ QueueFullError          RESOURCE_EXHAUSTED    QUEUE_FULL
 UnauthenticatedError    UNAUTHENTICATED       UNAUTHENTICATED
 PermissionDeniedError   PERMISSION_DENIED     PERMISSION_DENIED
 ReplicaLostError        UNAVAILABLE           REPLICA_LOST
+RouterStoppingError     UNAVAILABLE           ROUTER_STOPPING
 DeadlineExceededError   DEADLINE_EXCEEDED     DEADLINE_EXCEEDED
 RequestCancelledError   CANCELLED             CANCELLED
 any other               INTERNAL              INTERNAL
@@ -41,6 +42,7 @@ from cluster.errors import (
     QueueFullError,
     ReplicaLostError,
     RequestCancelledError,
+    RouterStoppingError,
     UnauthenticatedError,
 )
 from cluster.v1 import replica_pb2
@@ -81,6 +83,12 @@ _KINDS = (
         grpc.StatusCode.PERMISSION_DENIED,
         "PERMISSION_DENIED",
         lambda message, _, __: PermissionDeniedError(message),
+    ),
+    _Kind(  # before the class that it is one of
+        RouterStoppingError,
+        grpc.StatusCode.UNAVAILABLE,
+        "ROUTER_STOPPING",
+        lambda message, _, __: RouterStoppingError(message),
     ),
     _Kind(
         ReplicaLostError,
@@ -171,7 +179,8 @@ def to_request_error(error: Exception) -> replica_pb2.ConnectResponse.RequestErr
 
 def from_request_error(message: replica_pb2.ConnectResponse.RequestError) -> DsparkError:
     """The exception that ``to_request_error`` was given."""
-    kind = next((kind for kind in _KINDS if kind.code.value[0] == message.code), _INTERNAL)
+    kinds = (kind for kind in _KINDS if kind.error is not RouterStoppingError)  # a replica is none
+    kind = next((kind for kind in kinds if kind.code.value[0] == message.code), _INTERNAL)
     return kind.rebuild(message.message, message.field, message.retry_after_seconds)
 
 
