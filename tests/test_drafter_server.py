@@ -16,6 +16,7 @@ from cluster.engine.draft_client import DraftOutcome
 from cluster.engine.draft_engine import DraftEngine
 from cluster.rpc.channels import PROTOCOL_VERSION
 from cluster.rpc.draft_messages import encode_digests
+from cluster.rpc.drafter_status import drafter_holdings
 from cluster.rpc.tensors import encode_tensor
 from cluster.v1 import drafter_pb2, drafter_pb2_grpc
 from tests.draft_helpers import BLOCK, VOCAB, D, make_drafter, make_engine, round_of, sequence
@@ -225,6 +226,7 @@ def test_a_replica_that_comes_back_leaves_nothing_of_its_last_stream(loop):
             open_with(client, "r", 9)
         assert wait_for(lambda: server.num_streams == 1)
         assert engine.num_sessions == 2  # for the grace
+        assert loop.run(drafter_holdings(address, timeout_s=30)) == (2, 1)
         with client_of(address) as client:
             assert wait_for(client.is_ready)
             key = open_with(client, "new", 9)

@@ -121,7 +121,7 @@ def test_signals_reach_one_host_s_processes(network: Network) -> None:
     while not (alpha.processes("sleep 1000") and bravo.processes("sleep 1000")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert len(alpha.signal(signal.SIGKILL, "sleep 1000")) == 1
+    assert len(alpha.send(signal.SIGKILL, "sleep 1000")) == 1
     while alpha.processes("sleep 1000"):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.cli.calibrate import add_plan, plan_of
+from cluster.cli.chaos import add_chaos, run_chaos
 from cluster.cli.drafters import (
     DEFAULT_DRAFTER,
     DEFAULT_TARGET,
@@ -237,6 +238,12 @@ _SUITES = {
         "cluster that is paced as GPUs",
         add_pool,
         run_pool,
+    ),
+    "chaos": _Suite(
+        "a paced cluster on four hosts of this machine (root, Linux) whose parts are killed or "
+        "stopped and whose links are cut or slow, under load: what is lost, changed or left",
+        add_chaos,
+        run_chaos,
     ),
     "simulator": _Suite(
         "predictions of `dspark simulate`, from profiles alone, against a measured frontier, and "

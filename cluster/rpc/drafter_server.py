@@ -215,6 +215,16 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         )
         await _run(context, stream, served)
 
+    async def GetDrafterStatus(
+        self, request: drafter_pb2.GetDrafterStatusRequest, context: aio.ServicerContext
+    ) -> drafter_pb2.GetDrafterStatusResponse:
+        """What is held now."""
+        return drafter_pb2.GetDrafterStatusResponse(
+            drafter_id=self._drafter_id,
+            num_sessions=self._served.engine.num_sessions,
+            num_streams=self.num_streams,
+        )
+
     def _make_served(self, engine: DraftEngine, digests: Mapping[str, str], method: str) -> _Served:
         welcome = drafter_pb2.DraftResponse.Welcome(
             drafter_id=self._drafter_id,

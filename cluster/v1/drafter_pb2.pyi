@@ -212,3 +212,17 @@ class FeedResponse(_message.Message):
     welcome: FeedResponse.Welcome
     ack: FeedResponse.Ack
     def __init__(self, welcome: _Optional[_Union[FeedResponse.Welcome, _Mapping]] = ..., ack: _Optional[_Union[FeedResponse.Ack, _Mapping]] = ...) -> None: ...
+
+class GetDrafterStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetDrafterStatusResponse(_message.Message):
+    __slots__ = ("drafter_id", "num_sessions", "num_streams")
+    DRAFTER_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    drafter_id: str
+    num_sessions: int
+    num_streams: int
+    def __init__(self, drafter_id: _Optional[str] = ..., num_sessions: _Optional[int] = ..., num_streams: _Optional[int] = ...) -> None: ...

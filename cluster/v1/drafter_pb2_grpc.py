@@ -45,6 +45,11 @@ class DrafterServiceStub:
                 request_serializer=cluster_dot_v1_dot_drafter__pb2.FeedRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_drafter__pb2.FeedResponse.FromString,
                 _registered_method=True)
+        self.GetDrafterStatus = channel.unary_unary(
+                '/cluster.v1.DrafterService/GetDrafterStatus',
+                request_serializer=cluster_dot_v1_dot_drafter__pb2.GetDrafterStatusRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_drafter__pb2.GetDrafterStatusResponse.FromString,
+                _registered_method=True)
 
 
 class DrafterServiceServicer:
@@ -65,6 +70,13 @@ class DrafterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetDrafterStatus(self, request, context):
+        """What the drafter holds now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DrafterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_DrafterServiceServicer_to_server(servicer, server):
                     servicer.Feed,
                     request_deserializer=cluster_dot_v1_dot_drafter__pb2.FeedRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_drafter__pb2.FeedResponse.SerializeToString,
+            ),
+            'GetDrafterStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDrafterStatus,
+                    request_deserializer=cluster_dot_v1_dot_drafter__pb2.GetDrafterStatusRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_drafter__pb2.GetDrafterStatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class DrafterService:
             '/cluster.v1.DrafterService/Feed',
             cluster_dot_v1_dot_drafter__pb2.FeedRequest.SerializeToString,
             cluster_dot_v1_dot_drafter__pb2.FeedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDrafterStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.DrafterService/GetDrafterStatus',
+            cluster_dot_v1_dot_drafter__pb2.GetDrafterStatusRequest.SerializeToString,
+            cluster_dot_v1_dot_drafter__pb2.GetDrafterStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

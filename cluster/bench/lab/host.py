@@ -76,7 +76,7 @@ class Host:
     ) -> subprocess.Popen[Any]:
         """Starts a command here; options as of ``subprocess.Popen``.
 
-        What is returned is this machine's end of it: ``signal`` reaches the command itself.
+        What is returned is this machine's end of it: ``send`` reaches the command itself.
         """
         enter = ["nsenter", f"--target={self.pid}", *_NAMESPACES, f"--wd={os.getcwd()}", "--"]
         return subprocess.Popen([*enter, *command], env=environment, **options)
@@ -102,13 +102,18 @@ class Host:
                     found.append(HostProcess(int(entry.name), command))
         return sorted(found)
 
-    def signal(self, number: signal.Signals, wanted: str = "") -> list[HostProcess]:
+    def send(self, number: signal.Signals, wanted: str = "") -> list[HostProcess]:
         """Sends a signal to what ``processes`` finds, and returns that."""
         found = self.processes(wanted)
         for process in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
+            self.send_to(process, number)
         return found
+
+    def send_to(self, process: HostProcess, number: signal.Signals) -> None:
+        """Sends a signal to a process of this host, if it still lives."""
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{process.pid}/ns/pid") == self._namespace:
+                os.kill(process.pid, number)
 
     def close(self) -> None:
         """Ends everything here, at once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -81,9 +81,11 @@ class LabCluster:
     ) -> None:
         self._stop()
 
-    def tend(self) -> list[str]:
-        """Starts again what has ended of Ray; returns those hosts."""
-        ended = [name for name, node in self.nodes.items() if not node.is_running]
+    def tend(self, but: Collection[str] = ()) -> list[str]:
+        """Starts again what has ended of Ray, ``but`` not on these hosts; returns where."""
+        ended = [
+            name for name, node in self.nodes.items() if name not in but and not node.is_running
+        ]
         for name in ended:
             self.nodes[name].start()
         return ended
@@ -104,8 +106,10 @@ class LabCluster:
             self.nodes[name] = node
             node.start()
             if head is None:
-                node.wait_head()
+                node.wait_started()
                 head = host
+        for node in self.nodes.values():
+            node.wait_started()
         command = [sys.executable, "-m", "cluster.cli", "up", str(self._config), "--json"]
         command += ["--timeout", str(_START_TIMEOUT_S)]
         with self._log.open("a") as log:

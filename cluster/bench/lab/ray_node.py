@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,8 @@ from cluster.bench.lab.network import Network
 from cluster.errors import DsparkError
 
 GCS_PORT = 6379
-_START_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 300.0
+_STARTED = "Ray runtime started"
 _POLL_S = 0.1
 _OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes
 # What Ray finds out by itself would be about the machine, which the hosts share.
@@ -96,7 +96,7 @@ class RayNode:
     def start(self) -> None:
         """Starts it, behind whatever is left of its predecessor."""
         self.kill()
-        with self._log.open("ab") as log:
+        with self._log.open("wb") as log:
             self._process = self.host.start(
                 self._command,
                 environment=ray_environment(self._network),
@@ -105,16 +105,14 @@ class RayNode:
                 stderr=log,
             )
 
-    def wait_head(self) -> None:
-        """Waits until the head can be joined. Raises: DsparkError: it cannot."""
+    def wait_started(self) -> None:
+        """Waits until it has joined the others. Raises: DsparkError: it cannot."""
         deadline = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < deadline and self.is_running:
-            try:
-                socket.create_connection((self.host.address, GCS_PORT), timeout=1.0).close()
+            if _STARTED in self._log.read_text(errors="replace"):
                 return
-            except OSError:
-                time.sleep(_POLL_S)
-        raise DsparkError(f"Ray does not start: {_tail(self._log)}")
+            time.sleep(_POLL_S)
+        raise DsparkError(f"Ray does not start on {self.host.name}: {_tail(self._log)}")
 
     def kill(self) -> None:
         """Kills everything of the host's Ray, at once."""
@@ -127,7 +125,7 @@ class RayNode:
 
 def _kill_all(host: Host) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while host.signal(signal.SIGKILL) and time.monotonic() < deadline:
+    while host.send(signal.SIGKILL) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 
