@@ -174,6 +174,17 @@ def test_plain_can_be_forbidden() -> None:
     assert switch.mode is SPECULATIVE
 
 
+def test_the_first_decision_takes_the_best_at_once_and_is_no_flip() -> None:
+    switch = SpeculationSwitch()
+    assert switch.decide({PLAIN: 100.0, SPECULATIVE: 80.0, GROUPED: 60.0}, 5.0) is PLAIN
+    assert switch.num_flips == 0
+    assert switch.seconds_since_change(5.0) == 0.0
+    promised = {PLAIN: 100.0, SPECULATIVE: 180.0, GROUPED: 60.0}
+    assert switch.decide(promised, 5.1) is PLAIN  # from now on a mode holds for a while
+    assert switch.decide(promised, 6.0) is SPECULATIVE
+    assert switch.num_flips == 1
+
+
 def test_time_in_each_mode_adds_up() -> None:
     machine = Machine()
     machine.run(4)

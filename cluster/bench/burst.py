@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.bench.frontier import both_engines, pace_label
+from cluster.bench.frontier import engines, pace_label
 from cluster.bench.load_prompts import PromptSource
 from cluster.bench.paired import paired_ratio
 from cluster.bench.report import Report
@@ -112,11 +112,11 @@ def run(values: dict[str, Any], shape: BurstShape, note: Callable[[str], None]) 
     )
     ours: list[BurstRun] = []
     theirs: list[BurstRun] = []
-    with both_engines(config, values) as (engine, plain):
+    with engines(config, values) as (speculating, plain):
         for index in range(shape.runs):
-            sides = [(engine, ours), (plain, theirs)]
-            for side, runs in sides if index % 2 == 0 else reversed(sides):
-                runs.append(_run_once(side, config, prompts, shape))
+            sides = [(speculating.engine, ours), (plain.engine, theirs)]
+            for engine, runs in sides if index % 2 == 0 else reversed(sides):
+                runs.append(_run_once(engine, config, prompts, shape))
             note(f"run {index + 1}: {ours[-1]}")
     figures = burst_figures(ours, theirs)
     figures["paced"] = pace_label(config)

@@ -58,12 +58,14 @@ class DrafterProcess:
         self._process.terminate()
         self._process.wait()
 
-    def connect(self, config: ClusterConfig, vocab_size: int) -> GrpcDraftClient:
-        """A client of it; whoever calls closes it."""
+    def connect(
+        self, config: ClusterConfig, vocab_size: int, replica_id: str = "bench"
+    ) -> GrpcDraftClient:
+        """A client of it, as one of its replicas; whoever calls closes it."""
         if config.speculative is None:
             raise ValueError("there is nothing to draft with")
         client = GrpcDraftClient(
-            replica_id="bench",
+            replica_id=replica_id,
             digests=_DIGESTS,
             vocab_size=vocab_size,
             config=config.speculative,

@@ -1,18 +1,20 @@
 """Suite ``frontier``: throughput over load, adaptive speculation against every fixed amount of it.
 
-One engine in this process, its drafter in another one over gRPC. At each concurrency the ways to
-speculate take turns, in another order each time, for a while each: so what slows the machine for a
-while hits all of them. Throughput of a turn is what its passes made, over their own time.
+Three engines in this process, one adaptive, one with a fixed amount, one without speculation, and
+the drafter of the first two in another one over gRPC. At each concurrency the ways to speculate
+take turns, in another order each time, for a while each: so what slows the machine for a while hits
+all of them. Turns of one number are all of the same requests, so easy text is easy for all ways.
+Throughput of a turn is what its passes made, over their own time.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, cycle
 from typing import Any
 
 from cluster.bench.drafter_process import DrafterProcess
@@ -23,9 +25,11 @@ from cluster.config import ClusterConfig, SpeculativeConfig
 from cluster.engine.draft_client import DraftClient
 from cluster.engine.drafter_calibration import load_drafter_calibration
 from cluster.engine.engine import Engine
+from cluster.engine.pace import PaceStats
 from cluster.engine.worker import ShardWorker, load_tokenizer
 from cluster.errors import DsparkError
 from cluster.request import Request, SamplingParams
+from cluster.rpc.drafter_client import GrpcDraftClient
 
 ADAPTIVE = "adaptive"
 PLAIN = "plain"
@@ -66,7 +70,8 @@ class Turn:
         throughput: output tokens a second.
         budget: guesses verified for a request and pass.
         mode: how the last pass was made.
-        overruns: share of paced passes that took longer than they should have.
+        overruns: share of paced passes that took longer than they should have, of the target's or
+            of the drafter's, whichever is larger.
     """
 
     throughput: float
@@ -91,16 +96,18 @@ def run(values: dict[str, Any], shape: FrontierShape, note: Callable[[str], None
     config = ClusterConfig.parse(values)
     if config.speculative is None:
         raise ValueError("there is nothing to draft with")
-    prompts = PromptSource(
+    source = PromptSource(
         shape.data,
         load_tokenizer(config.target.model),
         count=max(shape.concurrencies) * 2,
         num_tokens=shape.prompt_tokens,
     )
+    prompts = [source.take() for _ in range(max(shape.concurrencies) * 2)]
     rows = []
-    with both_engines(config, values) as (engine, plain):
+    with engines(config, values, num_speculating=2) as (adaptive, fixed, plain):
         for concurrency in shape.concurrencies:
-            turns = _take_turns(engine, plain, config.speculative, prompts, concurrency, shape)
+            load = _Load(prompts, concurrency, shape)
+            turns = _take_turns(adaptive, fixed, plain, config.speculative, load, shape)
             row = frontier_row(concurrency, turns)
             rows.append(row)
             note(_line(row))
@@ -111,9 +118,24 @@ def run(values: dict[str, Any], shape: FrontierShape, note: Callable[[str], None
     )
 
 
+@dataclass(frozen=True)
+class Side:
+    """An engine, and its drafters if it has any."""
+
+    engine: Engine
+    client: GrpcDraftClient | None
+
+    def paced(self) -> list[PaceStats]:
+        """Of the target and of the drafter, as far as they are paced."""
+        drafters = [] if self.client is None else [d.paced for d in self.client.status()]
+        return [paced for paced in (self.engine.load().paced, *drafters) if paced is not None]
+
+
 @contextmanager
-def both_engines(config: ClusterConfig, values: dict[str, Any]) -> Iterator[tuple[Engine, Engine]]:
-    """An engine with its drafter in a process of its own, and one that never speculates.
+def engines(
+    config: ClusterConfig, values: dict[str, Any], *, num_speculating: int = 1
+) -> Iterator[list[Side]]:
+    """Engines with one drafter in a process of its own, and behind them one that never speculates.
 
     Args:
         config: ``values``, parsed.
@@ -121,14 +143,16 @@ def both_engines(config: ClusterConfig, values: dict[str, Any]) -> Iterator[tupl
     Raises:
         DsparkError: target or drafter cannot be served so.
     """
-    with DrafterProcess(values) as drafter:
-        plain = _make_engine(config.model_copy(update={"speculative": None}), None)
-        client = drafter.connect(config, plain.vocab_size)
-        try:
+    plain = Side(_make_engine(config.model_copy(update={"speculative": None}), None), None)
+    with ExitStack() as stack:
+        drafter = stack.enter_context(DrafterProcess(values))
+        speculating = []
+        for number in range(num_speculating):
+            client = drafter.connect(config, plain.engine.vocab_size, f"bench-{number}")
+            stack.callback(client.close)
             _wait_ready(client)
-            yield _make_engine(config, client), plain
-        finally:
-            client.close()
+            speculating.append(Side(_make_engine(config, client), client))
+        yield [*speculating, plain]
 
 
 def pace_label(config: ClusterConfig) -> str | None:
@@ -177,28 +201,22 @@ def frontier_row(concurrency: int, turns: dict[str, list[Turn]]) -> dict[str, An
 
 
 def _take_turns(
-    engine: Engine,
-    plain: Engine,
+    adaptive: Side,
+    fixed: Side,
+    plain: Side,
     speculative: SpeculativeConfig,
-    prompts: PromptSource,
-    concurrency: int,
+    load: _Load,
     shape: FrontierShape,
 ) -> dict[str, list[Turn]]:
-    adaptive, without = (_Load(e, prompts, concurrency, shape) for e in (engine, plain))
     ways = [ADAPTIVE, *(PLAIN if tokens == 0 else str(tokens) for tokens in shape.fixed)]
     turns: dict[str, list[Turn]] = {way: [] for way in ways}
-    order = random.Random(concurrency)
-    for _ in range(shape.turns):
+    order = random.Random(load.concurrency)
+    for number in range(shape.turns):
         for way in order.sample(ways, len(ways)):
-            if way == PLAIN:
-                turns[way].append(without.turn())
-                continue
-            engine.use_speculation_policy(
-                speculative if way == ADAPTIVE else _fixed(speculative, int(way))
-            )
-            turns[way].append(adaptive.turn())
-    adaptive.end()
-    without.end()
+            side = {ADAPTIVE: adaptive, PLAIN: plain}.get(way, fixed)
+            if side is fixed:
+                fixed.engine.use_speculation_policy(_fixed(speculative, int(way)))
+            turns[way].append(load.turn(side, number))
     return turns
 
 
@@ -214,70 +232,95 @@ def _fixed(speculative: SpeculativeConfig, num_tokens: int) -> SpeculativeConfig
 
 
 class _Load:
-    """A closed loop of requests on an engine, run in turns."""
+    """A closed loop of requests, run on an engine for one turn.
+
+    Args:
+        prompts: at least one; each turn takes them in an order of its own.
+        concurrency: requests at any time.
+    """
 
     def __init__(
-        self, engine: Engine, prompts: PromptSource, concurrency: int, shape: FrontierShape
+        self, prompts: Sequence[tuple[int, ...]], concurrency: int, shape: FrontierShape
     ) -> None:
-        self._engine = engine
+        self.concurrency = concurrency
         self._prompts = prompts
         self._shape = shape
-        self._numbers = count()
-        self._active: set[str] = set()
-        # Requests are met at different places of their way, as they are in a server.
-        for index in range(concurrency):
-            self._add(max(shape.max_tokens * (index + 1) // concurrency, 1))
+        self._names = count()
 
-    def turn(self) -> Turn:
-        """Runs the loop for a while."""
-        shape, engine = self._shape, self._engine
-        self._run_until(time.monotonic() + shape.warm_up_s)
+    def turn(self, side: Side, number: int) -> Turn:
+        """Runs the turn's requests for a while, and ends those that are left."""
+        shape, engine = self._shape, side.engine
+        order = cycle(random.Random(number).sample(self._prompts, len(self._prompts)))
+        active: set[str] = set()
+        # Requests are met at different places of their way, as they are in a server.
+        for index in range(self.concurrency):
+            max_tokens = max(shape.max_tokens * (index + 1) // self.concurrency, 1)
+            self._add(engine, active, next(order), max_tokens)
+        started: set[str] = set()
+        while len(started) < self.concurrency:
+            self._step(engine, active, order, started)
+        self._run_until(engine, active, order, time.monotonic() + shape.warm_up_s)
         before = replace(engine.load().stats)  # the engine goes on counting in its own
-        paced = engine.load().paced
+        paced = side.paced()
         start = time.monotonic()
-        num_tokens = self._run_until(start + shape.seconds)
+        num_tokens = self._run_until(engine, active, order, start + shape.seconds)
         seconds = time.monotonic() - start
         load = engine.load()
         num_steps = load.stats.num_steps - before.num_steps
-        overruns = 0.0
-        if paced is not None and load.paced is not None:
-            num_passes = max(load.paced.num_passes - paced.num_passes, 1)
-            overruns = (load.paced.num_overruns - paced.num_overruns) / num_passes
+        for request_id in active:
+            engine.cancel(request_id, DsparkError("the turn is over"))
+        while engine.has_work:
+            engine.step()
         return Turn(
             throughput=num_tokens / seconds,
             budget=(load.stats.num_draft_tokens - before.num_draft_tokens) / max(num_steps, 1),
             mode=load.speculation.mode,
-            overruns=overruns,
+            overruns=max(map(_overrun_share, paced, side.paced()), default=0.0),
         )
 
-    def end(self) -> None:
-        """Ends all requests."""
-        for request_id in self._active:
-            self._engine.cancel(request_id, DsparkError("the measurement is over"))
-        while self._engine.has_work:
-            self._engine.step()
-
-    def _run_until(self, end: float) -> int:
+    def _run_until(
+        self, engine: Engine, active: set[str], order: Iterator[tuple[int, ...]], end: float
+    ) -> int:
         """Steps until ``end``; returns the output tokens."""
         num_tokens = 0
         while time.monotonic() < end:
-            for output in self._engine.step():
-                if output.error is not None:
-                    raise output.error
-                num_tokens += len(output.token_ids)
-                if output.is_last:
-                    self._active.remove(output.request_id)
-                    self._add(self._shape.max_tokens)
+            num_tokens += self._step(engine, active, order, set())
         return num_tokens
 
-    def _add(self, max_tokens: int) -> None:
+    def _step(
+        self,
+        engine: Engine,
+        active: set[str],
+        order: Iterator[tuple[int, ...]],
+        started: set[str],
+    ) -> int:
+        """One step; requests that end are followed by others. Returns the output tokens."""
+        num_tokens = 0
+        for output in engine.step():
+            if output.error is not None:
+                raise output.error
+            num_tokens += len(output.token_ids)
+            started.add(output.request_id)
+            if output.is_last:
+                active.remove(output.request_id)
+                self._add(engine, active, next(order), self._shape.max_tokens)
+        return num_tokens
+
+    def _add(
+        self, engine: Engine, active: set[str], prompt: tuple[int, ...], max_tokens: int
+    ) -> None:
         request = Request(
-            request_id=f"{id(self)}-{next(self._numbers)}",
-            prompt_token_ids=self._prompts.take(),
+            request_id=f"{id(self)}-{next(self._names)}",
+            prompt_token_ids=prompt,
             sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
         )
-        self._engine.add_request(request)
-        self._active.add(request.request_id)
+        engine.add_request(request)
+        active.add(request.request_id)
+
+
+def _overrun_share(then: PaceStats, now: PaceStats) -> float:
+    """Of the passes between two reports."""
+    return (now.num_overruns - then.num_overruns) / max(now.num_passes - then.num_passes, 1)
 
 
 def _make_engine(config: ClusterConfig, client: DraftClient | None) -> Engine:

@@ -57,6 +57,8 @@ def run_frontier(args: argparse.Namespace) -> Report:
     )
     with log_folder(args.out) as folder:
         values = _values(args, folder, max(shape.concurrencies))
+        # All ways run the same requests: none is to find the prompts of the one before it.
+        values["target"]["enable_prefix_caching"] = False
         report = frontier.run(values, shape, note)
     if args.out is not None:
         from cluster.bench.frontier_plot import plot_ways

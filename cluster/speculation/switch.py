@@ -83,7 +83,7 @@ class SpeculationSwitch:
     Pure: it is given the time (seconds of any one monotonic clock).
 
     Attributes:
-        mode: in force.
+        mode: in force; the first decision takes the one that promises the most.
         reason: why, in words for people; ``reason_code`` in one word for machines.
         num_flips: times that it went from plain to one of the others or back.
     """
@@ -119,6 +119,7 @@ class SpeculationSwitch:
             is_plain_allowed: False: one of the others is taken, whatever it promises.
         """
         self._count(now)
+        is_first = self._entered is None
         if self._entered is None:
             self._entered, self._dwell_s = now, self.timing.dwell_s
         averages = self._average(promised, now)
@@ -127,7 +128,9 @@ class SpeculationSwitch:
             for mode, value in averages.items()
             if is_plain_allowed or mode is not SpeculationMode.PLAIN
         }
-        best = max(choice, key=lambda mode: choice[mode])
+        best = max(choice, key=lambda mode: (choice[mode], mode is self.mode))
+        if is_first:  # nothing is left that had to prove itself
+            self.mode = best
         if self.mode not in choice:
             self._enter(best, now, f"{self.mode} is not possible now", is_forced=True)
             self.reason_code = SwitchReason.IMPOSSIBLE
