@@ -222,6 +222,10 @@ class SpeculativeConfig(Section):
 class DrafterConfig(ReplicaRange):
     """The pool of drafters; with ``highest`` 0 it is as if ``speculative`` was unset."""
 
+    placement: Literal["remote", "colocated"] = Field(
+        default="remote",
+        description="colocated: in each replica's rank 0, on its device; there is no pool then",
+    )
     scaling: DrafterScalingConfig = Field(default_factory=DrafterScalingConfig)
     dtype: DType = "bfloat16"
     device: Literal["cpu", "cuda"] = "cpu"
@@ -370,11 +374,27 @@ class ClusterConfig(Section):
         scales = {pace.time_scale for pace in (self.target.pace, self.drafter.pace) if pace}
         if len(scales) > 1:
             raise ValueError("target.pace and drafter.pace must have the same time_scale")
+        return self._check_placement()
+
+    def _check_placement(self) -> ClusterConfig:
+        """A device that drafts by itself can hide neither drafting nor verifying."""
+        speculative, drafter = self.speculative, self.drafter
+        if drafter.placement == "remote" or speculative is None:
+            return self
+        if speculative.grouping == "always":
+            raise ValueError("speculative.grouping must not be always with colocated drafters")
+        if drafter.is_scaled:
+            raise ValueError("drafter.num_replicas must be fixed with colocated drafters")
         return self
 
     @property
     def has_drafters(self) -> bool:
-        """Whether there are drafters, or may be."""
+        """Whether there are drafters, or may be, as a part of their own."""
+        return self.has_speculation and self.drafter.placement == "remote"
+
+    @property
+    def has_speculation(self) -> bool:
+        """Whether there is somebody to draft, or may be."""
         return self.speculative is not None and self.drafter.highest > 0
 
     @property

@@ -30,6 +30,8 @@ class ScriptedDrafts:
         features: rows received, by request and position; a position sent again replaces its row.
     """
 
+    is_concurrent = False
+
     def __init__(
         self, texts: Mapping[str, list[int]], *, vocab_size: int, block_size: int = 5
     ) -> None:

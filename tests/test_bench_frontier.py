@@ -6,7 +6,8 @@ import pytest
 
 from cluster.bench import frontier
 from cluster.bench.burst import BurstRun, burst_figures
-from cluster.bench.frontier import ADAPTIVE, PLAIN, FrontierShape, Turn, frontier_row
+from cluster.bench.frontier import ADAPTIVE, PLAIN, FrontierShape, frontier_row
+from cluster.bench.turns import Turn
 from tests.models import DRAFTER, TARGET
 
 

@@ -174,6 +174,21 @@ def test_plain_can_be_forbidden() -> None:
     assert switch.mode is SPECULATIVE
 
 
+def test_what_one_way_of_drafting_does_not_deliver_is_not_expected_of_the_other() -> None:
+    machine = Machine()
+    machine.promised = {PLAIN: 100.0, SPECULATIVE: 200.0, GROUPED: 190.0}
+    machine.delivered = {SPECULATIVE: 180.0, GROUPED: 170.0}
+    machine.run(2)
+    machine.promised[GROUPED] = 204.0
+    machine.run(20)
+    assert machine.switch.correction(GROUPED, machine.now) == pytest.approx(0.9, abs=0.02)
+    assert set(machine.modes) == {SPECULATIVE}  # it never looked better by the margin
+    machine.promised[GROUPED] = 240.0
+    machine.run(2)
+    assert GROUPED in machine.modes  # what promises more by itself is tried
+    assert machine.switch.correction(GROUPED, machine.now) < 0.8
+
+
 def test_the_first_decision_takes_the_best_at_once_and_is_no_flip() -> None:
     switch = SpeculationSwitch()
     assert switch.decide({PLAIN: 100.0, SPECULATIVE: 80.0, GROUPED: 60.0}, 5.0) is PLAIN

@@ -33,7 +33,7 @@ def build(args: dict[str, Any]) -> Application:
         ConfigError: a bad value in ``args``.
     """
     config = ClusterConfig.parse(args)
-    if not config.has_drafters:  # Serve has no deployment that never has a replica
+    if not config.has_speculation:  # Serve has no deployment that never has a replica
         config = config.model_copy(update={"speculative": None})
     common: dict[str, Any] = {
         "health_check_period_s": _HEALTH_CHECK_PERIOD_S,
@@ -43,7 +43,7 @@ def build(args: dict[str, Any]) -> Application:
         "graceful_shutdown_wait_loop_s": 0.1,
     }
     parts: list[Application] = []
-    if config.speculative is not None:
+    if config.has_drafters:
         drafter = _deployment(
             Drafter,
             name=DRAFTER,

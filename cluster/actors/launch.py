@@ -187,7 +187,7 @@ def _required_cpus(config: ClusterConfig) -> float:
     target = config.target
     required = target.highest * target.num_shards * target.num_cpus
     required += config.router.num_replicas * config.router.num_cpus
-    if config.speculative is not None:
+    if config.has_drafters:
         required += config.drafter.highest * config.drafter.num_cpus
     return required + _BUILD_CPUS
 
@@ -198,7 +198,7 @@ def _required_resources(config: ClusterConfig) -> dict[str, float]:
     for resources, count in (
         (target.resources, target.highest * (target.num_shards + 1)),  # a front beside them
         (config.router.resources, config.router.num_replicas),
-        (config.drafter.resources, config.drafter.highest),
+        (config.drafter.resources, config.drafter.highest if config.has_drafters else 0),
     ):
         for name, amount in resources.items():
             required[name] += math.ceil(amount * count)

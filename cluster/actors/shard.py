@@ -22,10 +22,11 @@ from cluster.actors.own_thread import in_own_thread
 from cluster.actors.tracing import start_tracing
 from cluster.config import ClusterConfig, SpeculativeConfig
 from cluster.errors import CheckpointError
-from cluster.rpc.cluster_status import ReplicaParts, ShardStatus
+from cluster.rpc.cluster_status import DrafterStatus, ReplicaParts, ShardStatus
 
 if TYPE_CHECKING:
     from cluster.engine.load import EngineLoad
+    from cluster.engine.local_drafter import LocalDraftClient
     from cluster.engine.loop import EngineLoop
     from cluster.engine.worker import ShardWorker
     from cluster.rpc.drafter_client import GrpcDraftClient
@@ -78,6 +79,7 @@ class Shard:
         self._worker: ShardWorker | None = None
         self._following: asyncio.Future[None] | None = None
         self._draft_client: GrpcDraftClient | None = None
+        self._local_drafter: LocalDraftClient | None = None
         self._staged: _StagedDrafter | None = None
         self._num_malformed_proposals = 0  # of clients that are used no more
         self._drafters: list[tuple[str, str]] = []
@@ -140,11 +142,14 @@ class Shard:
         self._places = places
         start_tracing(self._config, "replica", self._replica_id)
         worker = self._make_worker()
-        self._draft_client = self._make_draft_client(self._config, self._digests)
+        if self._config.drafter.placement == "colocated":
+            self._local_drafter = await in_own_thread(lambda: _make_local_drafter(self._config))
+        else:
+            self._draft_client = self._make_draft_client(self._config, self._digests)
         calibration = await in_own_thread(lambda: _load_calibration(self._config, self._digests))
         engine = await in_own_thread(
             lambda: worker.build_engine(
-                self._draft_client,
+                self._draft_client or self._local_drafter,
                 target_digest=self._digests["target"],
                 calibration=calibration,
             )
@@ -302,6 +307,13 @@ class Shard:
 
     def _describe(self) -> ReplicaParts:
         speculative, client = self._config.speculative, self._draft_client
+        if speculative is not None and self._local_drafter is not None:
+            return ReplicaParts(
+                shards=self._places,
+                drafters=[_local_status(self._local_drafter)],
+                speculation_method=speculative.method,
+                speculation_model=speculative.model or "",
+            )
         if speculative is None or client is None:
             return ReplicaParts(
                 shards=self._places, num_malformed_proposals=self._num_malformed_proposals
@@ -313,6 +325,28 @@ class Shard:
             speculation_method=speculative.method,
             speculation_model=speculative.model or "",
         )
+
+
+def _make_local_drafter(config: ClusterConfig) -> LocalDraftClient | None:
+    """The drafter beside the target, in this process and on its device."""
+    from cluster.engine.draft_factory import build_draft_engine
+    from cluster.engine.draft_profile import measure_draft_curve
+    from cluster.engine.local_drafter import LocalDraftClient
+
+    if config.speculative is None:
+        return None
+    engine = build_draft_engine(config)
+    return LocalDraftClient(engine, engine.curve or measure_draft_curve(engine))
+
+
+def _local_status(drafter: LocalDraftClient) -> DrafterStatus:
+    return DrafterStatus(
+        drafter_id="colocated",
+        address="",
+        state="ready",
+        num_rounds={"answered": drafter.num_rounds},
+        paced=drafter.paced,
+    )
 
 
 def _load_calibration(config: ClusterConfig, digests: Mapping[str, str]) -> Calibration:

@@ -42,7 +42,7 @@ class TargetReplica:
             asyncio.create_task(self._end_when_broken()),
             asyncio.create_task(self._choice.run()),
         ]
-        if config.speculative is not None:  # else the application has no drafters
+        if config.has_drafters:  # else the application has none to be told of
             watch = watch_replicas(context.app_name, DRAFTER, self._on_drafters)
             self._tasks.append(asyncio.create_task(watch))
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from cluster.bench.frontier import engines, pace_label
 from cluster.bench.load_prompts import PromptSource
 from cluster.bench.paired import paired_ratio
 from cluster.bench.report import Report
+from cluster.bench.turns import engines, pace_label
 from cluster.config import ClusterConfig
 from cluster.engine.engine import Engine
 from cluster.engine.worker import load_tokenizer
-from cluster.errors import QueueFullError
+from cluster.errors import DsparkError, QueueFullError
 from cluster.request import Request, RequestOutput, SamplingParams
 from cluster.speculation.switch import SpeculationMode
 
@@ -102,7 +102,11 @@ class BurstRun:
 
 
 def run(values: dict[str, Any], shape: BurstShape, note: Callable[[str], None]) -> Report:
-    """Runs the suite. Raises: DsparkError: target or drafter cannot be served so."""
+    """Runs the suite.
+
+    Raises:
+        DsparkError: target or drafter cannot be served so, or a light load is too short.
+    """
     config = ClusterConfig.parse(values)
     prompts = PromptSource(
         shape.data,
@@ -191,6 +195,8 @@ def _is_plain(engine: Engine) -> bool:
 
 
 def _median_rate(requests: list[_Served]) -> float:
+    if not requests:
+        raise DsparkError("no request came under light load: it must last longer")
     return float(np.median([1.0 / request.token_s for request in requests]))
 
 

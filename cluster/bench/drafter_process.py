@@ -10,6 +10,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -59,9 +60,17 @@ class DrafterProcess:
         self._process.wait()
 
     def connect(
-        self, config: ClusterConfig, vocab_size: int, replica_id: str = "bench"
+        self,
+        config: ClusterConfig,
+        vocab_size: int,
+        replica_id: str = "bench",
+        addresses: Sequence[str] = (),
     ) -> GrpcDraftClient:
-        """A client of it, as one of its replicas; whoever calls closes it."""
+        """A client of it, as one of its replicas; whoever calls closes it.
+
+        Args:
+            addresses: of drafters like it, or of ways to it; none: its own.
+        """
         if config.speculative is None:
             raise ValueError("there is nothing to draft with")
         client = GrpcDraftClient(
@@ -70,7 +79,7 @@ class DrafterProcess:
             vocab_size=vocab_size,
             config=config.speculative,
         )
-        client.set_drafters([("bench", self.address)])
+        client.set_drafters([(f"bench-{a}", a) for a in addresses or [self.address]])
         return client
 
 

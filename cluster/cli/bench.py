@@ -18,7 +18,14 @@ from cluster.cli.drafters import (
     settings_of,
 )
 from cluster.cli.eval import add_comparison, comparison_of
-from cluster.cli.frontier import add_burst, add_frontier, run_burst, run_frontier
+from cluster.cli.frontier import (
+    add_burst,
+    add_frontier,
+    add_pipeline,
+    run_burst,
+    run_frontier,
+    run_pipeline,
+)
 from cluster.cli.fuzz import add_arguments as add_fuzz
 from cluster.cli.fuzz import run as run_fuzz
 from cluster.cli.load import add_load, add_overhead, run_load, run_overhead
@@ -220,6 +227,12 @@ _SUITES = {
         "against none, in turn",
         add_frontier,
         run_frontier,
+    ),
+    "pipeline": _Suite(
+        "whether a delayed drafter is hidden behind verifying, what two groups bring, and tokens "
+        "per second and device with remote drafters and with one on the target's device",
+        add_pipeline,
+        run_pipeline,
     ),
     "burst": _Suite(
         "load that rises from light to three times saturation and falls again, with adaptive "

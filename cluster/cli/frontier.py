@@ -1,4 +1,4 @@
-"""The options of ``dspark bench frontier`` and ``dspark bench burst``."""
+"""The options of ``dspark bench frontier``, ``pipeline`` and ``burst``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,42 @@ _BURST_SEQS = 32
 
 def add_frontier(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``frontier``."""
+    _add_turns(parser, "1, 2, 4, 8, 16, 32, 64")
+
+
+def add_pipeline(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``pipeline``."""
+    _add_turns(parser, "1, 4, 16, 32; 16 is always among them")
+    for name, default, meaning in (
+        ("--round-trip-ms", 10.0, "of the delayed network, in the profile's time"),
+        ("--drafter-devices", 1.0, "devices of a drafter, as a share of a target replica's"),
+    ):
+        parser.add_argument(
+            name, type=float, default=default, metavar="X", help=f"{meaning} ({default:g})"
+        )
+
+
+def run_pipeline(args: argparse.Namespace) -> Report:
+    """Runs ``pipeline``. Raises: cluster.errors."""
+    from cluster.bench import pipeline
+
+    shape = pipeline.PipelineShape()
+    shape = replace(
+        shape,
+        concurrencies=tuple(
+            sorted({*(args.concurrency or shape.concurrencies), shape.compared_at})
+        ),
+        round_trip_s=args.round_trip_ms / 1e3,
+        drafter_devices=args.drafter_devices,
+        **_turns_of(args),
+    )
+    with log_folder(args.out) as folder:
+        values = _values(args, folder, max(shape.concurrencies))
+        values["target"]["enable_prefix_caching"] = False
+        return pipeline.run(values, shape, note)
+
+
+def _add_turns(parser: argparse.ArgumentParser, concurrencies: str) -> None:
     add_own(parser)
     _add_pace(parser)
     parser.add_argument(
@@ -25,7 +61,7 @@ def add_frontier(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=positive,
         metavar="N",
-        help="requests at once; repeatable (default 1, 2, 4, 8, 16, 32, 64)",
+        help=f"requests at once; repeatable (default {concurrencies})",
     )
     parser.add_argument(
         "--turns", type=positive, default=10, metavar="N", help="of each way (default 10)"
@@ -48,12 +84,7 @@ def run_frontier(args: argparse.Namespace) -> Report:
     shape = replace(
         shape,
         concurrencies=tuple(args.concurrency or shape.concurrencies),
-        turns=args.turns,
-        seconds=args.seconds,
-        warm_up_s=args.warm_up,
-        prompt_tokens=args.prompt_tokens,
-        max_tokens=args.max_tokens,
-        data=args.data,
+        **_turns_of(args),
     )
     with log_folder(args.out) as folder:
         values = _values(args, folder, max(shape.concurrencies))
@@ -66,6 +97,17 @@ def run_frontier(args: argparse.Namespace) -> Report:
         args.out.mkdir(parents=True, exist_ok=True)
         plot_ways(report.figures["rows"], args.out / "frontier.png")
     return report
+
+
+def _turns_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "turns": args.turns,
+        "seconds": args.seconds,
+        "warm_up_s": args.warm_up,
+        "prompt_tokens": args.prompt_tokens,
+        "max_tokens": args.max_tokens,
+        "data": args.data,
+    }
 
 
 def add_burst(parser: argparse.ArgumentParser) -> None:

@@ -120,7 +120,14 @@ class DraftTimes:
 
 
 class DraftClient(Protocol):
-    """The engine's view of the drafters. Not thread-safe: only the engine's thread calls it."""
+    """The engine's view of the drafters. Not thread-safe: only the engine's thread calls it.
+
+    Attributes:
+        is_concurrent: whether a round is drafted while the target computes, so that it can be
+            hidden behind passes; constant.
+    """
+
+    is_concurrent: bool
 
     @property
     def block_size(self) -> int:

@@ -16,6 +16,7 @@ from cluster.engine.draft_client import (
     SessionKey,
 )
 from cluster.engine.draft_engine import DraftEngine
+from cluster.engine.pace import PaceStats
 from cluster.speculation.draft_cost import DraftCost
 from cluster.speculation.draft_curve import DraftCurve
 
@@ -31,13 +32,24 @@ class LocalDraftClient:
     Args:
         engine: used by nobody else.
         curve: of its passes; unset: all are taken to be as long as the last ones.
+
+    Attributes:
+        num_rounds: drafted so far.
     """
+
+    is_concurrent = False
 
     def __init__(self, engine: DraftEngine, curve: DraftCurve | None = None) -> None:
         self._engine = engine
         self._is_closed = False
         self._cost = DraftCost(curve)
         self._compute_s = 0.0
+        self.num_rounds = 0
+
+    @property
+    def paced(self) -> PaceStats | None:
+        """How well rounds keep a device profile's time; ``None``: they take what they take."""
+        return self._engine.paced
 
     @property
     def block_size(self) -> int:
@@ -96,6 +108,7 @@ class LocalDraftClient:
         (results,) = self._engine.draft([(_REPLICA_ID, handle)])
         end = time.monotonic()
         self._compute_s += end - start
+        self.num_rounds += 1
         self._cost.observe(
             len(handle.sequences),
             handle.num_tokens,

@@ -66,7 +66,7 @@ class Speculator:
             profile=self._planner.profile,
             predict_round=client.predicted_round_s,
             switching=config.switching,
-            grouping=config.grouping,
+            grouping=self._grouping(config),
             drafts_whole_blocks=config.scheduler == "full",
             num_stages=num_stages,
         )
@@ -117,7 +117,7 @@ class Speculator:
         self._planner.use_scheduler(config.scheduler)
         self._policy.follow(
             switching=config.switching,
-            grouping=config.grouping,
+            grouping=self._grouping(config),
             drafts_whole_blocks=config.scheduler == "full",
         )
 
@@ -220,6 +220,11 @@ class Speculator:
     def close(self) -> None:
         """Ends every connection to drafters."""
         self._drafting.close()
+
+    def _grouping(self, config: SpeculativeConfig) -> str:
+        """A device that also drafts can hide neither drafting nor verifying."""
+        is_hidden = self._client.is_concurrent or config.grouping != "auto"
+        return config.grouping if is_hidden else "off"
 
     def _end_probe(self) -> None:
         if self._probed is not None and self.mode is SpeculationMode.PLAIN:

@@ -65,6 +65,8 @@ class GrpcDraftClient:
         host: of the replica; drafters there come first.
     """
 
+    is_concurrent = True
+
     def __init__(
         self,
         *,

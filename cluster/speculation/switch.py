@@ -26,6 +26,12 @@ class SwitchReason(enum.StrEnum):
     NOT_CONFIGURED = "not_configured"
 
 
+_SIBLINGS = {
+    SpeculationMode.SPECULATIVE: SpeculationMode.GROUPED,
+    SpeculationMode.GROUPED: SpeculationMode.SPECULATIVE,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SwitchTiming:
     """How the switch behaves in time.
@@ -177,19 +183,29 @@ class SpeculationSwitch:
         evidence.promised_seconds = keep * evidence.promised_seconds + promised_seconds
 
     def correction(self, mode: SpeculationMode, now: float) -> float:
-        """Delivered over promised goodput of a mode, as far as is known; 1 where nothing is."""
+        """Delivered over promised goodput of a mode, as far as is known; 1 where nothing is.
+
+        Of a way to draft that was not in force lately as much is expected as of the other one: what
+        keeps one from its promise, host work or the drafter's confidences, mostly keeps both.
+        """
+        sibling = _SIBLINGS.get(mode)
+        prior = 1.0 if sibling is None else self._corrected(sibling, now, prior=1.0)
+        return self._corrected(mode, now, prior=prior)
+
+    def _corrected(self, mode: SpeculationMode, now: float, *, prior: float) -> float:
         evidence = self._evidence.get(mode)
         if evidence is None:
-            return 1.0
+            return prior
         keep = math.exp(-max(now - evidence.updated, 0.0) / self.timing.forget_s)
-        # As much as a tenth of the evidence's span speaks for the promise from the beginning.
+        # As much as a tenth of the evidence's span speaks for the prior from the beginning.
         prior_s = 0.1 * self.timing.evidence_s
         promised_tokens = keep * evidence.promised_tokens
         promised_s = keep * evidence.promised_seconds
         if promised_tokens <= 0 or promised_s <= 0:
-            return 1.0
+            return prior
         rate = promised_tokens / promised_s
-        delivered = (keep * evidence.tokens + prior_s * rate) / (keep * evidence.seconds + prior_s)
+        tokens = keep * evidence.tokens + prior_s * rate * prior
+        delivered = tokens / (keep * evidence.seconds + prior_s)
         return min(max(delivered / rate, 0.25), 4.0)
 
     def is_probe_due(self, now: float) -> bool:
