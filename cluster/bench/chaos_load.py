@@ -69,7 +69,7 @@ class Routers:
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self.latest: dict[str, ClusterStatus] = {}
-        self._clients = {address: AsyncClient(address) for address in addresses}
+        self._clients = {address: AsyncClient(address, resume_timeout_s=0) for address in addresses}
         self._ready: set[str] = set()
         self._watches: list[asyncio.Task[None]] = []
 
