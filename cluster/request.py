@@ -18,6 +18,7 @@ from cluster.grammar import Grammar
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 200_000  # in all of one prompt
 MAX_CHOICES = 16
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 256
@@ -81,6 +82,7 @@ class SamplingParams:
         logit_bias: token id -> added to its logit.
         ignore_eos: go on behind the end-of-sequence token.
         logprobs: number of top log-probabilities per token (0..20), or ``None`` for none at all.
+        prompt_logprobs: as ``logprobs``, of each prompt token but the first.
         skip_special_tokens: leave special tokens, as end-of-sequence, out of the text.
         include_stop_str_in_output: the text ends behind a stop string instead of in front of it.
         allowed_token_ids: the only tokens of an output, its end included; empty: all.
@@ -103,6 +105,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     allowed_token_ids: tuple[int, ...] = ()
@@ -154,10 +157,12 @@ class SamplingParams:
                 "sampling.min_tokens",
                 f"must be between 0 and max_tokens ({self.max_tokens}), got {self.min_tokens}",
             )
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise InvalidRequestError(
-                "sampling.logprobs", f"must be between 0 and {MAX_LOGPROBS}, got {self.logprobs}"
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MAX_LOGPROBS:
+                raise InvalidRequestError(
+                    f"sampling.{name}", f"must be between 0 and {MAX_LOGPROBS}, got {value}"
+                )
         _check_token_ids("sampling.stop_token_ids", self.stop_token_ids, vocab_size)
         _check_token_ids("sampling.logit_bias", self.logit_bias, vocab_size)
         for token_id, bias in self.logit_bias.items():
@@ -255,6 +260,14 @@ class Request:
         _check_token_ids("prompt.token_ids", self.prompt_token_ids, vocab_size)
         _check_token_ids("resume_token_ids", self.resume_token_ids, vocab_size)
         self.sampling.validate(vocab_size)
+        num_top = self.sampling.prompt_logprobs
+        if num_top is not None:
+            num_asked = (num_top + 1) * len(self.prompt_token_ids)
+            if num_asked > MAX_PROMPT_LOGPROBS:
+                raise InvalidRequestError(
+                    "sampling.prompt_logprobs",
+                    f"asks for {num_asked} log-probabilities; at most {MAX_PROMPT_LOGPROBS}",
+                )
         if len(self.resume_token_ids) >= self.sampling.max_tokens:
             raise InvalidRequestError(
                 "resume_token_ids",
@@ -341,6 +354,7 @@ class RequestOutput:
         token_offset: index in the completion of the first of ``token_ids`` (resumed tokens count).
         token_ids, token_sources: the new tokens, possibly none on the last output.
         logprobs: one per token where asked for, else empty.
+        prompt_logprobs: on the first output where asked for: one per prompt token but the first.
         finish_reason: set once, on the last output of a request that finished.
         usage: set with ``finish_reason``.
         error: set once instead, when the request ended without finishing.
@@ -351,6 +365,7 @@ class RequestOutput:
     token_ids: tuple[int, ...] = ()
     token_sources: tuple[TokenSource, ...] = ()
     logprobs: tuple[PositionLogprobs, ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: Exception | None = None

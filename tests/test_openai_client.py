@@ -82,6 +82,7 @@ def complete(client: OpenAI, prompt: Any = PROMPT, **fields: Any) -> Any:
 
 
 EXTENSIONS = (
+    "prompt_logprobs",
     "allowed_token_ids",
     "bad_words",
     "ignore_eos",
@@ -347,6 +348,32 @@ def test_a_stream_is_the_answer_in_pieces(client: OpenAI, fields: dict[str, Any]
             assert offsets == choice.logprobs.text_offset
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_an_echo_has_the_prompt_s_log_probabilities(client: OpenAI, stream: bool) -> None:
+    """Those of the output are as without an echo; those of the prompt go on as the output does."""
+    longer = PROMPT + complete(client, **GREEDY, max_tokens=8).choices[0].text
+    fields: dict[str, Any] = {**GREEDY, "logprobs": 2, "max_tokens": 4, "echo": True}
+    if stream:
+        pieces = [p.choices[0] for p in complete(client, longer, **fields, stream=True)]
+        text = "".join(piece.text for piece in pieces)
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        found = {n: [v for p in pieces for v in getattr(p.logprobs, n)] for n in names}
+    else:
+        choice = complete(client, longer, **fields).choices[0]
+        text, found = choice.text, vars(choice.logprobs)
+    plain = complete(client, longer, **{**fields, "echo": False}).choices[0]
+    assert text == longer + plain.text
+    assert "".join(found["tokens"]) == text
+    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        assert text[offset:].startswith(token)
+    assert found["token_logprobs"][0] is found["top_logprobs"][0] is None
+    assert found["token_logprobs"][-4:] == pytest.approx(plain.logprobs.token_logprobs, abs=1e-4)
+    # The last eight or so of the prompt are what the model itself says.
+    said = found["token_logprobs"][-10:-4]
+    best = [max(top.values()) for top in found["top_logprobs"][-10:-4]]
+    assert said == pytest.approx(best, abs=1e-4)
+
+
 def test_events_of_equal_length_tell_less(server: ApiServer) -> None:
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 12, "stream": True, **GREEDY}
     texts, lengths = [], []
@@ -581,6 +608,53 @@ def test_calls_that_may_be_made(server: ApiServer, client: OpenAI) -> None:
     assert with_none.choices[0].message.content == chat(client, **GREEDY).choices[0].message.content
 
 
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_former_functions_and_custom_tools(client: OpenAI, mode: str) -> None:
+    function = CITY_TOOL["function"]
+    former: dict[str, Any] = {
+        **GREEDY,
+        "functions": [function],
+        "function_call": {"name": "get_weather"},
+        "max_completion_tokens": 120,
+        "speculation": mode,
+    }
+    choice = chat(client, **former).choices[0]
+    assert choice.finish_reason == "function_call"
+    assert choice.message.function_call.name == "get_weather"
+    assert json.loads(choice.message.function_call.arguments)["city"] in ("Rome", "Oslo")
+    deltas = [piece.choices[0] for piece in chat(client, **former, stream=True)]
+    (streamed,) = [d.delta.function_call for d in deltas if d.delta.function_call]
+    assert vars(streamed) == vars(choice.message.function_call)
+    assert deltas[-1].finish_reason == "function_call"
+    spoken = [
+        *MESSAGES,
+        {"role": "assistant", "function_call": vars(streamed), "content": None},
+        {"role": "function", "name": "get_weather", "content": "sunny"},
+    ]
+    plain = {"function_call": "none", "max_completion_tokens": 4}
+    assert chat(client, **{**former, **plain}, messages=spoken).choices[0].finish_reason == "length"
+
+    pattern = {"type": "grammar", "grammar": {"syntax": "regex", "definition": "[ab]{3}c"}}
+    for given, wanted in (({}, r"(?s).*"), ({"format": pattern}, "[ab]{3}c")):
+        choice = chat(
+            client,
+            **SEEDED,
+            tools=[{"type": "custom", "custom": {"name": "run", **given}}],
+            tool_choice={"type": "custom", "custom": {"name": "run"}},
+            max_completion_tokens=200,
+            speculation=mode,
+        ).choices[0]
+        if choice.finish_reason == "length" and not given:
+            continue  # a text of any length need not end
+        (call,) = choice.message.tool_calls
+        assert (choice.finish_reason, call.type, call.custom.name) == (
+            "tool_calls",
+            "custom",
+            "run",
+        )
+        assert re.fullmatch(wanted, call.custom.input)
+
+
 # ------------------------------------------------------------------------------- refusals and ends
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -604,7 +678,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 3, "best_of": 2}, "best_of"),
     ({"best_of": 17}, "best_of"),
     ({"suffix": "end"}, "suffix"),
-    ({"echo": True, "logprobs": 1}, "echo"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
     ({"prompt": []}, "prompt"),
     ({"prompt": ""}, "prompt"),
     ({"prompt": [[]]}, "prompt"),
@@ -639,7 +713,10 @@ REFUSED_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": "word " * 5000}]}, "messages"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"functions": [{"name": "f"}]}, "functions"),
+    ({"functions": [{"name": "a b"}]}, "functions"),
+    ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call"),
+    ({"functions": [{"name": "f"}], "tools": [CITY_TOOL]}, "functions"),
+    ({"function_call": {"name": "f"}}, "function_call"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
     ({"tools": [CITY_TOOL, CITY_TOOL]}, "tools"),
@@ -670,7 +747,23 @@ REFUSED_CHATS: list[tuple[dict[str, Any], str]] = [
         },
         "tool_choice",
     ),
-    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools"),
+    (
+        {
+            "tools": [
+                {
+                    "type": "custom",
+                    "custom": {
+                        "name": "f",
+                        "format": {
+                            "type": "grammar",
+                            "grammar": {"syntax": "lark", "definition": "start: /a/"},
+                        },
+                    },
+                }
+            ]
+        },
+        "tools",
+    ),
     ({"modalities": ["audio"]}, "modalities"),
     ({"moderation": {"model": "x"}}, "moderation"),
     ({"reasoning_effort": "high"}, "reasoning_effort"),

@@ -50,6 +50,7 @@ class ChoiceRecord:
     token_sources: list[str] = field(default_factory=list)
     text_lengths: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     usage: Usage | None = None
 
@@ -65,6 +66,7 @@ class ChoiceRecord:
         self.token_sources += [source.name.lower() for source in chunk.token_sources]
         self.text_lengths += chunk.text_lengths
         self.logprobs += chunk.logprobs
+        self.prompt_logprobs += chunk.prompt_logprobs
         if chunk.finish_reason is not None:
             self.finish_reason = chunk.finish_reason.name.lower()
         self.usage = chunk.usage or self.usage

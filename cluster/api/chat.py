@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -19,10 +20,19 @@ from cluster.api.answers import (
     generated,
 )
 from cluster.api.fields import GenerationFields
-from cluster.api.logprobs import TokenTexts, chat_logprobs
+from cluster.api.logprobs import TokenTexts, chat_logprobs, prompt_logprobs
 from cluster.chat.template import ChatFields
 from cluster.chat.tool_calls import AnswerReader, ToolCall
-from cluster.chat.tools import Tool, ToolChoice
+from cluster.chat.tools import (
+    CUSTOM_INPUT,
+    AnyTool,
+    CustomTool,
+    FunctionTool,
+    NamedFunction,
+    NamedToolChoice,
+    Tool,
+    ToolChoice,
+)
 from cluster.errors import InvalidRequestError
 from cluster.rpc.chat_prompt import ChatPrompt
 from cluster.rpc.chunk import Chunk
@@ -45,9 +55,30 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
     max_tokens: int | None = Field(default=None, description="former name of max_completion_tokens")
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, description="0 to 20; needs logprobs: true")
-    tools: list[Tool] = Field(default_factory=list)
+    tools: list[AnyTool] = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
+    functions: list[FunctionTool] = Field(default_factory=list, description="former form of tools")
+    function_call: Literal["none", "auto"] | NamedFunction | None = Field(
+        default=None, description="former form of tool_choice"
+    )
+
+    def to_tools(self) -> tuple[Sequence[Tool | CustomTool], ToolChoice | None, bool]:
+        """Tools, the choice of them, and whether there may be several calls.
+
+        Raises:
+            InvalidRequestError: they are there in both forms, or a choice is without functions.
+        """
+        if not self.functions:
+            if isinstance(self.function_call, NamedFunction):
+                raise InvalidRequestError("function_call", "needs functions")
+            return self.tools, self.tool_choice, self.parallel_tool_calls
+        if self.tools or self.tool_choice is not None:
+            raise InvalidRequestError("functions", "cannot go with tools")
+        choice: Any = self.function_call
+        if isinstance(choice, NamedFunction):
+            choice = NamedToolChoice(type="function", function=choice)
+        return [Tool(type="function", function=f) for f in self.functions], choice, False
 
 
 class ChatCompletions:
@@ -64,7 +95,9 @@ class ChatCompletions:
         self._fields = fields
         self._prompt = prompt
         self._key = key
-        self._grammar_field = "tools" if prompt.may_call else fields.grammar_field
+        self._names = _names(fields)
+        if prompt.may_call:
+            self._names["sampling.grammar"] = "functions" if fields.functions else "tools"
         kind = "chat.completion.chunk" if fields.stream else "chat.completion"
         self._envelope = Envelope.new("chatcmpl", kind, router.model_name)
         self._texts = TokenTexts(router.vocabulary)
@@ -86,15 +119,16 @@ class ChatCompletions:
             logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
             grammar=fields.to_grammar(),
         )
-        with client_fields({**_FIELD_NAMES, "sampling.grammar": fields.grammar_field}):
+        tools, tool_choice, parallel_tool_calls = fields.to_tools()
+        with client_fields(_names(fields)):
             prompt = await ChatPrompt.of(
                 fields,
                 sampling,
                 template=router.chat_template,
                 encoder=router.encoder,
-                tools=fields.tools,
-                tool_choice=fields.tool_choice,
-                parallel_tool_calls=fields.parallel_tool_calls,
+                tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
             )
         return cls(router, fields, prompt, key)
 
@@ -105,7 +139,8 @@ class ChatCompletions:
             async for chunk in chunks:
                 records[chunk.choice_index].add(chunk)
         choices = [self._choice(index, record) for index, record in sorted(records.items())]
-        return self._envelope.of(choices, self._usage.usage())
+        body = self._envelope.of(choices, self._usage.usage())
+        return body | self._prompt_logprobs(records[0])
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer piece by piece. Raises: DsparkError."""
@@ -116,9 +151,10 @@ class ChatCompletions:
             async for chunk in chunks:
                 index = chunk.choice_index
                 if index not in streams:
-                    streams[index] = _ChoiceStream(reads_calls=self._prompt.may_call)
+                    streams[index] = _ChoiceStream(self._fields, reads_calls=self._prompt.may_call)
                     first = {"role": "assistant", "content": ""}
-                    yield self._event(index, first, {}, with_usage)
+                    event = self._event(index, first, {}, with_usage)
+                    yield event | (self._prompt_logprobs(chunk) if index == 0 else {})
                 extra: dict[str, Any] = {}
                 if self._fields.logprobs:
                     extra["logprobs"] = chat_logprobs(chunk.logprobs, self._texts)
@@ -141,12 +177,19 @@ class ChatCompletions:
             num_choices=self._fields.n,
             key=self._key,
             request_id=self._envelope.id,
-            field_names={**_FIELD_NAMES, "sampling.grammar": self._grammar_field},
+            field_names=self._names,
         )
         async with aclosing(stream) as chunks:
             async for _, chunk in chunks:
                 self._usage.add(0, chunk)
                 yield chunk
+
+    def _prompt_logprobs(self, piece: ChoiceRecord | Chunk) -> dict[str, Any]:
+        """Of the conversation, if they were asked for, as the beginning of a choice has them."""
+        num_top = self._fields.prompt_logprobs
+        if num_top is None:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(piece.prompt_logprobs, num_top, self._texts)}
 
     def _event(
         self, index: int, delta: dict[str, Any], extra: dict[str, Any], with_usage: bool
@@ -156,7 +199,7 @@ class ChatCompletions:
 
     def _choice(self, index: int, record: ChoiceRecord) -> dict[str, Any]:
         parts = AnswerReader(reads_calls=self._prompt.may_call).push(record.text, is_last=True)
-        calls = [part.to_json() for part in parts if isinstance(part, ToolCall)]
+        calls = [part for part in parts if isinstance(part, ToolCall)]
         content = "".join(part for part in parts if isinstance(part, str))
         message: dict[str, Any] = {
             "role": "assistant",
@@ -164,9 +207,12 @@ class ChatCompletions:
             "refusal": None,
         }
         reason = record.finish_reason
-        if calls:
-            message["tool_calls"] = calls
-            reason = "tool_calls" if reason == "stop" else reason
+        if calls and self._fields.functions:
+            message["function_call"] = _function_call(calls[0])
+        elif calls:
+            message["tool_calls"] = [_call(call, self._fields) for call in calls]
+        if calls and reason == "stop":
+            reason = _reason(self._fields)
         choice = {"index": index, "message": message, "finish_reason": reason, "logprobs": None}
         if self._fields.logprobs:
             choice["logprobs"] = chat_logprobs(record.logprobs, self._texts)
@@ -176,7 +222,8 @@ class ChatCompletions:
 class _ChoiceStream:
     """One choice's deltas."""
 
-    def __init__(self, *, reads_calls: bool) -> None:
+    def __init__(self, fields: ChatCompletionRequest, *, reads_calls: bool) -> None:
+        self._fields = fields
         self._reader = AnswerReader(reads_calls=reads_calls)
         self._num_calls = 0
 
@@ -187,10 +234,42 @@ class _ChoiceStream:
         for part in self._reader.push(chunk.text, is_last=reason is not None):
             if isinstance(part, str):
                 deltas.append({"content": part})
+                continue
+            if self._fields.functions:
+                deltas.append({"function_call": _function_call(part)})
             else:
-                deltas.append({"tool_calls": [{"index": self._num_calls, **part.to_json()}]})
-                self._num_calls += 1
-        return deltas, "tool_calls" if reason == "stop" and self._num_calls else reason
+                call = {"index": self._num_calls, **_call(part, self._fields)}
+                deltas.append({"tool_calls": [call]})
+            self._num_calls += 1
+        if reason == "stop" and self._num_calls:
+            reason = _reason(self._fields)
+        return deltas, reason
+
+
+def _names(fields: ChatCompletionRequest) -> dict[str, str]:
+    """How the client wrote fields that are named otherwise, for errors."""
+    names = {**_FIELD_NAMES, "sampling.grammar": fields.grammar_field}
+    if fields.functions:
+        names |= {"tools": "functions", "tool_choice": "function_call"}
+    return names
+
+
+def _call(call: ToolCall, fields: ChatCompletionRequest) -> dict[str, Any]:
+    """As in a message."""
+    for tool in fields.tools:
+        if isinstance(tool, CustomTool) and tool.custom.name == call.name:
+            given = {"name": call.name, "input": json.loads(call.arguments)[CUSTOM_INPUT]}
+            return {"id": call.id, "type": "custom", "custom": given}
+    return {"id": call.id, "type": "function", "function": _function_call(call)}
+
+
+def _function_call(call: ToolCall) -> dict[str, Any]:
+    return {"name": call.name, "arguments": call.arguments}
+
+
+def _reason(fields: ChatCompletionRequest) -> str:
+    """Why an answer ends that has called."""
+    return "function_call" if fields.functions else "tool_calls"
 
 
 def _max_tokens(fields: ChatCompletionRequest, max_model_len: int) -> int:

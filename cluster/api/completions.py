@@ -18,7 +18,13 @@ from cluster.api.answers import (
     generated,
 )
 from cluster.api.fields import GenerationFields
-from cluster.api.logprobs import TokenTexts, completion_logprobs
+from cluster.api.logprobs import (
+    TokenTexts,
+    completion_logprobs,
+    echoed_logprobs,
+    prompt_logprobs,
+)
+from cluster.engine.text import TextStream
 from cluster.errors import InvalidRequestError
 from cluster.request import SamplingParams
 from cluster.rpc.chunk import Chunk
@@ -84,14 +90,11 @@ class Completions:
         ranks = fields.best_of is not None and fields.best_of > fields.n
         if ranks and fields.stream:
             raise InvalidRequestError("best_of", "above n cannot go with stream: true")
-        if fields.echo and fields.logprobs is not None:
-            raise InvalidRequestError(
-                "echo", "with logprobs is not served: there are none of the prompt"
-            )
         sampling = fields.to_sampling(
             max_tokens=fields.max_tokens,
             logprobs=0 if ranks and fields.logprobs is None else fields.logprobs,
             grammar=fields.to_grammar(),
+            prompt_logprobs=fields.logprobs if fields.echo else None,
         )
         prompts = [
             await router.encoder.encode(prompt, add_special_tokens=fields.add_special_tokens)
@@ -112,10 +115,7 @@ class Completions:
             prefix = self._prefix(index)
             choice = {"index": index, "text": prefix + record.text}
             choice |= {"finish_reason": record.finish_reason, "logprobs": None}
-            if self._fields.logprobs is not None:
-                choice["logprobs"] = completion_logprobs(
-                    record.logprobs, record.text_lengths, len(prefix), self._texts
-                )
+            choice |= self._logprobs(index, record, len(prefix), is_first=True)
             choices.append(choice | extensions(self._fields, record))
         return self._envelope.of(choices, self._usage.usage())
 
@@ -126,13 +126,16 @@ class Completions:
         lengths: dict[int, int] = {}
         async with aclosing(self._chunks()) as chunks:
             async for index, chunk in chunks:
-                text = chunk.text
-                if index not in lengths:
-                    text = self._prefix(index) + text
-                offset = lengths.get(index, 0)
-                lengths[index] = offset + len(text)
+                is_first = index not in lengths
+                prefix = self._prefix(index) if is_first else ""
+                offset = lengths.get(index, 0) + len(prefix)
+                lengths[index] = offset + len(chunk.text)
+                choice = {"index": index, "text": prefix + chunk.text, "logprobs": None}
+                reason = chunk.finish_reason
+                choice["finish_reason"] = None if reason is None else reason.name.lower()
+                choice |= self._logprobs(index, chunk, offset, is_first=is_first)
                 yield self._envelope.of(
-                    [self._delta(index, text, offset, chunk)],
+                    [choice | extensions(self._fields, chunk)],
                     self._usage.usage() if with_usage else None,
                 )
         if options is not None and options.include_usage:
@@ -167,19 +170,32 @@ class Completions:
             best += candidates[: self._fields.n]
         return best
 
-    def _delta(self, index: int, text: str, offset: int, chunk: Chunk) -> dict[str, Any]:
-        reason = chunk.finish_reason
-        choice: dict[str, Any] = {
-            "index": index,
-            "text": text,
-            "finish_reason": None if reason is None else reason.name.lower(),
-            "logprobs": None,
-        }
-        if self._fields.logprobs is not None:
-            choice["logprobs"] = completion_logprobs(
-                chunk.logprobs, chunk.text_lengths, offset, self._texts
+    def _logprobs(
+        self, index: int, piece: ChoiceRecord | Chunk, offset: int, *, is_first: bool
+    ) -> dict[str, Any]:
+        """What was asked for of a piece of a choice, or of the whole.
+
+        Args:
+            offset: where the piece begins in the choice's text, an echoed prompt included.
+            is_first: whether it is the choice's beginning.
+        """
+        fields, extra = self._fields, {}
+        if is_first and fields.prompt_logprobs is not None:
+            extra["prompt_logprobs"] = prompt_logprobs(
+                piece.prompt_logprobs, fields.prompt_logprobs, self._texts
             )
-        return choice | extensions(self._fields, chunk)
+        if fields.logprobs is None:
+            return extra
+        shaped = completion_logprobs(piece.logprobs, piece.text_lengths, offset, self._texts)
+        if is_first and fields.echo:
+            prompt = self._prompts[index // fields.n]
+            stream = TextStream(self._router.tokenizer)
+            lengths = [len(stream.push(token_id).text) for token_id in prompt]
+            echoed = echoed_logprobs(
+                prompt, piece.prompt_logprobs, lengths, fields.logprobs, self._texts
+            )
+            shaped = {name: echoed[name] + values for name, values in shaped.items()}
+        return {**extra, "logprobs": shaped}
 
     def _prefix(self, index: int) -> str:
         """What a choice's text begins with."""

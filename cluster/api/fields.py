@@ -105,6 +105,9 @@ class GenerationFields(Fields):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[str, float] = Field(default_factory=dict, description="by token id")
+    prompt_logprobs: int | None = Field(
+        default=None, description="top log-probabilities of a prompt token, 0 to 20"
+    )
     skip_special_tokens: bool = Field(
         default=True, description="leave special tokens, as end-of-sequence, out of the text"
     )
@@ -152,9 +155,22 @@ class GenerationFields(Fields):
         return self.structured_outputs.to_grammar()
 
     def to_sampling(
-        self, *, max_tokens: int, logprobs: int | None, grammar: Grammar | None
+        self,
+        *,
+        max_tokens: int,
+        logprobs: int | None,
+        grammar: Grammar | None,
+        prompt_logprobs: int | None = None,
     ) -> SamplingParams:
-        """The sampling parameters, not checked yet. Raises: InvalidRequestError."""
+        """The sampling parameters, not checked yet.
+
+        Args:
+            prompt_logprobs: that are needed whether the field asks for them or not.
+
+        Raises:
+            InvalidRequestError: a token of ``logit_bias`` is no number.
+        """
+        wanted = [n for n in (prompt_logprobs, self.prompt_logprobs) if n is not None]
         return SamplingParams(
             temperature=self.temperature,
             top_k=0 if self.top_k == -1 else self.top_k,
@@ -171,6 +187,7 @@ class GenerationFields(Fields):
             logit_bias={_token_id(name): bias for name, bias in self.logit_bias.items()},
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            prompt_logprobs=max(wanted, default=None),
             skip_special_tokens=self.skip_special_tokens,
             include_stop_str_in_output=self.include_stop_str_in_output,
             allowed_token_ids=tuple(self.allowed_token_ids),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.engine.vocabulary import Vocabulary
-from cluster.request import PositionLogprobs
+from cluster.request import PositionLogprobs, TokenLogprob
 
 _LOWEST = -9999.0  # of a token without any chance: JSON has no infinity
 
@@ -35,7 +35,7 @@ def completion_logprobs(
     text_lengths: Sequence[int],
     first_offset: int,
     texts: TokenTexts,
-) -> dict[str, Any]:
+) -> dict[str, list[Any]]:
     """The shape of ``/v1/completions``.
 
     Args:
@@ -56,6 +56,47 @@ def completion_logprobs(
         ],
         "text_offset": offsets,
     }
+
+
+def echoed_logprobs(
+    prompt: Sequence[int],
+    positions: Sequence[PositionLogprobs],
+    text_lengths: Sequence[int],
+    num_top: int,
+    texts: TokenTexts,
+) -> dict[str, list[Any]]:
+    """The same shape for a prompt, of whose first token nothing is known.
+
+    Args:
+        positions: of the prompt's other tokens.
+        text_lengths: characters that each of the prompt's tokens made final.
+        num_top: of the best ones that were asked for; there may be more.
+    """
+    kept = [PositionLogprobs(position.chosen, position.top[:num_top]) for position in positions]
+    shaped = completion_logprobs(kept, text_lengths[1:], text_lengths[0], texts)
+    first = {"tokens": texts.text(prompt[0]), "text_offset": 0}
+    return {name: [first.get(name), *values] for name, values in shaped.items()}
+
+
+def prompt_logprobs(
+    positions: Sequence[PositionLogprobs], num_top: int, texts: TokenTexts
+) -> list[dict[str, Any] | None]:
+    """vLLM's shape for a prompt: by token id; of the first token nothing is known.
+
+    A rank is known of the best ``num_top`` alone.
+    """
+
+    def entry(token: TokenLogprob, rank: int | None) -> dict[str, Any]:
+        text = texts.text(token.token_id)
+        return {"logprob": _finite(token.logprob), "rank": rank, "decoded_token": text}
+
+    shaped: list[dict[str, Any] | None] = [None]
+    for position in positions:
+        entries = {str(position.chosen.token_id): entry(position.chosen, None)}
+        for rank, token in enumerate(position.top[:num_top], 1):
+            entries[str(token.token_id)] = entry(token, rank)
+        shaped.append(entries)
+    return shaped
 
 
 def chat_logprobs(positions: Sequence[PositionLogprobs], texts: TokenTexts) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from cluster.api.answers import check_model
 from cluster.chat.fields import Fields
 from cluster.chat.template import ChatFields, Message
-from cluster.chat.tools import Tool
+from cluster.chat.tools import AnyTool
 from cluster.errors import InvalidRequestError
 from cluster.rpc.router import RouterServer
 
@@ -20,7 +20,9 @@ class TokenizeRequest(ChatFields):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] = Field(default_factory=list)
-    tools: list[Tool] = Field(default_factory=list, description="with messages, as a chat has them")
+    tools: list[AnyTool] = Field(
+        default_factory=list, description="with messages, as a chat has them"
+    )
     add_special_tokens: bool | None = Field(
         default=None, description="unset: with a prompt, and not with messages"
     )

@@ -26,12 +26,9 @@ _WITHOUT_EFFECT = frozenset(
 _NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
     "length_penalty": (1.0,),
     "modalities": (["text"],),
     "moderation": (),
-    "prompt_logprobs": (),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
@@ -43,10 +40,7 @@ _NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
 # Why, where "is not served" does not say enough.
 REFUSALS = dict.fromkeys(_NOTHING_ASKED, "is not served") | {
     "audio": "is not served: text only",
-    "function_call": "is not served: use tool_choice",
-    "functions": "is not served: use tools",
     "modalities": "is not served: text only",
-    "prompt_logprobs": "is not served: log-probabilities are of output tokens",
     "suffix": "is not served: text is only continued",
 }
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.chat.fields import Fields
 from cluster.chat.tool_calls import BEGIN
-from cluster.chat.tools import Tool
+from cluster.chat.tools import CUSTOM_INPUT, CustomTool, Tool
 from cluster.errors import ConfigError, InvalidRequestError
 
 # For a model without a template of its own, where it is asked for: ChatML, with Hermes' tools.
@@ -88,13 +88,32 @@ class EarlierCall(Fields):
     function: CalledFunction
 
 
-class Message(Fields):
-    """One message of a conversation. ``developer`` is another name for ``system``."""
+class CustomInput(Fields):
+    """The custom tool of an earlier call, and the text it was given."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    name: str
+    input: str
+
+
+class EarlierCustomCall(Fields):
+    """A call of a custom tool in an earlier answer."""
+
+    id: str = ""
+    type: Literal["custom"]
+    custom: CustomInput
+
+
+class Message(Fields):
+    """One message of a conversation.
+
+    ``developer`` is another name for ``system``, and ``function`` a former one for ``tool``.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
     name: str | None = None
-    tool_calls: list[EarlierCall] = Field(default_factory=list)
+    tool_calls: list[EarlierCall | EarlierCustomCall] = Field(default_factory=list)
+    function_call: CalledFunction | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
@@ -106,13 +125,16 @@ class Message(Fields):
             content = "".join(part.text for part in content)
         if content is None:
             content = self.refusal
-        role = "system" if self.role == "developer" else self.role
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         message: dict[str, Any] = {"role": role, "content": content}
         for name in ("name", "tool_call_id", "reasoning_content"):
             if (value := getattr(self, name)) is not None:
                 message[name] = value
-        if self.tool_calls:
-            message["tool_calls"] = [_call_for_template(call) for call in self.tool_calls]
+        calls = list(self.tool_calls)
+        if self.function_call is not None:
+            calls.append(EarlierCall(function=self.function_call))
+        if calls:
+            message["tool_calls"] = [_call_for_template(call) for call in calls]
         return message
 
 
@@ -168,7 +190,7 @@ class ChatTemplate:
         text = json.dumps(self._template)
         return BEGIN in text and "tools" in text and not any(form in text for form in _OTHER_FORMS)
 
-    async def render(self, fields: ChatFields, tools: Sequence[Tool] = ()) -> str:
+    async def render(self, fields: ChatFields, tools: Sequence[Tool | CustomTool] = ()) -> str:
         """The prompt. Raises: InvalidRequestError."""
         if self._template is None:
             raise InvalidRequestError(
@@ -191,7 +213,10 @@ class ChatTemplate:
                 )
             variables = {**variables, "reasoning_effort": fields.reasoning_effort}
         messages = [message.for_template() for message in fields.messages]
-        described = [tool.model_dump(exclude_unset=True) for tool in tools]
+        described = [
+            {"type": "function", "function": tool.definition.model_dump(exclude_unset=True)}
+            for tool in tools
+        ]
         template = self._template
         if isinstance(template, dict):
             template = self._tokenizer.get_chat_template(None, described or None)
@@ -227,8 +252,11 @@ def read_template(configured: str | None) -> str | None:
         ) from None
 
 
-def _call_for_template(call: EarlierCall) -> dict[str, Any]:
+def _call_for_template(call: EarlierCall | EarlierCustomCall) -> dict[str, Any]:
     """Templates write arguments as JSON themselves."""
+    if isinstance(call, EarlierCustomCall):
+        given = {"name": call.custom.name, "arguments": {CUSTOM_INPUT: call.custom.input}}
+        return {"id": call.id, "type": "function", "function": given}
     try:
         arguments = json.loads(call.function.arguments)
     except ValueError:

@@ -20,6 +20,7 @@ from cluster.errors import InvalidRequestError
 from cluster.grammar import Grammar, GrammarKind
 
 MAX_TOOLS = 128
+CUSTOM_INPUT = "input"  # the one argument of a custom tool
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -35,10 +36,71 @@ class FunctionTool(Fields):
 
 
 class Tool(Fields):
-    """A tool; functions are the only ones."""
+    """A function as a tool."""
 
     type: Literal["function"]
     function: FunctionTool
+
+    @property
+    def definition(self) -> FunctionTool:
+        """What the model is told of."""
+        return self.function
+
+
+class TextFormat(Fields):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class InputGrammar(Fields):
+    """What a custom tool's input must be."""
+
+    definition: str
+    syntax: Literal["regex"]
+
+
+class GrammarFormat(Fields):
+    """Text that follows a grammar."""
+
+    type: Literal["grammar"]
+    grammar: InputGrammar
+
+
+class CustomDefinition(Fields):
+    """A tool whose input is a text."""
+
+    name: str
+    description: str | None = None
+    format: Annotated[TextFormat | GrammarFormat, Field(discriminator="type")] | None = None
+
+
+class CustomTool(Fields):
+    """A custom tool, which the model sees as a function of one string."""
+
+    type: Literal["custom"]
+    custom: CustomDefinition
+
+    @property
+    def definition(self) -> FunctionTool:
+        """What the model is told of."""
+        custom = self.custom
+        text = {"type": "string"}
+        if isinstance(custom.format, GrammarFormat):
+            text["pattern"] = f"^(?:{custom.format.grammar.definition})$"
+        parameters = {
+            "type": "object",
+            "properties": {CUSTOM_INPUT: text},
+            "required": [CUSTOM_INPUT],
+            "additionalProperties": False,
+        }
+        given: dict[str, Any] = {}
+        if custom.description is not None:
+            given["description"] = custom.description
+        return FunctionTool(name=custom.name, parameters=parameters, **given)
+
+
+AnyTool = Annotated[Tool | CustomTool, Field(discriminator="type")]
 
 
 class NamedFunction(Fields):
@@ -53,12 +115,32 @@ class NamedToolChoice(Fields):
     type: Literal["function"]
     function: NamedFunction
 
+    @property
+    def name(self) -> str:
+        """Of the tool."""
+        return self.function.name
+
+
+class NamedCustomChoice(Fields):
+    """The custom tool that must be called."""
+
+    type: Literal["custom"]
+    custom: NamedFunction
+
+    @property
+    def name(self) -> str:
+        """Of the tool."""
+        return self.custom.name
+
 
 class AllowedTools(Fields):
     """Those of the tools that may be called, and whether one must be."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedToolChoice], Field(min_length=1)]
+    tools: Annotated[
+        list[Annotated[NamedToolChoice | NamedCustomChoice, Field(discriminator="type")]],
+        Field(min_length=1),
+    ]
 
 
 class AllowedToolsChoice(Fields):
@@ -70,7 +152,9 @@ class AllowedToolsChoice(Fields):
 
 ToolChoice = (
     Literal["none", "auto", "required"]
-    | Annotated[NamedToolChoice | AllowedToolsChoice, Field(discriminator="type")]
+    | Annotated[
+        NamedToolChoice | NamedCustomChoice | AllowedToolsChoice, Field(discriminator="type")
+    ]
 )
 
 
@@ -109,7 +193,7 @@ class ToolUse:
 
 
 def tool_use(
-    tools: Sequence[Tool], choice: ToolChoice | None, *, may_repeat: bool
+    tools: Sequence[Tool | CustomTool], choice: ToolChoice | None, *, may_repeat: bool
 ) -> ToolUse | None:
     """What is asked for; ``None`` where no tool may be called.
 
@@ -127,7 +211,7 @@ def tool_use(
         return None
     if len(tools) > MAX_TOOLS:
         raise InvalidRequestError("tools", f"at most {MAX_TOOLS}")
-    functions = [tool.function for tool in tools]
+    functions = [tool.definition for tool in tools]
     names = [function.name for function in functions]
     for name in names:
         if not _NAME.fullmatch(name):
@@ -136,7 +220,7 @@ def tool_use(
             )
     if len(set(names)) < len(names):
         raise InvalidRequestError("tools", "two functions have the same name")
-    if isinstance(choice, NamedToolChoice):
+    if isinstance(choice, NamedToolChoice | NamedCustomChoice):
         return ToolUse(_named(functions, [choice]), must_call=True, may_repeat=False)
     if isinstance(choice, AllowedToolsChoice):
         allowed = choice.allowed_tools
@@ -146,10 +230,10 @@ def tool_use(
 
 
 def _named(
-    functions: Sequence[FunctionTool], choices: Sequence[NamedToolChoice]
+    functions: Sequence[FunctionTool], choices: Sequence[NamedToolChoice | NamedCustomChoice]
 ) -> list[FunctionTool]:
     """The functions that are named. Raises: InvalidRequestError."""
-    wanted = {choice.function.name for choice in choices}
+    wanted = {choice.name for choice in choices}
     if unknown := wanted.difference(function.name for function in functions):
         raise InvalidRequestError("tool_choice", f"'{min(unknown)}' is none of the tools")
     return [function for function in functions if function.name in wanted]

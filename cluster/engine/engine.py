@@ -25,6 +25,7 @@ from cluster.engine.pages import PagePool
 from cluster.engine.planning import RecordObserver
 from cluster.engine.prefix_cache import PrefixCache
 from cluster.engine.profile import StepProbe
+from cluster.engine.prompt_scores import take_prompt_scores
 from cluster.engine.runner import Runner
 from cluster.engine.sampler import SampleOutput, Sampler
 from cluster.engine.scheduler import ScheduledSequence, Scheduler, flatten
@@ -351,7 +352,7 @@ class Engine:
 
     def _finish(self, done: _Pass) -> list[RequestOutput]:
         """Samples a pass's tokens, commits them, ends what is done and announces what goes on."""
-        logits = self._runner.collect()
+        logits = take_prompt_scores(self._runner.collect(), done.entries)
         sampling = [entry for entry in done.entries if entry.samples]
         samples = iter(self._sampler.sample(logits, [e.sample_input for e in sampling]))
         outputs: list[RequestOutput] = []
@@ -424,7 +425,8 @@ class Engine:
             self._num_by_budget.append(0)
         self._num_by_budget[num_drafts] += 1
         self._num_output_tokens += kept
-        if offset == len(sequence.request.resume_token_ids):
+        is_first = offset == len(sequence.request.resume_token_ids)
+        if is_first:
             self._num_prompt_tokens += sequence.num_prompt_tokens
         output = RequestOutput(
             request_id=sequence.request.request_id,
@@ -432,6 +434,7 @@ class Engine:
             token_ids=sample.token_ids[:kept],
             token_sources=sample.token_sources[:kept],
             logprobs=sample.logprobs[:kept],
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first else (),
             finish_reason=reason,
             usage=sequence.usage() if reason is not None else None,
         )

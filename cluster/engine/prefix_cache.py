@@ -62,9 +62,12 @@ class PrefixCache:
         )
 
     def match(self, sequence: Sequence) -> list[int]:
-        """The pages of the longest prefix that is there; nobody holds them by that yet."""
+        """The pages of the longest prefix that is there; nobody holds them by that yet.
+
+        None, where log-probabilities of the prompt are wanted: they come with computing it.
+        """
         found: list[int] = []
-        if not self._is_enabled:
+        if not self._is_enabled or sequence.wants_prompt_logprobs:
             return found
         for index in range((len(sequence.token_ids) - 1) // self._pages.page_size):
             page = self._pages.find(self._digest(sequence, index))

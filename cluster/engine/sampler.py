@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from cluster.engine.grammar import GrammarMasks, GrammarMatcher
+from cluster.engine.logprobs import position_logprobs
 from cluster.engine.token_rules import TokenRules
-from cluster.request import PositionLogprobs, SamplingParams, TokenLogprob, TokenSource
+from cluster.request import PositionLogprobs, SamplingParams, TokenSource
 from cluster.speculation.coupling import coupled_pick, gumbel_noise
 from cluster.speculation.proposal import DraftProposal, dequantize_draft_probs
 from cluster.speculation.sampling import (
@@ -379,14 +380,5 @@ def _to_outputs(verification: Verification, block: _Block) -> list[SampleOutput]
 
 def _with_logprobs(output: SampleOutput, num_top: int, logits: torch.Tensor) -> SampleOutput:
     """Adds the target's own log-probabilities, of its unprocessed logits ``[rows, V]``."""
-    logprobs = logits[: len(output.token_ids)].log_softmax(dim=-1)
-    best = logprobs.topk(num_top, dim=-1) if num_top else None
-    positions = []
-    for row, token_id in enumerate(output.token_ids):
-        tops: tuple[TokenLogprob, ...] = ()
-        if best is not None:
-            pairs = zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
-            tops = tuple(TokenLogprob(i, v) for i, v in pairs)
-        chosen = TokenLogprob(token_id, float(logprobs[row, token_id]))
-        positions.append(PositionLogprobs(chosen, tops))
+    positions = position_logprobs(logits, output.token_ids, num_top)
     return replace(output, logprobs=tuple(positions))

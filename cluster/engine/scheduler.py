@@ -28,6 +28,8 @@ from cluster.errors import QueueFullError
 from cluster.speculation.speculation_plan import PassLoad
 
 _FIRST_MEAN_OUTPUT_TOKENS = 128.0
+# Rows of logits that a pass may have for prompts: each is as long as the vocabulary.
+MAX_SCORED_ROWS = 256
 _MEAN_OUTPUT_WEIGHT = 0.05  # of each output that ends
 
 
@@ -43,6 +45,16 @@ class ScheduledSequence:
     def samples(self) -> bool:
         """Whether the pass reaches the sequence's last committed token, so that it samples."""
         return self.num_tokens == self.sequence.num_missing_tokens
+
+    @property
+    def scored(self) -> range:
+        """Positions of the prompt whose next tokens' log-probabilities the pass gives."""
+        sequence = self.sequence
+        if not sequence.wants_prompt_logprobs:
+            return range(0)
+        start = sequence.num_computed_tokens
+        end = min(start + self.num_tokens, sequence.num_prompt_tokens - 1)
+        return range(max(start, len(sequence.prompt_logprobs)), end)
 
     @property
     def sample_input(self) -> SampleInput:
@@ -189,6 +201,7 @@ class Scheduler:
             drafts: draft tokens to verify, by sequence, within ``draft_limits``.
         """
         budget = self._config.max_num_batched_tokens
+        room = MAX_SCORED_ROWS
         scheduled: list[ScheduledSequence] = []
         members = self.group_members(group)
         members.sort(key=lambda s: s.num_missing_tokens > 1)  # stable: decoding ones first
@@ -197,20 +210,25 @@ class Scheduler:
                 break
             if sequence not in self.running:
                 continue  # preempted by one before it
-            chosen = self._fit(sequence, drafts.get(sequence, ()), budget, scheduled)
+            limit = min(budget, room) if sequence.wants_prompt_logprobs else budget
+            if limit == 0:
+                continue
+            chosen = self._fit(sequence, drafts.get(sequence, ()), limit, scheduled)
             if chosen is not None:
                 scheduled.append(chosen)
                 budget -= chosen.num_tokens + len(chosen.draft_token_ids)
+                room -= len(chosen.scored)
         sizes = self._group_sizes()
         while self.waiting and budget > 0 and len(self.running) < self._config.max_num_seqs:
             sequence = self.waiting[0]
-            if sizes.index(min(sizes)) != group:
+            limit = min(budget, room) if sequence.wants_prompt_logprobs else budget
+            if sizes.index(min(sizes)) != group or limit == 0:
                 break
             found = self._prefixes.match(sequence)
             if not self._admits(sequence, found):
                 break
             self._prefixes.start(sequence, found)
-            num_tokens = min(sequence.num_missing_tokens, budget)
+            num_tokens = min(sequence.num_missing_tokens, limit)
             self._pages.grow(sequence.pages, len(sequence.token_ids))
             self.waiting.pop(0)
             self._num_waiting_tokens -= sequence.num_waiting_tokens
@@ -219,6 +237,7 @@ class Scheduler:
             self.running[sequence] = None
             scheduled.append(self._entry(sequence, num_tokens, ()))
             budget -= num_tokens
+            room -= len(scheduled[-1].scored)
         return scheduled
 
     def _admits(self, sequence: Sequence, found: list[int]) -> bool:
@@ -301,6 +320,7 @@ def flatten(entries: list[ScheduledSequence], page_size: int) -> StepInput:
         sequence = entry.sequence
         start = sequence.num_computed_tokens
         end = start + entry.num_tokens
+        logit_rows += (len(token_ids) + position - start for position in entry.scored)
         token_ids += sequence.token_ids[start:end]
         if entry.samples:
             first = len(token_ids) - 1

@@ -12,7 +12,7 @@ from cluster.engine.grammar import GrammarMatcher
 from cluster.engine.text import TextStream
 from cluster.engine.token_rules import TokenRules
 from cluster.errors import DeadlineExceededError, InvalidRequestError, QueueFullError
-from cluster.request import FinishReason, Request, SpeculationStats, Usage
+from cluster.request import FinishReason, PositionLogprobs, Request, SpeculationStats, Usage
 from cluster.speculation.proposal import DraftProposal
 
 
@@ -39,6 +39,7 @@ class Sequence:
         text: present where stop strings must be looked for.
         grammar: present where the output must follow one; it stands behind the output so far.
         rules: present where only some tokens may come.
+        prompt_logprobs: of the prompt's tokens from the second on, as far as they were computed.
     """
 
     request: Request
@@ -60,6 +61,7 @@ class Sequence:
     text: TextStream | None = None
     grammar: GrammarMatcher | None = None
     rules: TokenRules | None = None
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     proposal: DraftProposal | None = None
     session: SessionKey | None = None
@@ -120,6 +122,14 @@ class Sequence:
     def has_started(self) -> bool:
         """Whether anything of it was ever computed, or found."""
         return self.num_cached_tokens is not None
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether some of its prompt's log-probabilities are still to be computed."""
+        return (
+            self.request.sampling.prompt_logprobs is not None
+            and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+        )
 
     @property
     def room(self) -> int:

@@ -33,7 +33,7 @@ _FIELD_NAMES = {
     "tools": "conversation.tools",
 }
 _SAME_FIELDS = ("request_id", "choice_index", "attempt", "token_offset", "finish_reason")
-_SAME_LISTS = ("token_ids", "token_sources", "logprobs", "text_lengths")
+_SAME_LISTS = ("token_ids", "token_sources", "logprobs", "text_lengths", "prompt_logprobs")
 
 
 async def chat(

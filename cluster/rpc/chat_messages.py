@@ -8,11 +8,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cluster.chat.template import CalledFunction, ChatFields, EarlierCall, Message
+from cluster.chat.template import (
+    CalledFunction,
+    ChatFields,
+    EarlierCall,
+    EarlierCustomCall,
+    Message,
+)
 from cluster.chat.tools import (
     AllowedTools,
     AllowedToolsChoice,
     FunctionTool,
+    NamedCustomChoice,
     NamedFunction,
     NamedToolChoice,
     Tool,
@@ -68,7 +75,7 @@ def tool_choice_from_proto(message: chat_pb2.ToolChoice) -> ToolChoice:
         return mode
     if mode == "none":
         raise InvalidRequestError("tool_choice", "names none of the tools and some")
-    named = [
+    named: list[NamedToolChoice | NamedCustomChoice] = [
         NamedToolChoice(type="function", function=NamedFunction(name=name))
         for name in message.names
     ]
@@ -86,7 +93,7 @@ def _message(message: chat_pb2.Message) -> Message:
         for name in ("content", "name", "tool_call_id", "reasoning_content")
         if message.HasField(name)
     }
-    calls = [
+    calls: list[EarlierCall | EarlierCustomCall] = [
         EarlierCall(id=call.id, function=CalledFunction(name=call.name, arguments=call.arguments))
         for call in message.tool_calls
     ]

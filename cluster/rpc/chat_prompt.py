@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cluster.chat.template import ChatFields, ChatTemplate
-from cluster.chat.tools import Tool, ToolChoice, tool_use
+from cluster.chat.tools import CustomTool, Tool, ToolChoice, tool_use
 from cluster.errors import InvalidRequestError
 from cluster.request import SamplingParams
 from cluster.rpc.prompt import PromptEncoder
@@ -33,7 +33,7 @@ class ChatPrompt:
         *,
         template: ChatTemplate,
         encoder: PromptEncoder,
-        tools: Sequence[Tool] = (),
+        tools: Sequence[Tool | CustomTool] = (),
         tool_choice: ToolChoice | None = None,
         parallel_tool_calls: bool = True,
     ) -> ChatPrompt:

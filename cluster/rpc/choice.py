@@ -81,6 +81,7 @@ class Choice:
             self._text.push(token_id)
         if self._text.stopped:
             raise InvalidRequestError("resume_token_ids", "already holds a stop string")
+        self._has_prompt_logprobs = False
         self._chunk: inference_pb2.GenerateResponse | None = None
         self._connection: ReplicaConnection | None = None
         self._submission_id = ""
@@ -120,6 +121,8 @@ class Choice:
         """Submits what is missing to a ready replica."""
         self._connection = connection
         request = self._request
+        if self._has_prompt_logprobs:  # of a replica that was lost
+            request = replace(request, sampling=replace(request.sampling, prompt_logprobs=None))
         self._submission_id = (
             f"{request.request_id}/{request.choice_index}.{next(_submission_numbers)}"
         )
@@ -226,6 +229,9 @@ class Choice:
         chunk.token_ids.extend(token_ids)
         chunk.token_sources.extend(delta.token_sources[num_known:])
         chunk.logprobs.extend(delta.logprobs[num_known:])
+        if delta.prompt_logprobs and not self._has_prompt_logprobs:
+            chunk.prompt_logprobs.extend(delta.prompt_logprobs)
+            self._has_prompt_logprobs = True
         texts = [self._text.push(token_id).text for token_id in token_ids]
         chunk.text += "".join(texts)
         chunk.text_lengths.extend(map(len, texts))

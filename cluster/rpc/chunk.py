@@ -25,6 +25,8 @@ class Chunk:
         text_lengths: one per token: characters of ``text`` that it made final, in order. What is
             left of ``text`` behind them was held back until the end.
         logprobs: one per token where asked for, else empty.
+        prompt_logprobs: on the choice's first piece where asked for: one per prompt token but the
+            first.
         finish_reason, usage: set on the choice's last chunk.
     """
 
@@ -37,6 +39,7 @@ class Chunk:
     text: str
     text_lengths: tuple[int, ...] = ()
     logprobs: tuple[PositionLogprobs, ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
 
@@ -53,6 +56,7 @@ def chunk_from_proto(message: inference_pb2.GenerateResponse) -> Chunk:
         text=message.text,
         text_lengths=tuple(message.text_lengths),
         logprobs=logprobs_from_proto(message.logprobs),
+        prompt_logprobs=logprobs_from_proto(message.prompt_logprobs),
         finish_reason=finish_reason_from_proto(message.finish_reason),
         usage=usage_from_proto(message.usage) if message.HasField("usage") else None,
     )

@@ -60,6 +60,7 @@ class Completion:
     token_sources: tuple[TokenSource, ...]
     text: str
     logprobs: tuple[PositionLogprobs, ...]
+    prompt_logprobs: tuple[PositionLogprobs, ...]
     finish_reason: FinishReason
     usage: Usage
 
@@ -313,6 +314,7 @@ def _completion(chunks: list[Chunk]) -> Completion:
         token_sources=_joined(chunks, lambda chunk: chunk.token_sources),
         text="".join(chunk.text for chunk in chunks),
         logprobs=_joined(chunks, lambda chunk: chunk.logprobs),
+        prompt_logprobs=_joined(chunks, lambda chunk: chunk.prompt_logprobs),
         finish_reason=last.finish_reason,
         usage=last.usage,
     )

@@ -49,6 +49,7 @@ _SCALARS = (
     "repetition_penalty",
     "ignore_eos",
     "logprobs",
+    "prompt_logprobs",
     "skip_special_tokens",
     "include_stop_str_in_output",
 )
@@ -262,11 +263,13 @@ def add_output(delta: replica_pb2.ConnectResponse.Delta, output: RequestOutput) 
     delta.token_ids.extend(output.token_ids)
     # The enumerations have the same values on both sides.
     delta.token_sources.extend(map(int, output.token_sources))  # type: ignore[arg-type]
-    for position in output.logprobs:
-        entry = delta.logprobs.add()
-        _set_logprob(entry.chosen, position.chosen)
-        for top in position.top:
-            _set_logprob(entry.top.add(), top)
+    pairs = (delta.logprobs, output.logprobs), (delta.prompt_logprobs, output.prompt_logprobs)
+    for entries, positions in pairs:
+        for position in positions:
+            entry = entries.add()
+            _set_logprob(entry.chosen, position.chosen)
+            for top in position.top:
+                _set_logprob(entry.top.add(), top)
     if output.finish_reason is not None:
         delta.finish_reason = int(output.finish_reason)  # type: ignore[assignment]
     if output.usage is not None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/v1/common.proto\x12\ncluster.v1\"\xdb\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x05\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x17\n\nmax_tokens\x18\x08 \x01(\x05H\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\t \x01(\x05H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12=\n\nlogit_bias\x18\r \x03(\x0b\x32).cluster.v1.SamplingParams.LogitBiasEntry\x12\x17\n\nignore_eos\x18\x0e \x01(\x08H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x0b\x88\x01\x01\x12$\n\x07grammar\x18( \x01(\x0b\x32\x13.cluster.v1.Grammar\x12 \n\x13skip_special_tokens\x18) \x01(\x08H\x0c\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18* \x01(\x08H\r\x88\x01\x01\x12\x19\n\x11\x61llowed_token_ids\x18+ \x03(\x05\x12\x11\n\tbad_words\x18, \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_output\"\x8e\x01\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x35\n\x0bjson_object\x18\x02 \x01(\x0b\x32\x1e.cluster.v1.Grammar.JsonObjectH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x04 \x01(\tH\x00\x1a\x0c\n\nJsonObjectB\x06\n\x04kind\"~\n\x11SpeculationParams\x12)\n\x04mode\x18\x01 \x01(\x0e\x32\x1b.cluster.v1.SpeculationMode\x12#\n\x16num_speculative_tokens\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x19\n\x17_num_speculative_tokens\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.cluster.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.cluster.v1.TokenLogprob\"\xef\x01\n\x10SpeculationStats\x12\x12\n\nnum_drafts\x18\x01 \x01(\x03\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\x03\x12\x1b\n\x13num_accepted_tokens\x18\x03 \x01(\x03\x12#\n\x1bnum_accepted_tokens_per_pos\x18\x04 \x03(\x03\x12\x11\n\tnum_steps\x18\x05 \x01(\x03\x12\x1a\n\x12num_late_proposals\x18\x06 \x01(\x03\x12\x1b\n\x13num_stale_proposals\x18\x07 \x01(\x03\x12\x1f\n\x17num_malformed_proposals\x18\x08 \x01(\x03\"l\n\x04Pace\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12\x12\n\ntime_scale\x18\x02 \x01(\x01\x12\x12\n\nnum_passes\x18\x03 \x01(\x03\x12\x14\n\x0cnum_overruns\x18\x04 \x01(\x03\x12\x15\n\rworst_overrun\x18\x05 \x01(\x01\"\xa1\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\x05\x12\x31\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x1c.cluster.v1.SpeculationStats\x12\x15\n\rqueue_seconds\x18\x46 \x01(\x01\"8\n\tHistogram\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x03\x12\x0b\n\x03sum\x18\x03 \x01(\x01\"\xd1\x01\n\x06Tensor\x12\'\n\x05\x64type\x18\x01 \x01(\x0e\x32\x18.cluster.v1.Tensor.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x80\x01\n\x05\x44Type\x12\x16\n\x12\x44_TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44_TYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44_TYPE_FLOAT16\x10\x02\x12\x13\n\x0f\x44_TYPE_BFLOAT16\x10\x03\x12\x10\n\x0c\x44_TYPE_INT32\x10\x04\x12\x10\n\x0c\x44_TYPE_INT64\x10\x05\"V\n\x0cModelDigests\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x11\n\ttokenizer\x18\x02 \x01(\t\x12\x0f\n\x07\x64rafter\x18\x03 \x01(\t\x12\x12\n\nprojection\x18\x04 \x01(\t*h\n\x0fSpeculationMode\x12 \n\x1cSPECULATION_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15SPECULATION_MODE_AUTO\x10\x01\x12\x18\n\x14SPECULATION_MODE_OFF\x10\x02*h\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x14\n\x10PRIORITY_DEFAULT\x10\x02\x12\x12\n\x0ePRIORITY_BATCH\x10\x03*\x93\x01\n\x0bTokenSource\x12\x1c\n\x18TOKEN_SOURCE_UNSPECIFIED\x10\x00\x12\x17\n\x13TOKEN_SOURCE_TARGET\x10\x01\x12\x19\n\x15TOKEN_SOURCE_ACCEPTED\x10\x02\x12\x1a\n\x16TOKEN_SOURCE_RECOVERED\x10\x03\x12\x16\n\x12TOKEN_SOURCE_BONUS\x10\x04*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/v1/common.proto\x12\ncluster.v1\"\x8d\x07\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x05\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x17\n\nmax_tokens\x18\x08 \x01(\x05H\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\t \x01(\x05H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12=\n\nlogit_bias\x18\r \x03(\x0b\x32).cluster.v1.SamplingParams.LogitBiasEntry\x12\x17\n\nignore_eos\x18\x0e \x01(\x08H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x0b\x88\x01\x01\x12$\n\x07grammar\x18( \x01(\x0b\x32\x13.cluster.v1.Grammar\x12 \n\x13skip_special_tokens\x18) \x01(\x08H\x0c\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18* \x01(\x08H\r\x88\x01\x01\x12\x19\n\x11\x61llowed_token_ids\x18+ \x03(\x05\x12\x1c\n\x0fprompt_logprobs\x18- \x01(\x05H\x0e\x88\x01\x01\x12\x11\n\tbad_words\x18, \x03(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_outputB\x12\n\x10_prompt_logprobs\"\x8e\x01\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x35\n\x0bjson_object\x18\x02 \x01(\x0b\x32\x1e.cluster.v1.Grammar.JsonObjectH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x04 \x01(\tH\x00\x1a\x0c\n\nJsonObjectB\x06\n\x04kind\"~\n\x11SpeculationParams\x12)\n\x04mode\x18\x01 \x01(\x0e\x32\x1b.cluster.v1.SpeculationMode\x12#\n\x16num_speculative_tokens\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x19\n\x17_num_speculative_tokens\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.cluster.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.cluster.v1.TokenLogprob\"\xef\x01\n\x10SpeculationStats\x12\x12\n\nnum_drafts\x18\x01 \x01(\x03\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\x03\x12\x1b\n\x13num_accepted_tokens\x18\x03 \x01(\x03\x12#\n\x1bnum_accepted_tokens_per_pos\x18\x04 \x03(\x03\x12\x11\n\tnum_steps\x18\x05 \x01(\x03\x12\x1a\n\x12num_late_proposals\x18\x06 \x01(\x03\x12\x1b\n\x13num_stale_proposals\x18\x07 \x01(\x03\x12\x1f\n\x17num_malformed_proposals\x18\x08 \x01(\x03\"l\n\x04Pace\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12\x12\n\ntime_scale\x18\x02 \x01(\x01\x12\x12\n\nnum_passes\x18\x03 \x01(\x03\x12\x14\n\x0cnum_overruns\x18\x04 \x01(\x03\x12\x15\n\rworst_overrun\x18\x05 \x01(\x01\"\xa1\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\x05\x12\x31\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x1c.cluster.v1.SpeculationStats\x12\x15\n\rqueue_seconds\x18\x46 \x01(\x01\"8\n\tHistogram\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x03\x12\x0b\n\x03sum\x18\x03 \x01(\x01\"\xd1\x01\n\x06Tensor\x12\'\n\x05\x64type\x18\x01 \x01(\x0e\x32\x18.cluster.v1.Tensor.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x80\x01\n\x05\x44Type\x12\x16\n\x12\x44_TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44_TYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44_TYPE_FLOAT16\x10\x02\x12\x13\n\x0f\x44_TYPE_BFLOAT16\x10\x03\x12\x10\n\x0c\x44_TYPE_INT32\x10\x04\x12\x10\n\x0c\x44_TYPE_INT64\x10\x05\"V\n\x0cModelDigests\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x11\n\ttokenizer\x18\x02 \x01(\t\x12\x0f\n\x07\x64rafter\x18\x03 \x01(\t\x12\x12\n\nprojection\x18\x04 \x01(\t*h\n\x0fSpeculationMode\x12 \n\x1cSPECULATION_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15SPECULATION_MODE_AUTO\x10\x01\x12\x18\n\x14SPECULATION_MODE_OFF\x10\x02*h\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x14\n\x10PRIORITY_DEFAULT\x10\x02\x12\x12\n\x0ePRIORITY_BATCH\x10\x03*\x93\x01\n\x0bTokenSource\x12\x1c\n\x18TOKEN_SOURCE_UNSPECIFIED\x10\x00\x12\x17\n\x13TOKEN_SOURCE_TARGET\x10\x01\x12\x19\n\x15TOKEN_SOURCE_ACCEPTED\x10\x02\x12\x1a\n\x16TOKEN_SOURCE_RECOVERED\x10\x03\x12\x16\n\x12TOKEN_SOURCE_BONUS\x10\x04*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,40 +33,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_SPECULATIONMODE']._serialized_start=2200
-  _globals['_SPECULATIONMODE']._serialized_end=2304
-  _globals['_PRIORITY']._serialized_start=2306
-  _globals['_PRIORITY']._serialized_end=2410
-  _globals['_TOKENSOURCE']._serialized_start=2413
-  _globals['_TOKENSOURCE']._serialized_end=2560
-  _globals['_FINISHREASON']._serialized_start=2562
-  _globals['_FINISHREASON']._serialized_end=2687
+  _globals['_SPECULATIONMODE']._serialized_start=2250
+  _globals['_SPECULATIONMODE']._serialized_end=2354
+  _globals['_PRIORITY']._serialized_start=2356
+  _globals['_PRIORITY']._serialized_end=2460
+  _globals['_TOKENSOURCE']._serialized_start=2463
+  _globals['_TOKENSOURCE']._serialized_end=2610
+  _globals['_FINISHREASON']._serialized_start=2612
+  _globals['_FINISHREASON']._serialized_end=2737
   _globals['_SAMPLINGPARAMS']._serialized_start=40
-  _globals['_SAMPLINGPARAMS']._serialized_end=899
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=617
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=665
-  _globals['_GRAMMAR']._serialized_start=902
-  _globals['_GRAMMAR']._serialized_end=1044
-  _globals['_GRAMMAR_JSONOBJECT']._serialized_start=1024
-  _globals['_GRAMMAR_JSONOBJECT']._serialized_end=1036
-  _globals['_SPECULATIONPARAMS']._serialized_start=1046
-  _globals['_SPECULATIONPARAMS']._serialized_end=1172
-  _globals['_TOKENLOGPROB']._serialized_start=1174
-  _globals['_TOKENLOGPROB']._serialized_end=1223
-  _globals['_POSITIONLOGPROBS']._serialized_start=1225
-  _globals['_POSITIONLOGPROBS']._serialized_end=1324
-  _globals['_SPECULATIONSTATS']._serialized_start=1327
-  _globals['_SPECULATIONSTATS']._serialized_end=1566
-  _globals['_PACE']._serialized_start=1568
-  _globals['_PACE']._serialized_end=1676
-  _globals['_USAGE']._serialized_start=1679
-  _globals['_USAGE']._serialized_end=1840
-  _globals['_HISTOGRAM']._serialized_start=1842
-  _globals['_HISTOGRAM']._serialized_end=1898
-  _globals['_TENSOR']._serialized_start=1901
-  _globals['_TENSOR']._serialized_end=2110
-  _globals['_TENSOR_DTYPE']._serialized_start=1982
-  _globals['_TENSOR_DTYPE']._serialized_end=2110
-  _globals['_MODELDIGESTS']._serialized_start=2112
-  _globals['_MODELDIGESTS']._serialized_end=2198
+  _globals['_SAMPLINGPARAMS']._serialized_end=949
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=647
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=695
+  _globals['_GRAMMAR']._serialized_start=952
+  _globals['_GRAMMAR']._serialized_end=1094
+  _globals['_GRAMMAR_JSONOBJECT']._serialized_start=1074
+  _globals['_GRAMMAR_JSONOBJECT']._serialized_end=1086
+  _globals['_SPECULATIONPARAMS']._serialized_start=1096
+  _globals['_SPECULATIONPARAMS']._serialized_end=1222
+  _globals['_TOKENLOGPROB']._serialized_start=1224
+  _globals['_TOKENLOGPROB']._serialized_end=1273
+  _globals['_POSITIONLOGPROBS']._serialized_start=1275
+  _globals['_POSITIONLOGPROBS']._serialized_end=1374
+  _globals['_SPECULATIONSTATS']._serialized_start=1377
+  _globals['_SPECULATIONSTATS']._serialized_end=1616
+  _globals['_PACE']._serialized_start=1618
+  _globals['_PACE']._serialized_end=1726
+  _globals['_USAGE']._serialized_start=1729
+  _globals['_USAGE']._serialized_end=1890
+  _globals['_HISTOGRAM']._serialized_start=1892
+  _globals['_HISTOGRAM']._serialized_end=1948
+  _globals['_TENSOR']._serialized_start=1951
+  _globals['_TENSOR']._serialized_end=2160
+  _globals['_TENSOR_DTYPE']._serialized_start=2032
+  _globals['_TENSOR_DTYPE']._serialized_end=2160
+  _globals['_MODELDIGESTS']._serialized_start=2162
+  _globals['_MODELDIGESTS']._serialized_end=2248
 # @@protoc_insertion_point(module_scope)

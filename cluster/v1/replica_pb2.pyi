@@ -99,7 +99,7 @@ class ConnectResponse(_message.Message):
         removed: _containers.RepeatedScalarFieldContainer[int]
         def __init__(self, is_full: _Optional[bool] = ..., added: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ...) -> None: ...
     class Delta(_message.Message):
-        __slots__ = ("request_id", "token_offset", "token_ids", "token_sources", "logprobs", "finish_reason", "usage", "error")
+        __slots__ = ("request_id", "token_offset", "token_ids", "token_sources", "logprobs", "finish_reason", "usage", "error", "prompt_logprobs")
         REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
         TOKEN_OFFSET_FIELD_NUMBER: _ClassVar[int]
         TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class ConnectResponse(_message.Message):
         FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
         USAGE_FIELD_NUMBER: _ClassVar[int]
         ERROR_FIELD_NUMBER: _ClassVar[int]
+        PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
         request_id: str
         token_offset: int
         token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -116,7 +117,8 @@ class ConnectResponse(_message.Message):
         finish_reason: _common_pb2.FinishReason
         usage: _common_pb2.Usage
         error: ConnectResponse.RequestError
-        def __init__(self, request_id: _Optional[str] = ..., token_offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_sources: _Optional[_Iterable[_Union[_common_pb2.TokenSource, str]]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., error: _Optional[_Union[ConnectResponse.RequestError, _Mapping]] = ...) -> None: ...
+        prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.PositionLogprobs]
+        def __init__(self, request_id: _Optional[str] = ..., token_offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_sources: _Optional[_Iterable[_Union[_common_pb2.TokenSource, str]]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., error: _Optional[_Union[ConnectResponse.RequestError, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.PositionLogprobs, _Mapping]]] = ...) -> None: ...
     class RequestError(_message.Message):
         __slots__ = ("code", "message", "field", "retry_after_seconds")
         CODE_FIELD_NUMBER: _ClassVar[int]
