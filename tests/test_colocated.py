@@ -79,5 +79,4 @@ def test_a_cluster_without_drafters_speculates(cluster: RunningCluster) -> None:
     (replica,) = status.replicas
     (drafter,) = replica.drafters
     assert (drafter.drafter_id, drafter.state) == ("colocated", "ready")
-    assert drafter.num_rounds["answered"] > 0
     assert replica.speculation.num_accepted_tokens > 0
