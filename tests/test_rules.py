@@ -184,6 +184,18 @@ def test_prometheus_takes_the_rules() -> None:
 
 
 @pytest.mark.prometheus
+def test_prometheus_takes_what_dashboards_ask(tmp_path: Path) -> None:
+    """As recording rules, which are all that promtool reads without a server."""
+    rules = [
+        {"record": f"panel:{number}", "expr": expression}
+        for number, expression in enumerate(panel_expressions().values())
+    ]
+    path = tmp_path / "panels.yaml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    assert f"{len(rules)} rules found" in promtool("check", "rules", str(path))
+
+
+@pytest.mark.prometheus
 def test_every_alert_fires_on_what_it_is_for_and_on_nothing_else(tmp_path: Path) -> None:
     tests = []
     for name, (bad, good) in CASES.items():
