@@ -39,6 +39,7 @@ _WARM_REQUESTS = 8
 _RECOVERY_S = 600.0
 _REST_S = 60.0
 _POLL_S = 0.5
+_FINISHED_BAR = 0.95
 
 # Replicas and drafters have a host to spare each; a replica's shards are on one of them.
 _HOSTS = (
@@ -106,14 +107,15 @@ def run(
 
 
 def passes(figures: dict[str, Any]) -> bool:
-    """The suite's own bar. How many finish says more of the machine than of the cluster."""
+    """The suite's own bar. A cluster that is mostly away ends requests at their deadlines, in good
+    order and of no use, so nearly all of them must finish."""
     return (
         figures["requests"] > 0
         and figures["killed"] > 0
         and figures["lost"] == 0
         and figures["mismatches"] == 0
         and figures["leaks"] == 0
-        and figures["finished"] > 0
+        and figures["finished"] >= _FINISHED_BAR * figures["requests"]
     )
 
 
