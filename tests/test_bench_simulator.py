@@ -85,9 +85,9 @@ def test_the_command_fails_where_a_point_is_off(
 
 
 def test_the_committed_prediction_is_of_the_shipped_fleet() -> None:
-    path = ROOT / "docs" / "predictions" / "frontier-h100-8b.json"
+    path = ROOT / "docs" / "predictions" / "frontier-h100-8b-a10.json"
     document = json.loads(path.read_text())
-    assert document["fleet"] == (ROOT / "deployments/fleets/frontier-h100-8b.yaml").read_text()
+    assert document["fleet"] == (ROOT / "deployments/fleets/frontier-h100-8b-a10.yaml").read_text()
     rows = read_rows(path)
     assert [r["concurrency"] for r in rows] == [1, 2, 4, 8, 16, 32, 64]
     for r in rows:
