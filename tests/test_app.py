@@ -100,6 +100,7 @@ def test_a_ray_that_is_started_here_is_every_pool() -> None:
                 "tensor_parallel_size": 2,
                 "resources": {"gpu-node": 1, "fast": 0.5},
             },
+            "speculative": {"method": "ngram", "num_speculative_tokens": 2},
             "drafter": {"num_replicas": 3, "resources": {"gpu-node": 0.25}},
         }
     )
