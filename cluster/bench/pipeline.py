@@ -184,7 +184,8 @@ def _bound(config: ClusterConfig, shape: PipelineShape, turn: Turn) -> float:
     """Tokens per second if passes and rounds took what the profiles say, and nothing else did.
 
     For the tokens that the turn verified and made: in one group a cycle is a pass and its round,
-    in two groups two passes of half the size, or one and the round where that is longer.
+    in two groups two passes of half the size, or one and the round where that is longer; a plain
+    turn's is a pass.
     """
     target = target_pace(config.target.pace, config.target.pipeline_parallel_size)
     drafter = draft_pace(config.drafter.pace)
@@ -200,6 +201,8 @@ def _bound(config: ClusterConfig, shape: PipelineShape, turn: Turn) -> float:
         round_s = float(drafter.curve.seconds(requests / groups)) + delay_s
         return max(groups * verify_s, verify_s + round_s)
 
+    if turn.mode == "plain":
+        return requests * turn.tokens_per_pass / float(target.curve.seconds(tokens, context))
     return requests * turn.tokens_per_pass / min(cycle_s(1), cycle_s(2))
 
 
