@@ -31,6 +31,17 @@ class Completion:
     error: Exception | None = None
 
 
+def serve_document(config: ClusterConfig) -> dict[str, Any]:
+    """A Serve configuration of it without HTTP, for ``RunningCluster``."""
+    application = {
+        "name": "dspark",
+        "import_path": "cluster.actors.app:build",
+        "route_prefix": None,
+        "args": config.model_dump(mode="json", exclude_unset=True),
+    }
+    return {"proxy_location": "Disabled", "applications": [application]}
+
+
 def make_config(target: str, drafter: str | None = None, **overrides: Any) -> ClusterConfig:
     """A configuration for tests; ``overrides`` go to the target, ``speculative`` to speculation.
 

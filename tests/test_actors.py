@@ -20,7 +20,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import DeadlineExceededError, InvalidRequestError
 from cluster.rpc.client import Chunk, Client
 from cluster.rpc.cluster_status import ReplicaStatus
-from tests.engine_tools import ALWAYS
+from tests.engine_tools import ALWAYS, serve_document
 from tests.models import DRAFTER, TARGET
 
 pytestmark = [
@@ -63,18 +63,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ClusterConfig:
 
 @pytest.fixture(scope="module")
 def cluster(config: ClusterConfig) -> Iterator[RunningCluster]:
-    document = {
-        "proxy_location": "Disabled",
-        "applications": [
-            {
-                "name": "dspark",
-                "import_path": "cluster.actors.app:build",
-                "route_prefix": None,
-                "args": config.model_dump(mode="json", exclude_unset=True),
-            }
-        ],
-    }
-    with RunningCluster(document, config, timeout_s=360, report=print) as cluster:
+    with RunningCluster(serve_document(config), config, timeout_s=360, report=print) as cluster:
         yield cluster
     assert not find_descendants(os.getpid()), "processes of the cluster outlive it"
     assert not cluster.temp_dir.exists()

@@ -12,7 +12,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.request import SamplingParams
 from cluster.rpc.client import Client
-from tests.engine_tools import ALWAYS
+from tests.engine_tools import ALWAYS, serve_document
 from tests.models import DRAFTER, TARGET
 
 CPU: dict[str, Any] = {"dtype": "float32", "num_threads": 1, "enforce_eager": True}
@@ -44,18 +44,7 @@ def test_what_needs_a_pool_is_refused() -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RunningCluster]:
     config = ClusterConfig.parse(values())
-    document = {
-        "proxy_location": "Disabled",
-        "applications": [
-            {
-                "name": "dspark",
-                "import_path": "cluster.actors.app:build",
-                "route_prefix": None,
-                "args": config.model_dump(mode="json", exclude_unset=True),
-            }
-        ],
-    }
-    with RunningCluster(document, config, timeout_s=300, report=print) as cluster:
+    with RunningCluster(serve_document(config), config, timeout_s=300, report=print) as cluster:
         yield cluster
 
 

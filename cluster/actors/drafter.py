@@ -95,11 +95,7 @@ def _load(
 ) -> tuple[DraftEngine, dict[str, str]]:
     import torch
 
-    from cluster.engine.draft_factory import build_draft_engine
-    from cluster.engine.draft_profile import measure_draft_curve
+    from cluster.engine.draft_factory import build_measured_draft_engine
 
     torch.set_num_threads(config.drafter.num_threads)
-    engine = build_draft_engine(config)
-    if engine.curve is None:
-        engine.curve = measure_draft_curve(engine)
-    return engine, read_digests(config)
+    return build_measured_draft_engine(config), read_digests(config)

@@ -307,36 +307,31 @@ class Shard:
 
     def _describe(self) -> ReplicaParts:
         speculative, client = self._config.speculative, self._draft_client
-        if speculative is not None and self._local_drafter is not None:
-            return ReplicaParts(
-                shards=self._places,
-                drafters=[_local_status(self._local_drafter)],
-                speculation_method=speculative.method,
-                speculation_model=speculative.model or "",
-            )
-        if speculative is None or client is None:
-            return ReplicaParts(
-                shards=self._places, num_malformed_proposals=self._num_malformed_proposals
-            )
+        drafters: Sequence[DrafterStatus] = ()
+        num_malformed = self._num_malformed_proposals
+        if client is not None:
+            drafters = client.status()
+            num_malformed += client.stats.num_malformed
+        elif self._local_drafter is not None:
+            drafters = [_local_status(self._local_drafter)]
         return ReplicaParts(
             shards=self._places,
-            drafters=client.status(),
-            num_malformed_proposals=self._num_malformed_proposals + client.stats.num_malformed,
-            speculation_method=speculative.method,
-            speculation_model=speculative.model or "",
+            drafters=drafters,
+            num_malformed_proposals=num_malformed,
+            speculation_method="" if speculative is None else speculative.method,
+            speculation_model="" if speculative is None else speculative.model or "",
         )
 
 
 def _make_local_drafter(config: ClusterConfig) -> LocalDraftClient | None:
     """The drafter beside the target, in this process and on its device."""
-    from cluster.engine.draft_factory import build_draft_engine
-    from cluster.engine.draft_profile import measure_draft_curve
+    from cluster.engine.draft_factory import build_measured_draft_engine
     from cluster.engine.local_drafter import LocalDraftClient
 
     if config.speculative is None:
         return None
-    engine = build_draft_engine(config)
-    return LocalDraftClient(engine, engine.curve or measure_draft_curve(engine))
+    engine = build_measured_draft_engine(config)
+    return LocalDraftClient(engine, engine.curve)
 
 
 def _local_status(drafter: LocalDraftClient) -> DrafterStatus:

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
 
 from cluster.bench.chaos_census import Census, take_census
 from cluster.bench.chaos_faults import Faults
 from cluster.bench.chaos_load import ChaosAnswer, ChaosLoad, Outcome, Routers
-from cluster.bench.judge import Judgement, judge
+from cluster.bench.judge import judge_answers
 from cluster.bench.lab.lab_cluster import LabCluster, LabHost
 from cluster.bench.load_prompts import PromptSource
 from cluster.bench.own_serving import OwnSettings
@@ -153,21 +151,6 @@ def chaos_settings(own: OwnSettings, plan: ChaosPlan) -> OwnSettings:
             },
         },
     )
-
-
-def judge_answers(target: str, answers: Sequence[ChaosAnswer]) -> Judgement:
-    """By rule 9, what was cut off as well."""
-    reference = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    verdict = Judgement()
-    for answer in answers:
-        if answer.token_ids:
-            verdict += judge(
-                reference,
-                prompt_token_ids=list(answer.prompt_token_ids),
-                output_token_ids=answer.token_ids,
-                params=answer.sampling,
-            )
-    return verdict
 
 
 class _Chaos:

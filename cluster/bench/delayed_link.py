@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import subprocess
 import sys
 import time
-from types import TracebackType
-from typing import Self
 
-from cluster.errors import DsparkError
+from cluster.bench.port_process import HOST, PortProcess
 
-_HOST = "127.0.0.1"
 _CHUNK_BYTES = 1 << 16
 
 
-class DelayedLink:
+class DelayedLink(PortProcess):
     """A detour to an address while a ``with`` block runs.
 
     Args:
@@ -36,32 +32,7 @@ class DelayedLink:
     """
 
     def __init__(self, address: str, delay_s: float) -> None:
-        self._target, self._delay_s = address, delay_s
-        self.address = ""
-
-    def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "cluster.bench.delayed_link"]
-        self._process = subprocess.Popen(
-            [*command, self._target, str(self._delay_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        line = self._process.stdout.readline() if self._process.stdout is not None else ""
-        if not line.strip().isdigit():
-            self._process.kill()
-            raise DsparkError("the delayed link does not start")
-        self.address = f"{_HOST}:{int(line)}"
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._process.terminate()
-        self._process.wait()
+        super().__init__("the delayed link", "cluster.bench.delayed_link", address, str(delay_s))
 
 
 async def serve_link(address: str, delay_s: float) -> asyncio.Server:
@@ -74,7 +45,7 @@ async def serve_link(address: str, delay_s: float) -> asyncio.Server:
             _pass_on(reader, there_writer, delay_s), _pass_on(there_reader, writer, delay_s)
         )
 
-    return await asyncio.start_server(connect, _HOST, 0)
+    return await asyncio.start_server(connect, HOST, 0)
 
 
 async def _pass_on(

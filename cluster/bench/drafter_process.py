@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from cluster.bench.port_process import HOST, PortProcess
 from cluster.config import ClusterConfig
-from cluster.engine.draft_factory import build_draft_engine
-from cluster.engine.draft_profile import measure_draft_curve
-from cluster.errors import DsparkError
+from cluster.engine.draft_factory import build_measured_draft_engine
 from cluster.rpc.drafter_client import GrpcDraftClient
 from cluster.rpc.drafter_server import DrafterServer
 
-_HOST = "127.0.0.1"
 _DIGESTS = {"target": "bench"}
 
 
-class DrafterProcess:
+class DrafterProcess(PortProcess):
     """The configured drafter while a ``with`` block runs.
 
     Args:
@@ -36,28 +32,9 @@ class DrafterProcess:
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
-
-    def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "cluster.bench.drafter_process", json.dumps(self._values)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        super().__init__(
+            "the drafter's process", "cluster.bench.drafter_process", json.dumps(values)
         )
-        line = self._process.stdout.readline() if self._process.stdout is not None else ""
-        if not line.strip().isdigit():
-            self._process.kill()
-            raise DsparkError("the drafter's process does not start")
-        self.address = f"{_HOST}:{int(line)}"
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._process.terminate()
-        self._process.wait()
 
     def connect(
         self,
@@ -86,17 +63,14 @@ class DrafterProcess:
 async def _serve(config: ClusterConfig) -> None:
     if config.speculative is None:
         raise ValueError("a drafter needs the configuration's `speculative` part")
-    engine = build_draft_engine(config)
-    if engine.curve is None:
-        engine.curve = measure_draft_curve(engine)
     server = DrafterServer(
-        engine,
+        build_measured_draft_engine(config),
         drafter_id="bench",
         digests=_DIGESTS,
         config=config.drafter,
         method=config.speculative.method,
     )
-    print(await server.start(_HOST), flush=True)
+    print(await server.start(HOST), flush=True)
     await asyncio.to_thread(sys.stdin.read)  # until whoever started this is gone
     await server.drain()
 

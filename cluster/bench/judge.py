@@ -9,10 +9,12 @@ epsilon of the best one's.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.request import SamplingParams
 from cluster.speculation.coupling import gumbel_noise
@@ -44,6 +46,35 @@ class Judgement:
 
 
 @torch.inference_mode()
+class JudgedAnswer(Protocol):
+    """A request and its answer, as far as that has come."""
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def sampling(self) -> SamplingParams: ...
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+
+def judge_answers(target: str, answers: Iterable[JudgedAnswer]) -> Judgement:
+    """Adds up ``judge`` over answers, against the checkpoint folder ``target`` in float32; those
+    without tokens say nothing."""
+    reference = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    verdict = Judgement()
+    for answer in answers:
+        if answer.token_ids:
+            verdict += judge(
+                reference,
+                prompt_token_ids=list(answer.prompt_token_ids),
+                output_token_ids=list(answer.token_ids),
+                params=answer.sampling,
+            )
+    return verdict
+
+
 def judge(
     reference: PreTrainedModel,
     *,

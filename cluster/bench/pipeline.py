@@ -25,7 +25,7 @@ from cluster.bench.turns import (
     TurnShape,
     make_engine,
     pace_label,
-    wait_ready,
+    remote_side,
 )
 from cluster.config import ClusterConfig
 from cluster.engine.draft_factory import build_draft_engine
@@ -119,7 +119,9 @@ def pipeline_figures(
         turns, goodputs: by concurrency and side; what each promised of itself at its turns' ends.
     """
     compared = turns[shape.compared_at]
-    bounds = [_bound(config, shape, turn) for turn in compared[FAR]]
+    delay = _ratio(compared[FAR], compared[NEAR])
+    bounds = _bounds(config, shape, compared[FAR])
+    bound = paired_ratio([turn.throughput for turn in compared[FAR]], bounds)
     grouped = {
         concurrency: _ratio(of[FAR], of[FAR_UNGROUPED])
         for concurrency, of in turns.items()
@@ -127,10 +129,10 @@ def pipeline_figures(
     }
     worst = min(grouped.values(), key=lambda ratio: ratio["ratio_low"], default=None)
     return {
-        "delay_ratio": _ratio(compared[FAR], compared[NEAR])["ratio"],
-        "delay_ratio_low": _ratio(compared[FAR], compared[NEAR])["ratio_low"],
-        "bound_ratio": paired_ratio([t.throughput for t in compared[FAR]], bounds)["ratio"],
-        "bound_ratio_low": paired_ratio([t.throughput for t in compared[FAR]], bounds)["ratio_low"],
+        "delay_ratio": delay["ratio"],
+        "delay_ratio_low": delay["ratio_low"],
+        "bound_ratio": bound["ratio"],
+        "bound_ratio_low": bound["ratio_low"],
         "grouping_ratio": None if worst is None else worst["ratio"],
         "grouping_ratio_low": None if worst is None else worst["ratio_low"],
         "grouped_at": list(grouped),
@@ -180,10 +182,10 @@ def _device_row(
     }
 
 
-def _bound(config: ClusterConfig, shape: PipelineShape, turn: Turn) -> float:
+def _bounds(config: ClusterConfig, shape: PipelineShape, turns: list[Turn]) -> list[float]:
     """Tokens per second if passes and rounds took what the profiles say, and nothing else did.
 
-    For the tokens that the turn verified and made: in one group a cycle is a pass and its round,
+    For the tokens that each turn verified and made: in one group a cycle is a pass and its round,
     in two groups two passes of half the size, or one and the round where that is longer; a plain
     turn's is a pass.
     """
@@ -192,18 +194,23 @@ def _bound(config: ClusterConfig, shape: PipelineShape, turn: Turn) -> float:
     if target is None or drafter is None or config.target.pace is None:
         raise ConfigError("drafter.pace", "is unset: bounds are taken from a profile")
     requests = shape.compared_at
-    tokens = requests * (1 + turn.budget)
     context = requests * (shape.prompt_tokens + shape.max_tokens / 2)
     delay_s = shape.round_trip_s * config.target.pace.time_scale
 
-    def cycle_s(groups: int) -> float:
-        verify_s = float(target.curve.seconds(tokens / groups, context / groups))
-        round_s = float(drafter.curve.seconds(requests / groups)) + delay_s
-        return max(groups * verify_s, verify_s + round_s)
+    def verify_s(turn: Turn, groups: int) -> float:
+        tokens = requests * (1 + turn.budget)
+        return float(target.curve.seconds(tokens / groups, context / groups))
 
-    if turn.mode == "plain":
-        return requests * turn.tokens_per_pass / float(target.curve.seconds(tokens, context))
-    return requests * turn.tokens_per_pass / min(cycle_s(1), cycle_s(2))
+    def drafted_s(turn: Turn, groups: int) -> float:
+        round_s = float(drafter.curve.seconds(requests / groups)) + delay_s
+        return max(groups * verify_s(turn, groups), verify_s(turn, groups) + round_s)
+
+    def cycle_s(turn: Turn) -> float:
+        if turn.mode == "plain":
+            return verify_s(turn, 1)
+        return min(drafted_s(turn, 1), drafted_s(turn, 2))
+
+    return [requests * turn.tokens_per_pass / cycle_s(turn) for turn in turns]
 
 
 @contextmanager
@@ -230,9 +237,7 @@ def _sides(
             (NEAR_TWO, config, near),
         ):
             client = drafters[0].connect(of, vocab_size, f"bench-{name}", addresses)
-            stack.callback(client.close)
-            wait_ready(client)
-            sides[name] = Side(make_engine(of, client), client)
+            sides[name] = remote_side(stack, of, client)
         engine = build_draft_engine(config)
         local = LocalDraftClient(engine, engine.curve)
         sides[COLOCATED] = Side(make_engine(config, local), local)

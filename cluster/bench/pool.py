@@ -16,11 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from cluster.actors.swap import RunningApplication
-from cluster.bench.judge import Judgement, judge
+from cluster.bench.judge import judge_answers
 from cluster.bench.load_prompts import PromptSource
 from cluster.bench.own_serving import OwnCluster, OwnSettings
 from cluster.bench.paired import paired_ratio
@@ -101,7 +98,7 @@ def run(
     figures["requests"] = len(answers)
     figures["failed"] = sum(answer.error is not None for answer in answers)
     note(f"judging {len(answers)} answers")
-    verdict = _judge(own.target, answers)
+    verdict = judge_answers(own.target, answers)
     figures["mismatches"] = verdict.num_mismatches
     figures["within_epsilon"] = verdict.num_within_epsilon
     return Report(suite="pool", figures=figures, passed=_passes(figures))
@@ -297,17 +294,3 @@ def _paced(status: ClusterStatus) -> dict[str, Any]:
         "overruns": sum(part.num_overruns for part in parts),
         "worst_overrun": round(max((part.worst_overrun for part in parts), default=1.0), 2),
     }
-
-
-def _judge(target: str, answers: list[Answer]) -> Judgement:
-    reference = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    verdict = Judgement()
-    for answer in answers:
-        if answer.token_ids:
-            verdict += judge(
-                reference,
-                prompt_token_ids=list(answer.prompt_token_ids),
-                output_token_ids=list(answer.token_ids),
-                params=answer.sampling,
-            )
-    return verdict

@@ -110,10 +110,19 @@ def engines(
         speculating = []
         for number in range(num_speculating):
             client = drafter.connect(config, plain.engine.vocab_size, f"bench-{number}")
-            stack.callback(client.close)
-            wait_ready(client)
-            speculating.append(Side(make_engine(config, client), client))
+            speculating.append(remote_side(stack, config, client))
         yield [*speculating, plain]
+
+
+def remote_side(stack: ExitStack, config: ClusterConfig, client: GrpcDraftClient) -> Side:
+    """An engine with drafters elsewhere, once one is ready; ``stack`` ends the connections.
+
+    Raises:
+        DsparkError: none is within a minute, or the target cannot be served so.
+    """
+    stack.callback(client.close)
+    _wait_ready(client)
+    return Side(make_engine(config, client), client)
 
 
 def pace_label(config: ClusterConfig) -> str | None:
@@ -223,8 +232,7 @@ def make_engine(config: ClusterConfig, client: DraftClient | None) -> Engine:
     return worker.build_engine(client, calibration=calibration, seed=0)
 
 
-def wait_ready(client: DraftClient) -> None:
-    """Returns once a drafter is ready. Raises: DsparkError, none is within a minute."""
+def _wait_ready(client: DraftClient) -> None:
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while not client.is_ready():
         if time.monotonic() > deadline:

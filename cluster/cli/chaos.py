@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from cluster.cli.drafters import DEFAULT_DRAFTER, DEFAULT_TARGET, drafters_of, note, positive
+from cluster.cli.drafters import note, positive
 from cluster.cli.load import log_folder
-from cluster.cli.pool import add_paced, profile_path
+from cluster.cli.pool import add_paced, paced_own, profile_path
 
 if TYPE_CHECKING:
-    from cluster.bench.own_serving import OwnSettings
     from cluster.bench.report import Report
 
 DEFAULT_PROFILE = "h100-8b-tp1"
@@ -18,7 +17,13 @@ DEFAULT_PROFILE = "h100-8b-tp1"
 
 def add_chaos(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``chaos``."""
-    _add_common(parser, time_scale=20.0)
+    add_paced(
+        parser,
+        profile=DEFAULT_PROFILE,
+        time_scale=20.0,
+        concurrency=8,
+        concurrency_help="requests at once",
+    )
     parser.add_argument(
         "--seconds",
         type=positive,
@@ -48,6 +53,8 @@ def add_chaos(parser: argparse.ArgumentParser) -> None:
 def run_chaos(args: argparse.Namespace) -> Report:
     """Runs the suite. Raises: cluster.errors."""
     from cluster.bench import chaos
+    from cluster.bench.lab.network import why_unavailable
+    from cluster.errors import DsparkError
 
     plan = chaos.ChaosPlan(
         profile=profile_path(args),
@@ -58,39 +65,8 @@ def run_chaos(args: argparse.Namespace) -> Report:
         deadline_s=args.deadline,
         seed=args.seed,
     )
-    own = _own(args)
-    with log_folder(args.out) as folder:
-        return chaos.run(own, plan, data=args.data, folder=folder, note=note)
-
-
-def _add_common(parser: argparse.ArgumentParser, *, time_scale: float) -> None:
-    parser.add_argument("--target", default=DEFAULT_TARGET, metavar="DIR")
-    parser.add_argument("--drafter", default=DEFAULT_DRAFTER, metavar="METHOD=DIR")
-    add_paced(parser, profile=DEFAULT_PROFILE, time_scale=time_scale)
-    parser.add_argument(
-        "--concurrency", type=positive, default=8, metavar="N", help="requests at once (default 8)"
-    )
-    parser.add_argument(
-        "--data",
-        default="stdlib-heldout",
-        metavar="DATA",
-        help="stdlib-heldout, or a JSONL file of prompts",
-    )
-
-
-def _own(args: argparse.Namespace) -> OwnSettings:
-    """Raises: DsparkError: this machine cannot have several hosts."""
-    from cluster.bench.lab.network import why_unavailable
-    from cluster.bench.own_serving import OwnSettings
-    from cluster.errors import DsparkError
-
     if reason := why_unavailable():
         raise DsparkError(f"this machine cannot have several hosts: {reason}")
-    return OwnSettings(
-        target=args.target,
-        drafter=drafters_of([args.drafter])[0],
-        dtype="float32",
-        num_threads=1,
-        scheduler="search",
-        enforce_eager=True,
-    )
+    own = paced_own(args)
+    with log_folder(args.out) as folder:
+        return chaos.run(own, plan, data=args.data, folder=folder, note=note)

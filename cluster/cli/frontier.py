@@ -11,6 +11,8 @@ from cluster.cli.drafters import note, positive
 from cluster.cli.load import add_own, check_plots, log_folder, own_of
 
 if TYPE_CHECKING:
+    from cluster.bench.frontier import FrontierShape
+    from cluster.bench.pipeline import PipelineShape
     from cluster.bench.report import Report
 
 _BURST_SEQS = 32
@@ -48,9 +50,7 @@ def run_pipeline(args: argparse.Namespace) -> Report:
         **_turns_of(args),
     )
     with log_folder(args.out) as folder:
-        values = _values(args, folder, max(shape.concurrencies))
-        values["target"]["enable_prefix_caching"] = False
-        return pipeline.run(values, shape, note)
+        return pipeline.run(_turn_values(args, folder, shape), shape, note)
 
 
 def _add_turns(parser: argparse.ArgumentParser, concurrencies: str) -> None:
@@ -87,10 +87,7 @@ def run_frontier(args: argparse.Namespace) -> Report:
         **_turns_of(args),
     )
     with log_folder(args.out) as folder:
-        values = _values(args, folder, max(shape.concurrencies))
-        # All ways run the same requests: none is to find the prompts of the one before it.
-        values["target"]["enable_prefix_caching"] = False
-        report = frontier.run(values, shape, note)
+        report = frontier.run(_turn_values(args, folder, shape), shape, note)
     if args.out is not None:
         from cluster.bench.frontier_plot import plot_ways
 
@@ -108,6 +105,15 @@ def _turns_of(args: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": args.max_tokens,
         "data": args.data,
     }
+
+
+def _turn_values(
+    args: argparse.Namespace, folder: Path, shape: FrontierShape | PipelineShape
+) -> dict[str, Any]:
+    values = _values(args, folder, max(shape.concurrencies))
+    # All ways run the same requests: none is to find the prompts of the one before it.
+    values["target"]["enable_prefix_caching"] = False
+    return values
 
 
 def add_burst(parser: argparse.ArgumentParser) -> None:

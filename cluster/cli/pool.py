@@ -13,13 +13,23 @@ from cluster.errors import ConfigError
 from cluster.pace_config import PaceConfig
 
 if TYPE_CHECKING:
+    from cluster.bench.own_serving import OwnSettings
     from cluster.bench.report import Report
 
 DEFAULT_PROFILE = "h100-8b-a10"
 
 
-def add_paced(parser: argparse.ArgumentParser, *, profile: str, time_scale: float) -> None:
-    """Adds the device profile, and how much slower all is; both have these defaults."""
+def add_paced(
+    parser: argparse.ArgumentParser,
+    *,
+    profile: str,
+    time_scale: float,
+    concurrency: int,
+    concurrency_help: str,
+) -> None:
+    """Adds what a paced cluster serves and is asked; the last four are defaults, and a help."""
+    parser.add_argument("--target", default=DEFAULT_TARGET, metavar="DIR")
+    parser.add_argument("--drafter", default=DEFAULT_DRAFTER, metavar="METHOD=DIR")
     parser.add_argument(
         "--profile",
         default=profile,
@@ -32,6 +42,33 @@ def add_paced(parser: argparse.ArgumentParser, *, profile: str, time_scale: floa
         default=time_scale,
         metavar="X",
         help=f"stretches the profile's times (default {time_scale:g})",
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=positive,
+        default=concurrency,
+        metavar="N",
+        help=f"{concurrency_help} (default {concurrency})",
+    )
+    parser.add_argument(
+        "--data",
+        default="stdlib-heldout",
+        metavar="DATA",
+        help="stdlib-heldout, or a JSONL file of prompts",
+    )
+
+
+def paced_own(args: argparse.Namespace) -> OwnSettings:
+    """What ``add_paced`` has read of a cluster; in float32, so that answers can be judged."""
+    from cluster.bench.own_serving import OwnSettings
+
+    return OwnSettings(
+        target=args.target,
+        drafter=drafters_of([args.drafter])[0],
+        dtype="float32",
+        num_threads=1,
+        scheduler="search",
+        enforce_eager=True,
     )
 
 
@@ -47,15 +84,12 @@ def profile_path(args: argparse.Namespace) -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument("--target", default=DEFAULT_TARGET, metavar="DIR")
-    parser.add_argument("--drafter", default=DEFAULT_DRAFTER, metavar="METHOD=DIR")
-    add_paced(parser, profile=DEFAULT_PROFILE, time_scale=12.0)
-    parser.add_argument(
-        "--concurrency",
-        type=positive,
-        default=16,
-        metavar="N",
-        help="requests at once; twice as many come later (default 16)",
+    add_paced(
+        parser,
+        profile=DEFAULT_PROFILE,
+        time_scale=12.0,
+        concurrency=16,
+        concurrency_help="requests at once; twice as many come later",
     )
     parser.add_argument(
         "--to-zero",
@@ -71,27 +105,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="measurements with the drafters needed, and one more (default 10; 0: none)",
     )
-    parser.add_argument(
-        "--data",
-        default="stdlib-heldout",
-        metavar="DATA",
-        help="stdlib-heldout, or a JSONL file of prompts",
-    )
 
 
 def run(args: argparse.Namespace) -> Report:
     """Runs the suite. Raises: cluster.errors."""
     from cluster.bench import pool
-    from cluster.bench.own_serving import OwnSettings
 
-    own = OwnSettings(
-        target=args.target,
-        drafter=drafters_of([args.drafter])[0],
-        dtype="float32",
-        num_threads=1,
-        scheduler="search",
-        enforce_eager=True,
-    )
+    own = paced_own(args)
     plan = pool.PoolPlan(
         profile=profile_path(args),
         time_scale=args.time_scale,

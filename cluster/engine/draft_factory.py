@@ -15,6 +15,7 @@ from cluster.engine.draft_eagle3 import Eagle3Network
 from cluster.engine.draft_engine import DraftEngine
 from cluster.engine.draft_method import DraftMethod
 from cluster.engine.draft_ngram import NgramMethod
+from cluster.engine.draft_profile import measure_draft_curve
 from cluster.engine.pace import draft_pace
 from cluster.engine.target_model import load_text_config
 from cluster.errors import ConfigError
@@ -47,6 +48,17 @@ def build_draft_engine(
         clock=clock,
         pace=draft_pace(config.drafter.pace),
     )
+
+
+def build_measured_draft_engine(config: ClusterConfig) -> DraftEngine:
+    """``build_draft_engine`` with the curve of its passes, measured now unless a pace brings one.
+
+    Raises: as it does.
+    """
+    engine = build_draft_engine(config)
+    if engine.curve is None:
+        engine.curve = measure_draft_curve(engine)
+    return engine
 
 
 def build_draft_method(config: ClusterConfig, *, seed: int | None = None) -> DraftMethod:
