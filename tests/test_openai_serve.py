@@ -23,6 +23,7 @@ from cluster.rpc.client import Client
 from tests.metrics_tools import free_port, samples, value
 from tests.models import DRAFTER, TARGET
 from tests.promql_tools import alerts, panel_expressions, selectors
+from tests.trace_tools import Collector, Received, collecting
 
 pytestmark = [
     pytest.mark.cluster,
@@ -43,7 +44,13 @@ METRICS_PORT = free_port()
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RunningCluster]:
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def cluster(collector: Collector) -> Iterator[RunningCluster]:
     config = ClusterConfig.parse(
         {
             "target": {
@@ -62,6 +69,7 @@ def cluster() -> Iterator[RunningCluster]:
                 "chat_template": "chatml",
                 "max_queued_tokens": 20_000,
             },
+            "tracing": {"endpoint": collector.endpoint},
             "drain_timeout_s": 5,
         }
     )
@@ -200,3 +208,45 @@ def test_a_scrape_of_the_cluster_has_what_rules_and_dashboards_read(
         assert value(found, "vllm:spec_decode_num_accepted_tokens_total") > 0
         assert value(found, "dspark:drafter_rounds_total", outcome="answered") > 0
         assert all(dict(labels)["model_name"] == MODEL for _, labels in found)
+
+
+def test_a_request_is_one_trace_over_three_processes(client: OpenAI, collector: Collector) -> None:
+    """Of the router and the replica always; of the drafter too, where it was asked."""
+    span_id = "d" * 16
+    deadline = time.monotonic() + 120
+    for number in range(1, 100):
+        assert time.monotonic() < deadline, collector.spans
+        trace_id = f"{number:032x}"
+        client.completions.create(
+            model=MODEL,
+            prompt=PROMPT,
+            max_tokens=60,
+            extra_headers={"traceparent": f"00-{trace_id}-{span_id}-01"},
+        )
+        spans = wait_for_spans(collector, trace_id)
+        (router,), (replica,) = spans["dspark-router"], spans["dspark-replica"]
+        assert (router.name, router.parent_span_id.hex()) == ("request", span_id)
+        assert (replica.name, replica.parent_span_id) == ("replica", router.span_id)
+        drafts = spans.get("dspark-drafter", [])
+        assert all((d.name, d.parent_span_id) == ("draft", replica.span_id) for d in drafts)
+        if drafts:  # a replica may decode plainly, and then asks no drafter
+            break
+
+
+def wait_for_spans(collector: Collector, trace_id: str) -> dict[str, list[Received]]:
+    """A trace's spans by process; each sends what it has every five seconds."""
+    deadline = time.monotonic() + 30
+    complete_at = None
+    while True:
+        spans: dict[str, list[Received]] = {}
+        for span in list(collector.spans):
+            if span.trace_id.hex() == trace_id:
+                spans.setdefault(span.service, []).append(span)
+        if len(spans) == 3:
+            return spans
+        if complete_at is None and {"dspark-router", "dspark-replica"} <= spans.keys():
+            complete_at = time.monotonic()
+        if complete_at is not None and time.monotonic() > complete_at + 6:
+            return spans
+        assert time.monotonic() < deadline, spans
+        time.sleep(0.2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -13,6 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from cluster import tracing
+from cluster.actors.tracing import start_tracing
 from cluster.config import ClusterConfig
 from cluster.engine.draft_client import SessionKey
 from cluster.errors import ConfigError, InvalidRequestError
@@ -24,6 +24,7 @@ from tests.engine_tools import make_config
 from tests.metrics_tools import running_parts
 from tests.models import DRAFTER, TARGET, save_tiny_drafter, save_tiny_target
 from tests.rpc_tools import until
+from tests.trace_tools import collecting
 
 CLIENT = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
 
@@ -145,41 +146,15 @@ def test_a_drafter_keeps_a_bounded_number_of_spans(exporter: InMemorySpanExporte
     assert len(exporter.get_finished_spans()) == MAX_SPANS + 1
 
 
-def test_spans_reach_a_collector(tmp_path: Path) -> None:
+def test_spans_reach_a_collector() -> None:
     """Over OTLP, as the configuration names it."""
-    from concurrent import futures
-
-    import grpc
-    from opentelemetry.proto.collector.trace.v1 import (
-        trace_service_pb2,
-        trace_service_pb2_grpc,
-    )
-
-    from cluster.actors.tracing import start_tracing
-
-    received = []
-
-    class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-        def Export(self, request: object, context: object) -> object:
-            received.append(request)
-            return trace_service_pb2.ExportTraceServiceResponse()
-
-    server = grpc.server(futures.ThreadPoolExecutor(1))
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Collector(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    values = {"target": {"model": "m"}, "tracing": {"endpoint": f"http://127.0.0.1:{port}"}}
-    try:
+    with collecting() as collector:
+        values = {"target": {"model": "m"}, "tracing": {"endpoint": collector.endpoint}}
         start_tracing(ClusterConfig.parse(values), "router", "router-1")
         Span("request").end()
         tracing.stop()
-    finally:
-        server.stop(0)
-    (resource,) = received[0].resource_spans
-    attributes = {a.key: a.value.string_value for a in resource.resource.attributes}
-    assert attributes["service.name"] == "dspark-router"
-    assert attributes["service.instance.id"] == "router-1"
-    assert resource.scope_spans[0].spans[0].name == "request"
+    (span,) = collector.spans
+    assert (span.service, span.instance, span.name) == ("dspark-router", "router-1", "request")
 
 
 def test_a_bad_endpoint_is_named() -> None:
