@@ -75,7 +75,8 @@ class SamplingParams:
         seed: makes the output reproducible (coupled verification); any int64.
         stop_token_ids: tokens that end the output (they are its last token).
         stop: strings that end the output (not part of the text).
-        max_tokens: most output tokens, >= 1.
+        max_tokens: most output tokens, >= 0; with 0 the prompt alone is computed, and its
+            log-probabilities where they are asked for.
         min_tokens: no end-of-sequence or stop token before so many output tokens.
         presence_penalty, frequency_penalty: in [-2, 2], over the output so far.
         repetition_penalty: in [0.01, 100], over prompt and output.
@@ -148,9 +149,9 @@ class SamplingParams:
             )
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise InvalidRequestError("sampling.seed", "must fit 64 bits")
-        if self.max_tokens < 1:
+        if self.max_tokens < 0:
             raise InvalidRequestError(
-                "sampling.max_tokens", f"must be 1 or more, got {self.max_tokens}"
+                "sampling.max_tokens", f"must be 0 or more, got {self.max_tokens}"
             )
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise InvalidRequestError(
@@ -249,13 +250,14 @@ class Request:
         """
         if not self.prompt_token_ids:
             raise InvalidRequestError("prompt", "must not be empty")
-        if len(self.prompt_token_ids) >= max_model_len:
+        room = max_model_len - len(self.prompt_token_ids)
+        if room < min(self.sampling.max_tokens, 1):
             raise InvalidRequestError(
                 "prompt",
                 f"has {len(self.prompt_token_ids)} tokens; the model's context is {max_model_len} "
-                "and must hold at least one output token",
+                "and must hold at least one output token, unless max_tokens is 0",
             )
-        if len(self.prompt_token_ids) + len(self.resume_token_ids) >= max_model_len:
+        if self.resume_token_ids and len(self.resume_token_ids) >= room:
             raise InvalidRequestError("resume_token_ids", "prompt and output fill the context")
         _check_token_ids("prompt.token_ids", self.prompt_token_ids, vocab_size)
         _check_token_ids("resume_token_ids", self.resume_token_ids, vocab_size)
@@ -268,7 +270,7 @@ class Request:
                     "sampling.prompt_logprobs",
                     f"asks for {num_asked} log-probabilities; at most {MAX_PROMPT_LOGPROBS}",
                 )
-        if len(self.resume_token_ids) >= self.sampling.max_tokens:
+        if self.resume_token_ids and len(self.resume_token_ids) >= self.sampling.max_tokens:
             raise InvalidRequestError(
                 "resume_token_ids",
                 f"already holds max_tokens ({self.sampling.max_tokens}) tokens or more",

@@ -417,7 +417,7 @@ def test_cancel_and_deadline_free_everything(pair: tuple[str, str]) -> None:
         ({"sampling": SamplingParams(temperature=-0.1)}, "sampling.temperature"),
         ({"sampling": SamplingParams(temperature=math.nan)}, "sampling.temperature"),
         ({"sampling": SamplingParams(temperature=math.inf)}, "sampling.temperature"),
-        ({"sampling": SamplingParams(max_tokens=0)}, "sampling.max_tokens"),
+        ({"sampling": SamplingParams(max_tokens=-1)}, "sampling.max_tokens"),
         ({"sampling": SamplingParams(top_p=0.0)}, "sampling.top_p"),
         ({"sampling": SamplingParams(top_k=-2)}, "sampling.top_k"),
         ({"sampling": SamplingParams(min_p=1.5)}, "sampling.min_p"),

@@ -155,6 +155,26 @@ def test_calls_are_as_over_http_and_a_broken_stream_goes_on(
     assert rest.finish_reason == common_pb2.FINISH_REASON_TOOL_CALLS
 
 
+@pytest.mark.parametrize("speculation", [common_pb2.SpeculationParams(), OFF])
+def test_a_prompt_alone_is_scored_as_over_http(
+    stub: Any, client: OpenAI, speculation: common_pb2.SpeculationParams
+) -> None:
+    theirs: Any = client.completions.create(
+        model=MODEL, prompt=QUESTION, max_tokens=0, extra_body={"prompt_logprobs": 0}
+    )
+    sampling = common_pb2.SamplingParams(max_tokens=0, prompt_logprobs=0)
+    request = inference_pb2.GenerateRequest(
+        text=QUESTION, sampling=sampling, speculation=speculation
+    )
+    (chunk,) = stub.Generate(request, timeout=60)
+    assert (chunk.text, chunk.finish_reason) == ("", common_pb2.FINISH_REASON_LENGTH)
+    assert not chunk.token_ids
+    assert (chunk.usage.completion_tokens, theirs.usage.completion_tokens) == (0, 0)
+    wanted = [next(iter(d.values()))["logprob"] for d in theirs.choices[0].prompt_logprobs[1:]]
+    found = [position.chosen.logprob for position in chunk.prompt_logprobs]
+    assert found == pytest.approx(wanted, abs=1e-4)
+
+
 def resume(stub: Any, fields: dict[str, Any], held: list[int]) -> Answer:
     """What comes behind the tokens that the client holds."""
     request = inference_pb2.ChatRequest(

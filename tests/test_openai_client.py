@@ -374,6 +374,33 @@ def test_an_echo_has_the_prompt_s_log_probabilities(client: OpenAI, stream: bool
     assert said == pytest.approx(best, abs=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_a_prompt_can_be_scored_alone(client: OpenAI, mode: str) -> None:
+    fields: dict[str, Any] = {**GREEDY, "speculation": mode, "max_tokens": 0}
+    scores: dict[str, Any] = {**fields, "echo": True, "logprobs": 2, "prompt_logprobs": 1, "n": 2}
+    longer = complete(client, **{**scores, "max_tokens": 3}).choices[0]
+    num_tokens = len(longer.prompt_logprobs)
+    scored = complete(client, **scores)
+    assert (scored.usage.completion_tokens, scored.usage.prompt_tokens) == (0, num_tokens)
+    for choice in scored.choices:
+        assert (choice.text, choice.finish_reason) == (PROMPT, "length")
+        assert choice.logprobs.tokens == longer.logprobs.tokens[:num_tokens]
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(
+            longer.logprobs.token_logprobs[1:num_tokens], abs=1e-4
+        )
+        assert len(choice.prompt_logprobs) == num_tokens
+    (piece,) = (p.choices[0] for p in complete(client, **{**scores, "n": 1}, stream=True))
+    assert (piece.text, piece.finish_reason) == (PROMPT, "length")
+    assert piece.logprobs == scored.choices[0].logprobs
+    for more in ({}, {"best_of": 2}, {"logprobs": 1}):
+        bare = complete(client, **fields, **more)
+        assert (bare.choices[0].text, bare.choices[0].finish_reason) == ("", "length")
+        assert bare.usage.completion_tokens == 0
+    answer = chat(client, **GREEDY, speculation=mode, max_completion_tokens=0, prompt_logprobs=0)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("", "length")
+    assert len(answer.prompt_logprobs) == answer.usage.prompt_tokens == answer.usage.total_tokens
+
+
 def test_events_of_equal_length_tell_less(server: ApiServer) -> None:
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 12, "stream": True, **GREEDY}
     texts, lengths = [], []
@@ -665,7 +692,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n"),
     ({"n": 17}, "n"),
     ({"seed": 2**70}, "seed"),
-    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 2**40}, "max_tokens"),
     ({"min_tokens": 99}, "min_tokens"),
     ({"logprobs": 21}, "logprobs"),

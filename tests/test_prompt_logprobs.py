@@ -81,6 +81,23 @@ def test_they_are_the_target_s_own(
     assert found["a"][1] == found["b"][1] == plain[1]
 
 
+def test_a_prompt_alone_may_fill_the_context(reference: torch.Tensor) -> None:
+    whole = make_config(
+        TARGET, DRAFTER, max_model_len=len(PROMPT), max_num_seqs=8, max_num_batched_tokens=64
+    )
+    engine = make_engine(whole)
+    with pytest.raises(InvalidRequestError) as caught:
+        engine.add_request(request("a", 1, max_tokens=1))
+    assert caught.value.field == "prompt"
+    found = run_to_end(engine, [request(name, 1, max_tokens=0) for name in "ab"])
+    for scores, tokens in found.values():
+        check(scores, 1, reference)
+        assert not tokens
+    assert run_to_end(engine, [request("c", None, max_tokens=0)])["c"] == ((), [])
+    assert engine.load().num_output_tokens == 0
+    assert engine.load().kv_cache_usage == 0.0
+
+
 def test_a_preempted_prompt_is_scored_once(reference: torch.Tensor) -> None:
     engine = make_engine(config(max_num_batched_tokens=16))
     engine.add_request(request("a", 1))

@@ -86,7 +86,7 @@ async def test_no_replica() -> None:
             await gather_chunks(cluster.client, [1], timeout_s=0.1)
         # Bad input is told at once all the same.
         with pytest.raises(InvalidRequestError):
-            await gather_chunks(cluster.client, [1], max_tokens=0)
+            await gather_chunks(cluster.client, [1], max_tokens=-1)
         # A request waits for a replica that is on its way.
         waiting = asyncio.create_task(gather_chunks(cluster.client, [1], max_tokens=5))
         await asyncio.sleep(0.05)
@@ -200,6 +200,14 @@ async def test_lost_when_all_tokens_had_come(
     assert chunk is not None
     assert list(chunk.token_ids) == tokens
     assert chunk.finish_reason == (reason or common_pb2.FINISH_REASON_UNSPECIFIED)
+    choice.cancel("cancelled")
+
+
+async def test_a_prompt_that_was_only_to_be_computed_is_lost() -> None:
+    request = Request(request_id="r", prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=0))
+    choice = Choice(request, TOKENIZER, ReplicaPool("router", wait_s=60.0), lambda: None)
+    choice.on_lost()
+    assert not choice.done  # nothing of it came
     choice.cancel("cancelled")
 
 

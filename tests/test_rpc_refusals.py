@@ -54,7 +54,6 @@ BAD_INPUT: list[tuple[Any, dict[str, Any], str]] = [
     ([1], {"top_p": NAN}, "sampling.top_p"),
     ([1], {"min_p": 1.5}, "sampling.min_p"),
     ([1], {"seed": 2**64}, "sampling.seed"),
-    ([1], {"max_tokens": 0}, "sampling.max_tokens"),
     ([1], {"max_tokens": -5}, "sampling.max_tokens"),
     ([1], {"min_tokens": 9, "max_tokens": 8}, "sampling.min_tokens"),
     ([1], {"presence_penalty": 3.0}, "sampling.presence_penalty"),

@@ -56,7 +56,9 @@ class ChoiceRecord:
 
     @property
     def mean_logprob(self) -> float:
-        """Of its tokens, where log-probabilities were asked for."""
+        """Of its tokens, where log-probabilities were asked for; 0 without any."""
+        if not self.logprobs:
+            return 0.0
         return fmean(position.chosen.logprob for position in self.logprobs)
 
     def add(self, chunk: Chunk) -> None:

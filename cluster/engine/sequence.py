@@ -149,6 +149,8 @@ class Sequence:
         self, token_ids: Iterable[int], eos_token_ids: Collection[int]
     ) -> FinishReason | None:
         """Commits tokens up to where the output ends; returns why it ends there, if it does."""
+        if self.room <= 0:  # nothing was to come behind the prompt
+            return FinishReason.LENGTH
         for token_id in token_ids:
             self.token_ids.append(token_id)
             reason = self._finish_reason(token_id, eos_token_ids)

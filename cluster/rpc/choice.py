@@ -251,6 +251,9 @@ class Choice:
         return self._chunk
 
     def _is_complete(self) -> bool:
+        """Whether there is all that could come; without a token the prompt's part is missing."""
+        if not self._token_ids:
+            return False
         return self._is_stopped() or len(self._token_ids) >= self._request.sampling.max_tokens
 
     def _is_stopped(self) -> bool:
