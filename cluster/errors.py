@@ -105,14 +105,15 @@ class InvalidRequestError(DsparkError):
     """A request's field has a value that cannot be served.
 
     Args:
-        field: the field's name as the client wrote it, e.g. ``sampling.temperature``.
+        field: the field's name as the client wrote it, e.g. ``sampling.temperature``; empty: it is
+            no single field.
         message: what is wrong with it.
     """
 
     def __init__(self, field: str, message: str) -> None:
         self.field = field
         self.message = message
-        super().__init__(f"{field}: {message}")
+        super().__init__(f"{field}: {message}" if field else message)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (InvalidRequestError, (self.field, self.message))

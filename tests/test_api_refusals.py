@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -148,6 +149,97 @@ async def test_a_body_is_read_no_further_than_it_may_be() -> None:
             answer = await client.post("/v1/completions", content=content)
             assert answer.status_code == 413
             assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("spelling", ["escaped", "raw", "utf-16"])
+async def test_a_lone_surrogate_is_no_text(spelling: str) -> None:
+    """JSON can write one, UTF-8 and so a tokenizer cannot; a pair of them is one character."""
+    half, emoji = "\ud83d", "\N{GRINNING FACE}"
+
+    def encoded(body: Any) -> bytes:
+        text = json.dumps(body, ensure_ascii=spelling == "escaped")
+        return text.encode("utf-16" if spelling == "utf-16" else "utf-8", "surrogatepass")
+
+    message = {"role": "user", "content": [{"type": "text", "text": half}]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {half: {}}}}
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("/v1/completions", {"prompt": half}, "prompt"),
+        ("/v1/completions", {"prompt": ["x", half + "y" * 5000]}, "prompt"),
+        ("/v1/completions", {"prompt": "x", "model": half}, "model"),
+        ("/v1/completions", {"prompt": "x", "stop": [half]}, "stop"),
+        ("/v1/completions", {"prompt": "x", "bad_words": [half]}, "bad_words"),
+        ("/v1/completions", {"prompt": "x", "logit_bias": {half: 1}}, "logit_bias"),
+        ("/v1/completions", {"prompt": "x", half: 1}, "\\ud83d"),
+        ("/v1/chat/completions", {"messages": [message]}, "messages"),
+        ("/v1/chat/completions", {"messages": MESSAGES, "tools": [tool]}, "tools"),
+        ("/tokenize", {"prompt": half}, "prompt"),
+        ("/detokenize", {"tokens": [1], "model": half}, "model"),
+    ]
+    json_type = {"Content-Type": "application/json"}
+    async with door(chat_template="chatml") as client:
+        for path, body, field in cases:
+            answer = await client.post(path, content=encoded(body), headers=json_type)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, field), (body, error)
+            assert "not valid Unicode text" in error["message"]
+        content = encoded({"prompt": emoji})
+        answer = await client.post("/tokenize", content=content, headers=json_type)
+        assert small_tokenizer().decode(answer.json()["tokens"]) == emoji
+        # A text that holds JSON is not looked into, and what comes of it is.
+        call = {"type": "function", "function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}}
+        spoken = [*MESSAGES, {"role": "assistant", "tool_calls": [{"id": "1", **call}]}]
+        answer = await client.post("/tokenize", json={"messages": spoken})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+
+
+async def test_a_body_is_a_json_object_and_says_so() -> None:
+    cases = [
+        (b"", "application/json", 400, "empty"),
+        (b"{", "application/json", 400, "not JSON"),
+        (b"[1]", "application/json", 400, "not a JSON object"),
+        (b'"x"', "application/json; charset=utf-8", 400, "not a JSON object"),
+        (b'{"prompt": "x"}', "text/plain", 415, "text/plain"),
+        (b'{"prompt": "x"}', "application/x-www-form-urlencoded", 415, "Content-Type"),
+        (b'{"prompt": "x"}', None, 415, "Content-Type"),
+    ]
+    async with door() as client:
+        for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+            for content, kind, status, words in cases:
+                headers = {} if kind is None else {"Content-Type": kind}
+                answer = await client.post(path, content=content, headers=headers)
+                error = answer.json()["error"]
+                assert (answer.status_code, error["param"]) == (status, None), (content, kind)
+                assert words in error["message"]
+                assert error["type"] == "invalid_request_error"
+                assert not error["message"].startswith(":")
+        problem = {"Content-Type": "application/vnd.mine+json; charset=utf-8"}
+        content = b'{"prompt": "x"}'
+        assert (await client.post("/tokenize", content=content, headers=problem)).is_success
+
+
+async def test_an_unknown_field_is_told_where_it_belongs() -> None:
+    chat, completion = {"messages": MESSAGES}, {"prompt": "x"}
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("/v1/chat/completions", {**chat, "echo": True}, "it belongs to /v1/completions"),
+        ("/v1/chat/completions", {**chat, "best_of": 2}, "it belongs to /v1/completions"),
+        (
+            "/v1/completions",
+            {**completion, "messages": MESSAGES},
+            "it belongs to /v1/chat/completions and /tokenize",
+        ),
+        ("/v1/completions", {**completion, "temprature": 1}, "did you mean 'temperature'?"),
+        ("/v1/chat/completions", {**chat, "tool": []}, "did you mean 'tools'?"),
+        ("/tokenize", {**completion, "temperature": 1}, "it belongs to /v1/completions and"),
+        ("/detokenize", {"tokens": [1], "token": 1}, "did you mean 'tokens'?"),
+    ]
+    async with door() as client:
+        for path, body, words in cases:
+            answer = await client.post(path, json=body)
+            (name,) = body.keys() - {"messages", "prompt", "tokens"} or {"messages"}
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, name)
+            assert words in error["message"]
+            assert f"'{name}'" not in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,7 @@ def test_tokens_and_models_are_as_over_http(server: ApiServer, stub: Any, client
     assert (model.max_model_len, model.has_chat_template) == (512, True)
 
 
+SURROGATE = json.dumps({"properties": {"\ud800": {}}})
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"conversation": chat_pb2.Conversation()}, "conversation.messages"),
     (
@@ -254,6 +255,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"conversation": conversation(template_variables='{"messages": 1}')},
         "conversation.template_variables",
+    ),
+    (
+        {"conversation": conversation(template_variables='{"a": ["\\ud800"]}')},
+        "conversation.template_variables",
+    ),
+    (
+        {"conversation": conversation(tools=[chat_pb2.Tool(name="f", parameters=SURROGATE)])},
+        "conversation.tools",
     ),
     ({"conversation": conversation(reasoning_effort="high")}, "conversation.reasoning_effort"),
     ({"conversation": conversation(tools=[chat_pb2.Tool(name="a b")])}, "conversation.tools"),

@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 import cluster
 from cluster.api.answers import check_model
+from cluster.api.body import check_body
 from cluster.api.body_limit import BodyLimit
 from cluster.api.chat import ChatCompletionRequest, ChatCompletions
 from cluster.api.completions import CompletionRequest, Completions
@@ -20,12 +21,18 @@ from cluster.api.errors import add_error_handlers, error_response
 from cluster.api.fields import GenerationFields
 from cluster.api.streaming import EventStream, unless_disconnected
 from cluster.api.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
-from cluster.chat.fields import REFUSALS
+from cluster.chat.fields import REFUSALS, Fields
 from cluster.errors import ReplicaLostError
 from cluster.rpc.router import RouterServer
 from cluster.tracing import incoming_traceparent
 
 _MB = 1 << 20
+_BODIES: dict[str, type[Fields]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
 
 
 def create_app(router: RouterServer, *, max_body_bytes: int = 16 * _MB) -> FastAPI:
@@ -38,8 +45,9 @@ def create_app(router: RouterServer, *, max_body_bytes: int = 16 * _MB) -> FastA
     """
     app = FastAPI(title="dspark-cluster", version=cluster.__version__)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
-    known = {*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields}
-    add_error_handlers(app, REFUSALS, known)
+    add_error_handlers(
+        app, REFUSALS, {path: body.model_fields.keys() for path, body in _BODIES.items()}
+    )
     app.include_router(_probes(router))
 
     async def authenticate(request: Request) -> None:
@@ -48,7 +56,7 @@ def create_app(router: RouterServer, *, max_body_bytes: int = 16 * _MB) -> FastA
         incoming_traceparent.set(request.headers.get("traceparent", ""))
         request.state.api_key = router.authenticator.authenticate(header, peer)
 
-    with_key = [Depends(authenticate)]
+    with_key = [Depends(authenticate), Depends(check_body)]
     app.include_router(_openai(router), dependencies=with_key)
     app.include_router(_tokens(router), dependencies=with_key)
     app.include_router(_metrics(router), dependencies=with_key)

@@ -91,21 +91,26 @@ def error_response(error: Exception) -> JSONResponse:
 
 
 def add_error_handlers(
-    app: FastAPI, refusals: Mapping[str, str], known_fields: Collection[str]
+    app: FastAPI, refusals: Mapping[str, str], known_fields: Mapping[str, Collection[str]]
 ) -> None:
     """Has every error of ``app`` answered in OpenAI's form.
 
     Args:
         refusals: why a field of a body that is known but not served is refused, by its name.
-        known_fields: of bodies, for suggestions.
+        known_fields: of each path's body, for suggestions.
     """
 
     async def on_error(_: Request, error: Exception) -> JSONResponse:
         return error_response(error)
 
-    async def on_invalid(_: Request, error: Exception) -> JSONResponse:
+    async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return error_response(_as_invalid_request(error.errors()[0], refusals, known_fields))
+        refused = _as_invalid_request(error.errors()[0])
+        if refused is None:
+            name = str(error.errors()[0]["loc"][1])
+            unknown = _why_unknown(name, request.scope["path"], known_fields)
+            refused = InvalidRequestError(name, refusals.get(name, unknown))
+        return error_response(refused)
 
     async def on_http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -127,26 +132,30 @@ def to_client_field(field: str, names: dict[str, str]) -> str:
     return name if section in ("sampling", "speculation") and name else section
 
 
-def _as_invalid_request(
-    error: Mapping[str, Any], refusals: Mapping[str, str], known_fields: Collection[str]
-) -> InvalidRequestError:
-    """What pydantic found, by the path of the field in the body."""
+def _as_invalid_request(error: Mapping[str, Any]) -> InvalidRequestError | None:
+    """What pydantic found, by the path of the field in the body; ``None``: an unknown field."""
     location: Sequence[Any] = error["loc"][1:]  # behind "body"
-    if error["type"] == "json_invalid" or not location:
+    if error["type"] == "json_invalid":
+        why = error["ctx"]["error"]
+        return InvalidRequestError("", f"the body is not JSON: {why} at character {location[0]}")
+    if not location:
         return InvalidRequestError("", f"the body is not a JSON object: {error['msg']}")
+    is_unknown = error["type"] == "extra_forbidden"
+    if is_unknown and len(location) == 1:
+        return None
     name = str(location[0])
-    if error["type"] == "extra_forbidden" and len(location) == 1:
-        unknown = f"is not known here{_nearest(name, known_fields)}"
-        return InvalidRequestError(name, refusals.get(name, unknown))
-    message = error["msg"].removeprefix("Value error, ")
+    message = "is not known here" if is_unknown else error["msg"].removeprefix("Value error, ")
     path = ".".join(str(part) for part in location)
     return InvalidRequestError(name, message if path == name else f"{message} (at {path})")
 
 
-def _nearest(name: str, known: Collection[str]) -> str:
-    """`` (did you mean 'X'?)``, or nothing."""
-    found = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean '{found[0]}'?)" if found else ""
+def _why_unknown(name: str, path: str, known: Mapping[str, Collection[str]]) -> str:
+    """Of a field of the body of ``path``: where it belongs, or what is nearest to it."""
+    here = next((fields for of, fields in known.items() if path.endswith(of)), ())
+    found = difflib.get_close_matches(name, here, n=1)
+    if others := [of for of, fields in known.items() if name in fields]:
+        return f"is not known here: it belongs to {' and '.join(others)}"
+    return f"is not known here (did you mean '{found[0]}'?)" if found else "is not known here"
 
 
 def _kind_of(error: Exception) -> _Kind:

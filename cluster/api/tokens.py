@@ -49,7 +49,11 @@ async def tokenize(router: RouterServer, fields: TokenizeRequest) -> dict[str, A
     with_special = fields.add_special_tokens
     if with_special is None:
         with_special = fields.prompt is not None
-    token_ids = await router.encoder.encode(text, add_special_tokens=with_special)
+    token_ids = await router.encoder.encode(
+        text,
+        add_special_tokens=with_special,
+        field="messages" if fields.prompt is None else "prompt",
+    )
     answer: dict[str, Any] = {
         "count": len(token_ids),
         "max_model_len": router.max_model_len,

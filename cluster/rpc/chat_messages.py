@@ -15,6 +15,7 @@ from cluster.chat.template import (
     EarlierCustomCall,
     Message,
 )
+from cluster.chat.text import check_text
 from cluster.chat.tools import (
     AllowedTools,
     AllowedToolsChoice,
@@ -116,4 +117,5 @@ def _json_object(text: str, field: str) -> dict[str, Any]:
         raise InvalidRequestError(field, f"is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InvalidRequestError(field, "is not a JSON object")
+    check_text(value, field)
     return value

@@ -114,7 +114,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         with_special = kind == "text"
         if request.HasField("add_special_tokens"):
             with_special = request.add_special_tokens
-        token_ids = await router.encoder.encode(text, add_special_tokens=with_special)
+        token_ids = await router.encoder.encode(text, add_special_tokens=with_special, field=kind)
         strings = router.encoder.strings(token_ids) if request.return_token_strings else []
         return inference_pb2.TokenizeResponse(
             token_ids=token_ids, token_strings=strings, max_model_len=router.max_model_len

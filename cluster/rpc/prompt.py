@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from cluster.chat.text import check_text
 from cluster.errors import InvalidRequestError
 
 # Longer texts take milliseconds and are encoded beside the event loop.
@@ -33,24 +34,29 @@ class PromptEncoder:
         self._max_model_len = max_model_len
         self._max_chars = max_model_len * max(map(len, self._tokenizer.get_vocab()))
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+    async def encode(
+        self, text: str, *, add_special_tokens: bool = True, field: str = "prompt"
+    ) -> tuple[int, ...]:
         """The text's token ids; empty for an empty text unless the tokenizer adds some.
 
         Args:
             add_special_tokens: those that the tokenizer puts around a text; a chat template has
                 written them itself.
+            field: where the text is from, for errors.
 
         Raises:
-            InvalidRequestError: even in the longest tokens there are, the text exceeds the context.
+            InvalidRequestError: naming ``field``: even in the longest tokens there are, the text
+                exceeds the context; or it is none, since it holds a lone surrogate.
         """
-        if len(text) <= _MAX_INLINE_CHARS:
-            return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        if len(text) > self._max_chars:
+        if len(text) > max(self._max_chars, _MAX_INLINE_CHARS):
             raise InvalidRequestError(
-                "prompt",
+                field,
                 f"has {len(text)} characters, more than the model's context of "
                 f"{self._max_model_len} tokens can hold",
             )
+        check_text(text, field)
+        if len(text) <= _MAX_INLINE_CHARS:
+            return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         # Unlike ``encode``, ``encode_batch`` lets other threads of Python run meanwhile.
         encodings = await asyncio.to_thread(
             self._tokenizer.encode_batch, [text], add_special_tokens=add_special_tokens
