@@ -71,6 +71,10 @@ class LoopThread:
     def run(self, coroutine, timeout_s: float = 120.0):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
 
+    def start(self, coroutine):
+        """Runs it there and does not wait; returns its future."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -331,17 +332,22 @@ def test_answers_of_before_a_restart_are_refused(loop):
         answers.append(answer_with()(request))
         return answers[-1]
 
-    with fake_drafter(loop, record) as (_, one), client_of(one) as client:
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as stack:
+        _, one = first.enter_context(fake_drafter(loop, record))
+        client = stack.enter_context(client_of(one))
         assert wait_for(client.is_ready)
         key = open_with(client, "r", 9, SAMPLED)
         for length in (10, 11):
             draft_round = round_of(sequence(key, length, count=2))
             assert len(client.collect(client.start_round(draft_round), 5.0)) == 1
+        first.close()
         # Restarted elsewhere, it answers the first round with what it has answered before.
         with fake_drafter(loop, lambda request: answers[1]) as (_, two):
             client.set_drafters([("d0", two)])
-            assert wait_for(lambda: not client.has_session(key))
-            assert wait_for(client.is_ready)
+            assert wait_for(lambda: state_of(client) == "ready")
+            client.collect(client.start_round(round_of(sequence(key, 11, count=2))), 5.0)
+            assert not client.has_session(key)
+            client.close_session(key)
             key = open_with(client, "r", 9, SAMPLED)
             draft_round = round_of(sequence(key, 11, count=2))
             assert client.collect(client.start_round(draft_round), 5.0) == []

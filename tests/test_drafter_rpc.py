@@ -167,10 +167,65 @@ def test_sessions_spread_over_drafters_and_rounds_are_split(loop):
         results = client.collect(client.start_round(draft_round), 5.0)
         assert {result.session for result in results} == set(keys)
         assert all(result.outcome is DraftOutcome.DRAFTED for result in results)
-        client.set_drafters([("d1", two)])  # one is taken away, its sessions with it
-        assert wait_for(lambda: sum(client.has_session(key) for key in keys) == 2)
+
+
+def test_a_drafter_that_leaves_drafts_until_its_sessions_have_moved(loop):
+    engines = [make_engine(make_drafter()) for _ in range(2)]
+    with (
+        served(loop, engines[0]) as (first, one),
+        served(loop, engines[1]) as (_, two),
+        client_of(one) as client,
+    ):
+        assert wait_for(client.is_ready)
+        keys = [open_with(client, f"r{i}", 5) for i in range(3)]
+        draft_round = round_of(*(sequence(key, 6) for key in keys))
+        client.set_drafters([])
+        assert wait_for(lambda: state_of(client) == "draining")
+        assert client.is_ready()
+        assert not client.open_session(SessionKey("new", 0), GREEDY)
+        stopping = loop.start(first.drain(hand_over_s=60.0))
         results = client.collect(client.start_round(draft_round), 5.0)
-        assert len(results) == 2
+        assert [result.outcome for result in results] == [DraftOutcome.DRAFTED] * 3
+        assert all(client.has_session(key) for key in keys)  # there is no other drafter
+        client.set_drafters([("d1", two)])
+        assert wait_for(lambda: "ready" in {status.state for status in client.status()})
+        num_moved = 0
+        deadline = time.monotonic() + 60
+        while num_moved < 3:
+            assert time.monotonic() < deadline
+            assert not stopping.done()
+            results = client.collect(
+                client.start_round(round_of(*(sequence(key, 6) for key in keys))), 5.0
+            )
+            assert len(results) == 3  # nobody is without drafts meanwhile
+            for index, key in enumerate(keys):
+                if not client.has_session(key):  # as the engine does it
+                    num_moved += 1
+                    client.close_session(key)
+                    keys[index] = moved = SessionKey(key.request_id, 1)
+                    assert client.open_session(moved, GREEDY)
+                    feed(client, moved, 0, features(5))
+                    assert wait_for(lambda moved=moved: client.acknowledged_length(moved) == 5)
+            time.sleep(0.02)
+        assert wait_for(lambda: engines[1].num_sessions == 3)
+        stopping.result(10)
+        assert wait_for(lambda: [status.state for status in client.status()] == ["ready"])
+        assert client.stats.num_lost == 0
+
+
+def test_a_drafter_that_leaves_without_another_ends_with_its_sessions(loop):
+    engine = make_engine(make_drafter())
+    with served(loop, engine) as (server, address), client_of(address) as client:
+        assert wait_for(client.is_ready)
+        key = open_with(client, "r", 5)
+        client.set_drafters([])
+        stopping = loop.start(server.drain(hand_over_s=60.0))
+        assert wait_for(lambda: state_of(client) == "draining")
+        assert len(client.collect(client.start_round(round_of(sequence(key, 6))), 5.0)) == 1
+        client.close_session(key)
+        stopping.result(10)
+        assert wait_for(lambda: state_of(client) == "none")
+        assert not client.is_ready()
 
 
 def test_feed_takes_no_more_chunks_than_a_drafter_queues(loop):

@@ -22,7 +22,7 @@ from cluster.config import ClusterConfig
 _HEALTH_CHECK_PERIOD_S = 1.0
 _HEALTH_CHECK_TIMEOUT_S = 5.0
 # What a part needs behind its drain to close what it holds, before Serve kills it.
-_CLOSE_S = 5.0
+_CLOSE_S = 8.0
 _MAX_HTTP_REQUESTS = 100_000
 
 
@@ -72,6 +72,8 @@ def build(args: dict[str, Any]) -> Application:
         **scaling_options(config, ROUTER),
         # Serve's own bound on HTTP requests, far from the router's own on the work they bring.
         max_ongoing_requests=_MAX_HTTP_REQUESTS,
+        # In a rollout the new ones listen, on the same port, before the old ones leave it.
+        max_surge_percent=100,
         ray_actor_options={
             "num_cpus": config.router.num_cpus,
             "resources": config.router.resources,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayError
-from ray.serve._private.common import DeploymentID
+from ray.serve._private.common import DeploymentID, ReplicaState
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.long_poll import LongPollNamespace, LongPollState
 
@@ -48,7 +48,8 @@ async def watch_replicas(
     missing: set[ReplicaAddress] = set()
     while True:
         try:
-            update = await _controller().listen_for_change.remote({key: snapshot_id})
+            controller = await asyncio.to_thread(_controller)  # asks Ray's head, which may be away
+            update = await controller.listen_for_change.remote({key: snapshot_id})
         except (RayError, ValueError) as error:  # ValueError: no actor of that name now
             _logger.warning("Serve controller cannot be asked for %s: %s", deployment, error)
             snapshot_id = -1
@@ -76,6 +77,23 @@ def list_replicas(app_name: str, deployment: str) -> list[ReplicaAddress]:
     if update == LongPollState.TIME_OUT or key not in update:
         return []
     return _addresses(update[key].object_snapshot)
+
+
+async def is_being_stopped(app_name: str, deployment: str, replica_id: str) -> bool:
+    """Whether Serve's controller is stopping that replica, when it is listed no longer; it
+    is not listed while it is given a changed configuration either.
+
+    Raises:
+        RayError, ValueError: the controller cannot be asked now.
+    """
+    controller = await asyncio.to_thread(_controller)
+    details = await controller.get_serve_instance_details.remote()
+    application = details["applications"].get(app_name, {"deployments": {}})
+    replicas = application["deployments"].get(deployment, {"replicas": []})["replicas"]
+    return any(
+        replica["replica_id"] == replica_id and replica["state"] == ReplicaState.STOPPING
+        for replica in replicas
+    )
 
 
 def _controller() -> Any:

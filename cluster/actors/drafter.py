@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class Drafter:
     """Drafts for every target replica that connects; published once it serves.
 
-    Guarantees: when it is stopped it reports NOT_SERVING, finishes the rounds at hand and closes
-    its streams, so that replicas decode plainly or move their sessions; none of them waits for it.
+    Guarantees: when it is stopped it reports NOT_SERVING and drafts on until replicas have moved
+    their sessions to other drafters or ended them, or the drain time is over; then it finishes the
+    rounds at hand and closes its streams, behind which replicas decode plainly. None waits for it.
     What it is swapped to is loaded beside what it drafts with, which goes on until then, and for
     good where the other cannot be loaded.
     """
@@ -35,6 +36,7 @@ class Drafter:
         if speculative is None:
             raise ValueError("a drafter needs the configuration's `speculative` part")
         self._speculative = speculative
+        self._config = config
         config = config.model_copy(update={"speculative": speculative})
         engine, digests = await in_own_thread(lambda: _load(config, speculative))
         # Imported here: whoever builds or starts the application needs neither torch nor gRPC.
@@ -78,7 +80,7 @@ class Drafter:
 
     async def __del__(self) -> None:
         self._choosing.cancel()
-        await self._server.drain()
+        await self._server.drain(hand_over_s=self._config.drain_timeout_s)
 
     async def _use(self, config: ClusterConfig) -> bool:
         speculative = config.speculative

@@ -186,7 +186,8 @@ def _connect(config: ClusterConfig, temp_dir: Path) -> None:
 def _required_cpus(config: ClusterConfig) -> float:
     target = config.target
     required = target.highest * target.num_shards * target.num_cpus
-    required += config.router.num_replicas * config.router.num_cpus
+    # In a rollout the new ones start beside the old ones.
+    required += 2 * config.router.num_replicas * config.router.num_cpus
     if config.has_drafters:
         required += config.drafter.highest * config.drafter.num_cpus
     return required + _BUILD_CPUS
@@ -197,7 +198,7 @@ def _required_resources(config: ClusterConfig) -> dict[str, float]:
     required: Counter[str] = Counter()
     for resources, count in (
         (target.resources, target.highest * (target.num_shards + 1)),  # a front beside them
-        (config.router.resources, config.router.num_replicas),
+        (config.router.resources, 2 * config.router.num_replicas),
         (config.drafter.resources, config.drafter.highest if config.has_drafters else 0),
     ):
         for name, amount in resources.items():

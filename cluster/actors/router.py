@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
-from cluster.actors.discovery import ReplicaAddress, watch_replicas
+from cluster.actors.discovery import ReplicaAddress, is_being_stopped, watch_replicas
 from cluster.actors.names import ROUTER, TARGET_REPLICA
 from cluster.actors.tracing import start_tracing
 from cluster.config import ClusterConfig
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 # Addresses that stand for all of a machine's; clients elsewhere need one that is its own.
 _ANY_ADDRESS = ("0.0.0.0", "::")
+# How often a router that Serve lists no longer asks whether it is being stopped.
+_UNLISTED_PERIOD_S = 1.0
+
+_logger = logging.getLogger("ray.serve")
 
 
 @serve.ingress()
@@ -27,8 +33,8 @@ class Router:
     """Takes clients' requests and spreads them over the target replicas that Serve calls running.
 
     Guarantees: what comes over HTTP goes the way of what comes over gRPC; several routers of one
-    machine share the configured port; when this one is stopped it listens no longer, and its
-    streams get the drain time to finish.
+    machine share the configured port; when this one is stopped it listens no longer, its streams
+    get the drain time to finish, and those that take longer go on at another router.
     """
 
     # Serve awaits the constructor and the destructor of a deployment.
@@ -36,8 +42,12 @@ class Router:
         """``parts`` are handles to the deployments this one uses; Serve wants to know them."""
         context = serve.get_replica_context()
         self._config = config
-        start_tracing(config, "router", context.replica_id.unique_id)
-        self._server = await asyncio.to_thread(_make_server, config, context.replica_id.unique_id)
+        self._app_name = context.app_name
+        self._id = context.replica_id.unique_id
+        self._is_listed = self._was_listed = False
+        self._draining: asyncio.Task[None] | None = None
+        start_tracing(config, "router", self._id)
+        self._server = await asyncio.to_thread(_make_server, config, self._id)
         port = await self._server.start(config.router.host, config.router.port)
         host, metrics_port = config.router.host, config.router.metrics_port
         self._scrapes = None
@@ -77,17 +87,36 @@ class Router:
                 watch.result()
 
     async def __del__(self) -> None:
-        for watch in self._watches:
-            watch.cancel()
         if self._scrapes is not None:  # first, since the router that comes behind may want its port
             await self._scrapes.close()
         await self._server.stop(self._config.drain_timeout_s)
+        # Not before: what runs until then may need another replica.
+        for task in (*self._watches, self._draining):
+            if task is not None:
+                task.cancel()
 
     def _on_replicas(self, replicas: list[ReplicaAddress]) -> None:
         self._server.set_replicas([(replica.replica_id, replica.address) for replica in replicas])
 
     def _on_routers(self, routers: list[ReplicaAddress]) -> None:
         self._server.set_routers([(router.replica_id, router.address) for router in routers])
+        self._is_listed = any(router.replica_id == self._id for router in routers)
+        self._was_listed |= self._is_listed
+        if self._was_listed and not self._is_listed and self._draining is None:
+            self._draining = asyncio.create_task(self._drain_if_stopping())
+
+    async def _drain_if_stopping(self) -> None:
+        """Serve tells nothing of its decision to stop a replica before the last request that came
+        over HTTP has ended, and what came over gRPC must not wait for that."""
+        while not self._is_listed:
+            try:
+                if await is_being_stopped(self._app_name, ROUTER, self._id):
+                    await self._server.stop(self._config.drain_timeout_s)
+                    return
+            except (RayError, ValueError) as error:
+                _logger.warning("Serve controller cannot be asked about this router: %s", error)
+            await asyncio.sleep(_UNLISTED_PERIOD_S)
+        self._draining = None
 
 
 def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:

@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 
 
 class DrafterState(enum.StrEnum):
-    """How a replica stands with a drafter; ``OPEN`` and ``HALF_OPEN`` as of its breaker."""
+    """How a replica stands with a drafter; ``OPEN`` and ``HALF_OPEN`` as of its breaker.
+
+    ``DRAINING``: it is going away, and what it drafts for goes on elsewhere, a few at a time.
+    """
 
     CONNECTING = "connecting"
     READY = "ready"
+    DRAINING = "draining"
     OPEN = "open"
     HALF_OPEN = "half-open"
     QUARANTINED = "quarantined"

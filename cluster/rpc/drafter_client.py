@@ -87,7 +87,8 @@ class GrpcDraftClient:
         self._changed = threading.Condition()
         self._stats = DraftClientStats()
         self._connections: dict[tuple[str, str], DrafterConnection] = {}
-        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._retired: set[DrafterConnection] = set()
+        self._tasks: dict[DrafterConnection, asyncio.Task[None]] = {}
         self._sessions: dict[SessionKey, ClientSession] = {}
         self._balance = SessionBalance(host)
         self._round_ids = itertools.count(1)
@@ -105,8 +106,9 @@ class GrpcDraftClient:
     def set_drafters(self, drafters: Sequence[tuple[str, str]]) -> None:
         """Says which drafters there are.
 
-        Those that are new are connected to, those that are gone lose their sessions, the others
-        are left alone. Returns at once.
+        Those that are new are connected to. Those that are gone are being stopped: they get no
+        new session, and theirs move, a few at a time, as soon as another drafter is ready; until
+        then they draft, as long as they do. The others are left alone. Returns at once.
 
         Args:
             drafters: (drafter id, ``host:port``) pairs.
@@ -116,7 +118,8 @@ class GrpcDraftClient:
     def status(self) -> list[DrafterStatus]:
         """Every drafter with its state and the reason for it."""
         with self._changed:
-            return [connection.status() for connection in self._connections.values()]
+            connections = [*self._connections.values(), *self._retired]
+            return [connection.status() for connection in connections]
 
     @property
     def stats(self) -> DraftClientStats:
@@ -127,7 +130,7 @@ class GrpcDraftClient:
     def block_size(self) -> int:
         """Most draft tokens a round; 0 while no drafter is ready."""
         with self._changed:
-            sizes = [connection.block_size for connection in self._ready_connections()]
+            sizes = [connection.block_size for connection in self._drafting_connections()]
         if not sizes:
             return 0
         return min(sizes) if self._max_tokens is None else min(*sizes, self._max_tokens)
@@ -135,7 +138,7 @@ class GrpcDraftClient:
     def is_ready(self) -> bool:
         """Whether some drafter is connected, matches, and is not left alone."""
         with self._changed:
-            return bool(self._ready_connections())
+            return bool(self._drafting_connections())
 
     def predicted_round_s(
         self, num_sessions: float, num_tokens: int, *, added_drafters: int = 0
@@ -271,7 +274,10 @@ class GrpcDraftClient:
                 connection.send_round(round_id, message, handle, part.sessions, part.sequences)
             # What leaves is still in this round; it is opened anew behind it.
             leaving = self._balance.leaving(
-                self._ready_connections(), self._sessions.values(), time.monotonic()
+                self._ready_connections(),
+                self._sessions.values(),
+                time.monotonic(),
+                retired=self._retired,
             )
             for session in leaving:
                 session.is_leaving = True
@@ -301,6 +307,11 @@ class GrpcDraftClient:
     def _ready_connections(self) -> list[DrafterConnection]:
         return [connection for connection in self._connections.values() if connection.is_ready]
 
+    def _drafting_connections(self) -> list[DrafterConnection]:
+        """Where none can take sessions, those that draft for what they have until they stop."""
+        retired = [connection for connection in self._retired if connection.is_up]
+        return self._ready_connections() or retired
+
     def _costs(self) -> list[DraftCost]:
         """Of the drafters that are ready, else of those that were last; at least one."""
         ready = self._ready_connections()
@@ -312,6 +323,8 @@ class GrpcDraftClient:
         session = self._sessions.pop(key, None)
         if session is not None:
             session.connection.close_session(session)
+            if session.connection in self._retired:
+                session.connection.end_if_unused()
 
     def _apply_drafters(self, drafters: list[tuple[str, str]]) -> None:
         """In the event loop: starts and ends connections."""
@@ -320,8 +333,9 @@ class GrpcDraftClient:
         with self._changed:
             for key in list(self._connections):
                 if key not in drafters:
-                    del self._connections[key]
-                    self._tasks.pop(key).cancel()
+                    connection = self._connections.pop(key)
+                    self._retired.add(connection)
+                    connection.retire()
             for drafter_id, address in drafters:
                 if (drafter_id, address) in self._connections:
                     continue
@@ -337,7 +351,15 @@ class GrpcDraftClient:
                     tls=self._tls,
                 )
                 self._connections[drafter_id, address] = connection
-                self._tasks[drafter_id, address] = asyncio.create_task(connection.run())
+                self._tasks[connection] = asyncio.create_task(self._run(connection))
+
+    async def _run(self, connection: DrafterConnection) -> None:
+        try:
+            await connection.run()
+        finally:
+            with self._changed:
+                self._retired.discard(connection)
+                del self._tasks[connection]
 
     async def _close_connections(self) -> None:
         tasks = list(self._tasks.values())

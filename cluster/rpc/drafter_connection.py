@@ -118,6 +118,7 @@ class DrafterConnection:
         self._rounds: asyncio.Queue[drafter_pb2.DraftRequest] = asyncio.Queue()
         self._chunks: asyncio.Queue[drafter_pb2.FeedRequest] = asyncio.Queue()
         self._opened = asyncio.Event()
+        self._retired = asyncio.Event()
 
     # What the engine's thread uses.
 
@@ -127,13 +128,18 @@ class DrafterConnection:
         return self._state is DrafterState.READY
 
     @property
+    def is_up(self) -> bool:
+        """Whether the sessions that are open may be drafted for."""
+        return self._state in (DrafterState.READY, DrafterState.DRAINING)
+
+    @property
     def generation(self) -> int:
         """Number of the stream of now."""
         return self._generation
 
     def is_generation(self, generation: int) -> bool:
         """Whether that stream still lives."""
-        return self.is_ready and self._generation == generation
+        return self.is_up and self._generation == generation
 
     @property
     def credit_bytes(self) -> int:
@@ -143,12 +149,12 @@ class DrafterConnection:
     @property
     def can_send_chunk(self) -> bool:
         """Whether the drafter has acknowledged enough of the earlier features."""
-        return self.is_ready and len(self._pending_chunks) < MAX_QUEUED_CHUNKS_PER_REPLICA
+        return self.is_up and len(self._pending_chunks) < MAX_QUEUED_CHUNKS_PER_REPLICA
 
     @property
     def can_send_round(self) -> bool:
         """Whether the drafter has answered enough of the earlier rounds."""
-        return self.is_ready and len(self._pending_rounds) < MAX_OUTSTANDING_ROUNDS
+        return self.is_up and len(self._pending_rounds) < MAX_OUTSTANDING_ROUNDS
 
     @property
     def cost(self) -> DraftCost:
@@ -215,14 +221,35 @@ class DrafterConnection:
         """Notes that the drafter kept a round (``late``), or the next one (``dropped``), waiting
         too long."""
         self._num_rounds[outcome] += 1
-        if self.is_ready and self._breaker.fail(time.monotonic()):
+        if self.is_up and self._breaker.fail(time.monotonic()):
             self._go_down(DrafterState.OPEN, "too slow")
             self._event_loop.call_soon_threadsafe(self._opened.set)
+
+    def retire(self) -> None:
+        """Opens no more sessions; ``run`` ends with the last one, or with the stream."""
+        if self.is_ready:
+            self._state, self._reason = DrafterState.DRAINING, "it is being stopped"
+        self.end_if_unused()
+
+    def end_if_unused(self) -> None:
+        """To be called when a session of a retired drafter has gone."""
+        if not self.is_up or self.num_sessions == 0:
+            self._event_loop.call_soon_threadsafe(self._retired.set)
 
     # What the event loop runs.
 
     async def run(self) -> None:
-        """Keeps the streams until cancelled."""
+        """Keeps the streams until cancelled, or retired and not needed any more."""
+        keeping = asyncio.ensure_future(self._keep())
+        retired = asyncio.ensure_future(self._retired.wait())
+        try:
+            await asyncio.wait((keeping, retired), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (keeping, retired):
+                task.cancel()
+            await asyncio.gather(keeping, retired, return_exceptions=True)
+
+    async def _keep(self) -> None:
         delay_s = MIN_RECONNECT_S
         last_state = DrafterState.CONNECTING
         try:
@@ -230,7 +257,10 @@ class DrafterConnection:
                 generation = self._generation
                 state, reason, delay_s = await self._serve_once(delay_s)
                 with self._changed:
+                    is_retired = self._state is DrafterState.DRAINING
                     self._go_down(state, reason)
+                if is_retired:
+                    return
                 if state is not last_state or generation != self._generation:
                     logger.warning(
                         "drafter %s is %s: %s; %s", self.drafter_id, state, reason, self._stats
@@ -266,7 +296,7 @@ class DrafterConnection:
         except Exception as error:  # our own mistake must not cost the drafter for good
             logger.exception("the connection to drafter %s failed", self.drafter_id)
             reason = f"{type(error).__name__}: {error}"
-        if not self.is_ready:
+        if not self.is_up:
             return DrafterState.LOST, reason, min(last_delay_s * 2, MAX_RECONNECT_S)
         with self._changed:
             if self._breaker.fail(time.monotonic()):

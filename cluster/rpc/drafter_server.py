@@ -155,9 +155,17 @@ class DrafterServer(drafter_pb2_grpc.DrafterServiceServicer):
         # The pass at hand may take a while, and the event loop is not ours alone.
         await asyncio.to_thread(former.loop.stop)
 
-    async def drain(self, grace_s: float = 1.0) -> None:
-        """Stops serving: rounds in flight get ``grace_s`` seconds, then every stream ends."""
+    async def drain(self, grace_s: float = 1.0, *, hand_over_s: float = 0.0) -> None:
+        """Stops serving: rounds in flight get ``grace_s`` seconds, then every stream ends.
+
+        Args:
+            hand_over_s: how long replicas may go on first, while they move their sessions; those
+                that have moved all of them end their streams.
+        """
         await self._serving.set_serving(False)
+        deadline = time.monotonic() + hand_over_s
+        while self._served.streams and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
         deadline = time.monotonic() + grace_s
         while any(stream.num_outstanding for stream in self._served.streams):
             if time.monotonic() > deadline:

@@ -20,7 +20,6 @@ from cluster.engine.vocabulary import Vocabulary
 from cluster.errors import (
     InvalidRequestError,
     QueueFullError,
-    ReplicaLostError,
     RequestCancelledError,
     RouterStoppingError,
 )
@@ -137,7 +136,6 @@ class RouterServer:
         self.slow_reader_timeout_s = slow_reader_timeout_s
         self._active: dict[str, Generation] = {}
         self._stopping: asyncio.Task[None] | None = None
-        self._is_last = False
         self._routers: list[tuple[str, str]] = []
         self.metrics = RouterMetrics(model_name, self._metrics_state)
         self._pool = ReplicaPool(
@@ -210,16 +208,12 @@ class RouterServer:
         await self._serving.set_serving(True)
         return port
 
-    async def stop(self, grace_s: float = 0.0, *, is_last: bool = False) -> None:
+    async def stop(self, grace_s: float = 0.0) -> None:
         """Takes no new calls, and lets running ones finish for ``grace_s``, however they came.
 
         What is left then ends with ``RouterStoppingError``, and other routers go on with it behind
         the tokens that its client has. Whoever calls this again waits for the first call's end.
-
-        Args:
-            is_last: there is no other router to go on: it ends with ``ReplicaLostError``.
         """
-        self._is_last = is_last
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop(grace_s))
         await asyncio.shield(self._stopping)
@@ -297,9 +291,7 @@ class RouterServer:
                         meter.chunk(chunk)
                         yield chunk
 
-    def _stopping_error(self) -> ReplicaLostError:
-        if self._is_last:
-            return ReplicaLostError("the cluster is being stopped")
+    def _stopping_error(self) -> RouterStoppingError:
         return RouterStoppingError(f"router {self.router_id} is being stopped; ask another one")
 
     def _metrics_state(self) -> RouterState:

@@ -36,6 +36,8 @@ class SessionBalance:
         connections: Sequence[DrafterConnection],
         sessions: Collection[ClientSession],
         now: float,
+        *,
+        retired: Collection[DrafterConnection] = (),
     ) -> Iterable[ClientSession]:
         """Sessions that should be placed anew now: few at a time, the shortest first.
 
@@ -43,11 +45,19 @@ class SessionBalance:
             connections: that are ready.
             sessions: of the replica.
             now: monotonic seconds.
+            retired: connections of drafters that are being stopped; their sessions go first.
         """
-        if len(connections) < 2 or now < self._next or any(s.is_leaving for s in sessions):
+        if now < self._next or any(s.is_leaving for s in sessions):
+            return
+        stranded = [s for s in sessions if s.connection in retired and s.is_live]
+        if len(connections) + bool(stranded) < 2 or not connections:
             return
         self._next = now + _PERIOD_S
         limit = max(len(sessions) // _SHARE, 1)
+        if stranded:
+            stranded.sort(key=lambda session: session.acknowledged_length)
+            yield from stranded[:limit]
+            return
         numbers = sessions_to_move(self._loads(connections, now), limit)
         for connection, number in zip(connections, numbers, strict=True):
             if number > 0:
