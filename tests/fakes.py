@@ -68,7 +68,7 @@ class FakeEngineLoop:
         self._step_s = step_s
         self._tokens_per_step = tokens_per_step
         self._error_at = error_at
-        self._max_num_seqs = max_num_seqs
+        self.max_num_seqs = max_num_seqs
         self._tokenizer = tokenizer
         self._active: dict[str, _Active] = {}
         self._ended: list[RequestOutput] = []
@@ -90,7 +90,7 @@ class FakeEngineLoop:
     def submit(self, request: Request) -> None:
         with self._lock:
             self.submitted.append(request)
-            if len(self._active) >= self._max_num_seqs:
+            if len(self._active) >= self.max_num_seqs:
                 self._end(request.request_id, 0, QueueFullError("the engine is full", 0.5))
             else:
                 self._active[request.request_id] = _Active(request, self._completion(request))
@@ -114,7 +114,7 @@ class FakeEngineLoop:
             ),
             num_taken_in=len(self.submitted),
             num_output_tokens=self._num_output_tokens,
-            kv_cache_usage=len(self._active) / max(self._max_num_seqs, 1),
+            kv_cache_usage=len(self._active) / max(self.max_num_seqs, 1),
             prefix_cache=PrefixCacheStats(100, 60, 7, 2),
             speculation_state="on",
             speculation_reason="scripted",

@@ -18,6 +18,7 @@ from cluster.request import PositionLogprobs, SamplingParams, SpeculationStats, 
 from cluster.rpc.chunk import Chunk, chunk_from_proto
 from cluster.rpc.convert import GenerateCall, generate_call_from_proto, generate_call_to_proto
 from cluster.rpc.router import RouterServer
+from cluster.rpc.siblings import Siblings
 from cluster.security.api_keys import ApiKey
 
 
@@ -139,7 +140,11 @@ async def generated(
         DsparkError: as ``RouterServer.generate``, with the client's field.
     """
     names = {"sampling.grammar": fields.grammar_field, **field_names}
+    siblings = Siblings()
     with client_fields(names):
+        if len(prompts) > 1:
+            lengths = [min(len(p) + sampling.max_tokens, router.max_model_len) for p in prompts]
+            router.check_fits(num_choices * sum(lengths), fields.to_priority())
         streams = [
             _chunks(
                 router,
@@ -155,6 +160,7 @@ async def generated(
                 ),
                 fields.timeout_seconds,
                 key,
+                siblings,
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -189,11 +195,16 @@ def extensions(fields: GenerationFields, piece: ChoiceRecord | Chunk) -> dict[st
 
 
 async def _chunks(
-    router: RouterServer, call: GenerateCall, timeout_s: float | None, key: ApiKey
+    router: RouterServer,
+    call: GenerateCall,
+    timeout_s: float | None,
+    key: ApiKey,
+    siblings: Siblings,
 ) -> AsyncGenerator[Chunk, None]:
     # Through the wire's types: what a number may be, and how it is rounded, is as over gRPC.
     call = generate_call_from_proto(generate_call_to_proto(call))
-    async with aclosing(router.generate(call, timeout_s, key)) as messages:
+    stream = router.generate(call, timeout_s, key, siblings=siblings)
+    async with aclosing(stream) as messages:
         async for message in messages:
             yield chunk_from_proto(message)
 

@@ -59,7 +59,7 @@ class Admission:
             QueueFullError: it does not fit now.
             InvalidRequestError: it never will.
         """
-        bound = int(self._max_queued_tokens * SHARES[priority])
+        bound = self._bound(priority)
         needed = num_choices * (prompt_tokens + output_tokens)
         if needed > bound:
             raise InvalidRequestError(
@@ -77,6 +77,20 @@ class Admission:
         self.num_queued_tokens += needed
         return Admitted(self._release, prompt_tokens, output_tokens, num_choices)
 
+    def check_fits(self, num_tokens: int, priority: Priority) -> None:
+        """Checks that so much, of several requests, may be admitted at a time at all.
+
+        Raises:
+            InvalidRequestError: naming ``prompt``.
+        """
+        bound = self._bound(priority)
+        if num_tokens > bound:
+            raise InvalidRequestError(
+                "prompt",
+                f"the prompts and their longest outputs have {num_tokens} tokens, more than the "
+                f"{bound} that this router queues at priority {priority.name.lower()}",
+            )
+
     def retry_after_s(self, num_tokens: int, *, at_least_s: float = MIN_RETRY_S) -> float:
         """Seconds until about so many tokens will have been done, more by up to half at random, so
         that those who were refused together do not come back together."""
@@ -84,6 +98,9 @@ class Admission:
         delay_s = num_tokens / rate if rate > 0.0 else _UNKNOWN_RETRY_S
         delay_s = min(max(delay_s, at_least_s, MIN_RETRY_S), MAX_RETRY_S)
         return delay_s * self._random.uniform(1.0, 1.5)
+
+    def _bound(self, priority: Priority) -> int:
+        return int(self._max_queued_tokens * SHARES[priority])
 
     def _release(self, num_tokens: int) -> None:
         self.num_queued_tokens -= num_tokens

@@ -11,11 +11,17 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerFast
 
 from cluster.engine.text import TextStream
-from cluster.errors import InvalidRequestError, QueueFullError, ReplicaLostError
+from cluster.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    QueueFullError,
+    ReplicaLostError,
+)
 from cluster.request import FinishReason, Request
 from cluster.routing.replica_picker import Prompt
 from cluster.rpc.replica_connection import ReplicaConnection
 from cluster.rpc.replica_pool import ReplicaPool
+from cluster.rpc.siblings import Siblings
 from cluster.rpc.status import from_request_error
 from cluster.v1 import inference_pb2, replica_pb2
 
@@ -35,10 +41,10 @@ class Choice:
     Guarantees: the client's tokens are a single unbroken sequence. When its replica is lost, the
     choice goes on elsewhere behind the tokens that were received, on the same target unless there
     are none; the third loss in a row without a new token ends it. Where one replica's queue is
-    full, two others are tried. Each submission has an id of its
-    own, and a token offset that repeats or skips anything is never passed on. Holds at most one
-    chunk for the client, whose tokens are merged while it does not read. The speculation statistics
-    at the end are those of the last replica alone.
+    full, two others are tried; then it waits for its siblings, if there are any. Each submission
+    has an id of its own, and a token offset that repeats or skips anything is never passed on.
+    Holds at most one chunk for the client, whose tokens are merged while it does not read. The
+    speculation statistics at the end are those of the last replica alone.
 
     Args:
         request: the validated request; its id is the client's.
@@ -46,6 +52,7 @@ class Choice:
         pool: where to run.
         on_change: called when ``take`` has something new, or the choice has ended.
         eos_token_ids: tokens that end an output, unless the request ignores them.
+        siblings: the other choices of the client's request; unset: there are none.
         prompt: of the request with the tokens that it resumes, where somebody has it already.
         queue_timeout_s: unset, or how long a replica may leave it waiting before its first token.
 
@@ -61,6 +68,7 @@ class Choice:
         on_change: Callable[[], None],
         eos_token_ids: Collection[int] = (),
         *,
+        siblings: Siblings | None = None,
         prompt: Prompt | None = None,
         queue_timeout_s: float | None = None,
     ) -> None:
@@ -72,6 +80,7 @@ class Choice:
         self._queue_timeout_s = queue_timeout_s
         self._queue_deadline: float | None = None
         self._refused_by: list[ReplicaConnection] = []  # since the last new token
+        self._siblings = siblings or Siblings()
         self._on_change = on_change
         self._ending_token_ids = request.sampling.ending_token_ids(eos_token_ids)
         self._num_losses = 0  # since the last new token
@@ -104,9 +113,21 @@ class Choice:
         """Runs the choice on a replica, now or as soon as one is ready."""
         self._pool.place(self)
 
+    def resubmit(self) -> None:
+        """Tries again what full queues refused."""
+        deadline = self._request.deadline
+        if deadline is not None and time.monotonic() >= deadline:
+            self._fail(DeadlineExceededError("the request's deadline passed"))
+            return
+        digest = self._target_digest(self._refused_by[-1])
+        self._refused_by.clear()
+        self._queue_deadline = None  # the time here was not spent in a replica's queue
+        self._pool.place(self, target_digest=digest)
+
     def cancel(self, reason: str) -> None:
         """Ends the choice wherever it is (``reason``: cancelled or deadline)."""
         self._pool.withdraw(self)
+        self._siblings.withdraw(self)
         if self._connection is not None:
             self._connection.cancel(self._submission_id, reason)
             self._connection = None
@@ -120,6 +141,7 @@ class Choice:
     def on_placed(self, connection: ReplicaConnection) -> None:
         """Submits what is missing to a ready replica."""
         self._connection = connection
+        self._siblings.submitted(self)
         request = self._request
         if self._has_prompt_logprobs:  # of a replica that was lost
             request = replace(request, sampling=replace(request.sampling, prompt_logprobs=None))
@@ -175,6 +197,7 @@ class Choice:
             self.on_lost()
             return
         if len(delta.token_ids) > num_known or delta.finish_reason:
+            self._siblings.begun()
             self._add(delta, num_known)
         if delta.HasField("error"):
             error = from_request_error(delta.error)
@@ -182,19 +205,21 @@ class Choice:
                 self.on_lost()
                 return
             refused_by, self._connection = self._connection, None
-            if isinstance(error, QueueFullError) and self._goes_elsewhere(refused_by):
-                return
+            if isinstance(error, QueueFullError) and refused_by is not None:
+                if self._goes_elsewhere(refused_by):
+                    return
+                if self._siblings.refused(self, error.retry_after_s):
+                    return
             self._fail(error)
             return
         if delta.finish_reason:
             self._connection = None
             self.done = True
+            self._siblings.finished(self)
         self._on_change()
 
-    def _goes_elsewhere(self, refused_by: ReplicaConnection | None) -> bool:
+    def _goes_elsewhere(self, refused_by: ReplicaConnection) -> bool:
         """Tries another replica at once, if there is one and there is time."""
-        if refused_by is None:
-            return False
         self._pool.refused(refused_by)
         self._refused_by.append(refused_by)
         late = self._queue_deadline is not None and time.monotonic() >= self._queue_deadline
@@ -271,6 +296,7 @@ class Choice:
         chunk.usage.prompt_tokens = len(self._request.prompt_token_ids)
         chunk.usage.completion_tokens = len(self._token_ids)
         self.done = True
+        self._siblings.finished(self)
         self._on_change()
 
     def _leave(self) -> None:
@@ -279,6 +305,7 @@ class Choice:
 
     def _fail(self, error: Exception) -> None:
         self._connection = None
+        self._siblings.withdraw(self)
         self.error = error
         self.done = True
         self._on_change()

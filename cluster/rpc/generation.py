@@ -13,6 +13,7 @@ from cluster.request import Request
 from cluster.routing.replica_picker import Prompt
 from cluster.rpc.choice import Choice
 from cluster.rpc.replica_pool import ReplicaPool
+from cluster.rpc.siblings import Siblings
 from cluster.v1 import inference_pb2
 
 
@@ -30,6 +31,7 @@ class Generation:
         pool: where to run.
         eos_token_ids: tokens that end an output, unless the request ignores them.
         queue_timeout_s: unset, or how long a choice may wait on replicas before its first token.
+        siblings: of all choices of the client's request, where there are more than these.
 
     Raises:
         InvalidRequestError: the resumed tokens hold a stop string already.
@@ -43,6 +45,7 @@ class Generation:
         pool: ReplicaPool,
         eos_token_ids: Collection[int] = (),
         queue_timeout_s: float | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
         self.request = request
         self._changed = asyncio.Event()
@@ -51,6 +54,7 @@ class Generation:
         prompt = Prompt(
             [*request.prompt_token_ids, *resumed], request.sampling.max_tokens - len(resumed)
         )
+        siblings = siblings or Siblings()
         self._choices: Sequence[Choice] = [
             Choice(
                 replace(request, choice_index=index),
@@ -58,6 +62,7 @@ class Generation:
                 pool,
                 self._changed.set,
                 eos_token_ids,
+                siblings=siblings,
                 prompt=prompt,
                 queue_timeout_s=queue_timeout_s,
             )

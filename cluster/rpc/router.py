@@ -24,7 +24,7 @@ from cluster.errors import (
     RouterStoppingError,
 )
 from cluster.metrics.router import RouterMetrics, RouterState
-from cluster.request import Request
+from cluster.request import Priority, Request
 from cluster.routing.admission import Admission, Admitted
 from cluster.routing.replica_choice import ChoicePolicy
 from cluster.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, server_options
@@ -35,6 +35,7 @@ from cluster.rpc.inference_service import InferenceService
 from cluster.rpc.prompt import PromptEncoder
 from cluster.rpc.replica_pool import ReplicaPool
 from cluster.rpc.serving import ServingState, bind
+from cluster.rpc.siblings import Siblings
 from cluster.rpc.tls import ChannelTls, ServerTls
 from cluster.security.api_keys import ApiKey
 from cluster.security.authenticator import ANYBODY, Authenticator
@@ -167,6 +168,11 @@ class RouterServer:
         """The context in tokens, as the ready replicas have it."""
         return self._pool.limits(self._vocab_size, self._max_model_len)[1]
 
+    def check_fits(self, num_tokens: int, priority: Priority) -> None:
+        """Checks that calls which together need so many tokens can be admitted when nothing else
+        is. Raises: InvalidRequestError, which names ``prompt``."""
+        self._admission.check_fits(num_tokens, priority)
+
     def set_replicas(self, replicas: Iterable[tuple[str, str]]) -> None:
         """Names all replicas, as (id, ``host:port``), that requests may run on from now on."""
         self._pool.set_replicas(replicas)
@@ -244,6 +250,7 @@ class RouterServer:
         timeout_s: float | None = None,
         key: ApiKey = ANYBODY,
         *,
+        siblings: Siblings | None = None,
         on_admitted: Callable[[], Awaitable[None]] | None = None,
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """Streams a call's chunks; however it is left, nothing of the call runs on.
@@ -251,6 +258,7 @@ class RouterServer:
         Args:
             timeout_s: until the call's deadline; unset: it has none.
             key: whose call it is, for its limits.
+            siblings: of all choices of the client's request, where it is more than this call.
             on_admitted: awaited once it is admitted: from then on it is ours to finish.
 
         Raises:
@@ -280,6 +288,7 @@ class RouterServer:
                 self._pool,
                 self._eos_token_ids,
                 self._queue_timeout_s,
+                siblings,
             )
             with self._admitted(generation, call.num_choices) as admitted:
                 meter.begin(call.num_choices)

@@ -1,0 +1,81 @@
+"""The choices of one client's request that full queues have sent back."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Protocol
+
+
+class Resubmittable(Protocol):
+    """Something that can be sent to a replica again; hashable by identity."""
+
+    def resubmit(self) -> None:
+        """Tries a replica again."""
+
+
+class Siblings:
+    """Lets a request that is larger than the queues of the replicas through piece by piece.
+
+    Guarantees: a choice that every queue refused waits here while another one of its request is
+    under way, or has been; it is sent again when one of them has ended, and every second or so.
+    So a request is refused for full queues only before anything of it has begun. What waits here is
+    under the request's admission, and costs no replica anything. Belongs to one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: set[Resubmittable] = set()
+        self._waiting: dict[Resubmittable, None] = {}  # in the order of refusals
+        self._has_begun = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def submitted(self, choice: Resubmittable) -> None:
+        """It was sent to a replica."""
+        self._under_way.add(choice)
+
+    def begun(self) -> None:
+        """Something came of one of them."""
+        self._has_begun = True
+
+    def refused(self, choice: Resubmittable, retry_after_s: float) -> bool:
+        """No queue had room for it. Returns whether it waits here; else it has failed."""
+        self._under_way.discard(choice)
+        if not self._under_way and not self._has_begun:
+            return False
+        self._waiting[choice] = None
+        if self._timer is None:
+            self._start_timer(retry_after_s)
+        return True
+
+    def finished(self, choice: Resubmittable) -> None:
+        """It is through: what it took is free for one that waits."""
+        self.withdraw(choice)
+        self._resubmit_one()
+
+    def withdraw(self, choice: Resubmittable) -> None:
+        """It has failed or is wanted no longer."""
+        self._under_way.discard(choice)
+        self._waiting.pop(choice, None)
+        if not self._waiting and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _start_timer(self, delay_s: float) -> None:
+        # Requests that were refused together do not come back together.
+        event_loop = asyncio.get_running_loop()
+        self._timer = event_loop.call_later(
+            delay_s * random.uniform(1.0, 1.5), self._on_timer, delay_s
+        )
+
+    def _on_timer(self, delay_s: float) -> None:
+        self._timer = None
+        self._resubmit_one()
+        if self._waiting:
+            self._start_timer(delay_s)
+
+    def _resubmit_one(self) -> None:
+        if not self._waiting:
+            return
+        choice = next(iter(self._waiting))
+        del self._waiting[choice]
+        choice.resubmit()
