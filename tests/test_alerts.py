@@ -78,7 +78,10 @@ async def test_every_alert_fires_when_it_is_provoked(tmp_path: Path) -> None:
         shaky = await enter(running_parts(make_config(*pair), model_name="shaky"))
         locked = await enter(locked_router(tmp_path))
         routers = [fakes.router, poor.router, hasty.router, shaky.router, locked[0]]
-        servers = [ScrapeServer(r.metrics.registry, "127.0.0.1", 0) for r in routers]
+        servers = [
+            ScrapeServer(r.metrics.registry, "127.0.0.1", 0, lambda r=r: r.is_ready)
+            for r in routers
+        ]
         targets = [f"127.0.0.1:{server.port}" for server in servers]
         prometheus = await asyncio.to_thread(
             stack.enter_context, running_prometheus(targets, hurried(), tmp_path)

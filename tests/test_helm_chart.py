@@ -169,6 +169,13 @@ def test_the_checks_find_what_is_wrong(shared_dir: Path) -> None:
         ({"config": {"drafter": {"port": 70000}}}, "config.drafter.port"),
         ({"config": {"drafter": {"port": 0}}}, "config.drafter.port"),
         ({"config": {"router": {"port": 0}}}, "config.router.port"),
+        (
+            {
+                "tls": {"client": {"existingSecret": "door"}},
+                "config": {"router": {"metrics_port": None}},
+            },
+            "config.router.metrics_port",
+        ),
         ({"serveConfig": "none"}, "serveConfig"),
         ({"gcsFaultTolerance": {"enabled": True}}, "gcsFaultTolerance.redisAddress"),
         ({"gateway": {"enabled": True}}, "gateway.parentRefs"),
@@ -381,7 +388,10 @@ def test_grpc_is_headless_and_says_what_it_speaks() -> None:
     tls = render({"tls": {"client": {"existingSecret": "certificate"}}})
     assert one(tls, "Service", "-grpc")["spec"]["ports"][0]["appProtocol"] == "https"
     container = pods(tls)["router"]["spec"]["containers"][0]
-    assert container["readinessProbe"]["tcpSocket"] == {"port": "grpc"}
+    # As the kubelet's gRPC probe knows no TLS.
+    ready = {"path": "/ready", "port": "dspark-metrics"}
+    assert container["readinessProbe"]["httpGet"] == ready
+    assert "dspark-metrics" in {port["name"] for port in container["ports"]}
 
 
 def test_http_follows_the_serve_configuration(tmp_path: Path) -> None:

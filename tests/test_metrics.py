@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -311,14 +312,35 @@ async def test_the_port_for_prometheus_waits_until_it_is_free() -> None:
             assert answer.headers["Content-Type"].startswith("text/plain")
             return samples(answer.read())
 
-    first = ScrapeServer(metrics.registry, "127.0.0.1", 0)
-    second = ScrapeServer(metrics.registry, "127.0.0.1", first.port)
+    first = ScrapeServer(metrics.registry, "127.0.0.1", 0, lambda: True)
+    second = ScrapeServer(metrics.registry, "127.0.0.1", first.port, lambda: True)
     assert second.port == 0
     assert value(await asyncio.to_thread(read, first.port), "dspark:build_info") == 1
     await first.close()
     await until(lambda: second.port == first.port)
     assert value(await asyncio.to_thread(read, second.port), "dspark:build_info") == 1
     await second.close()
+
+
+async def test_the_port_for_prometheus_says_whether_the_router_is_ready() -> None:
+    async with running_cluster(0) as cluster:
+        router = cluster.router
+        server = ScrapeServer(router.metrics.registry, "127.0.0.1", 0, lambda: router.is_ready)
+
+        def ready() -> tuple[int, bytes]:
+            try:
+                with urllib.request.urlopen(
+                    f"http://127.0.0.1:{server.port}/ready", timeout=5
+                ) as answer:
+                    return answer.status, answer.read()
+            except urllib.error.HTTPError as error:
+                return error.code, error.read()
+
+        assert await asyncio.to_thread(ready) == (503, b"not ready\n")
+        await cluster.add_replica()
+        await cluster.wait_ready(1)
+        assert await asyncio.to_thread(ready) == (200, b"ready\n")
+        await server.close()
 
 
 async def test_a_scrape_has_what_the_status_has() -> None:

@@ -287,6 +287,36 @@ async def test_health_and_reflection() -> None:
                 call.cancel()
 
 
+async def test_a_router_serves_once_a_replica_has_been_ready() -> None:
+    """And then until it is stopped: requests wait for a replica that starts anew."""
+    serving = health_pb2.HealthCheckResponse.SERVING
+    not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+    async with running_cluster(0) as cluster, aio.insecure_channel(cluster.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+
+        async def statuses() -> set[int]:
+            names = ("", "cluster.v1.InferenceService")
+            requests = [health_pb2.HealthCheckRequest(service=name) for name in names]
+            return {(await health.Check(request)).status for request in requests}
+
+        assert await statuses() == {not_serving}
+        assert not cluster.router.is_ready
+        first = await cluster.add_replica()
+        await cluster.wait_ready(1)
+        assert await statuses() == {serving}
+        await first.stop()
+        await until(lambda: cluster.router.status().replicas[0].state != "ready")
+        assert await statuses() == {serving}
+        assert cluster.router.is_ready
+        running = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await running.read()).status == serving
+        stopping = asyncio.create_task(cluster.router.stop(grace_s=1.0))
+        assert (await running.read()).status == not_serving
+        assert not cluster.router.is_ready
+        running.cancel()
+        await stopping
+
+
 async def test_routers_share_a_port() -> None:
     first, second = (
         RouterServer(

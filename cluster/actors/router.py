@@ -54,7 +54,9 @@ class Router:
         if metrics_port is not None:
             from cluster.metrics.scrape_server import ScrapeServer
 
-            self._scrapes = ScrapeServer(self._server.metrics.registry, host, metrics_port)
+            self._scrapes = ScrapeServer(
+                self._server.metrics.registry, host, metrics_port, lambda: self._server.is_ready
+            )
         self._address = f"{ray.util.get_node_ip_address() if host in _ANY_ADDRESS else host}:{port}"
         self._watches = [
             asyncio.create_task(
@@ -87,9 +89,7 @@ class Router:
                 watch.result()
 
     async def __del__(self) -> None:
-        if self._scrapes is not None:  # first, since the router that comes behind may want its port
-            await self._scrapes.close()
-        await self._server.stop(self._config.drain_timeout_s)
+        await self._stop()
         # Not before: what runs until then may need another replica.
         for task in (*self._watches, self._draining):
             if task is not None:
@@ -111,12 +111,17 @@ class Router:
         while not self._is_listed:
             try:
                 if await is_being_stopped(self._app_name, ROUTER, self._id):
-                    await self._server.stop(self._config.drain_timeout_s)
+                    await self._stop()
                     return
             except (RayError, ValueError) as error:
                 _logger.warning("Serve controller cannot be asked about this router: %s", error)
             await asyncio.sleep(_UNLISTED_PERIOD_S)
         self._draining = None
+
+    async def _stop(self) -> None:
+        if self._scrapes is not None:  # first, since the router that comes behind may want its port
+            await self._scrapes.close()
+        await self._server.stop(self._config.drain_timeout_s)
 
 
 def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:

@@ -140,10 +140,10 @@ def _probes(router: RouterServer) -> APIRouter:
 
     @paths.get("/ready")
     async def ready() -> Response:
-        """A target replica takes requests; 503 otherwise."""
+        """Requests should come here: a target replica has been ready; 503 otherwise."""
         if router.is_ready:
             return JSONResponse({"status": "ready"})
-        return error_response(ReplicaLostError("no target replica is ready"))
+        return error_response(ReplicaLostError("no target replica has been ready yet"))
 
     @paths.get("/version")
     async def version() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The port that Prometheus reads."""
+"""The port that Prometheus reads, and whoever asks whether the router is ready."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 
+_App = Callable[..., Iterable[bytes]]
+
 
 class ScrapeServer:
     """Serves a registry's metrics over plain HTTP, in threads of its own, until it is closed.
@@ -29,13 +31,16 @@ class ScrapeServer:
     Args:
         registry: what is read.
         host, port: where to listen; port 0: any free one.
+        is_ready: whether ``/ready`` answers 200, or 503; it is asked in another thread.
 
     Raises:
         ConfigError: the address cannot be bound, and will not become free.
     """
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        self._app = _in_text_format(make_wsgi_app(registry))
+    def __init__(
+        self, registry: CollectorRegistry, host: str, port: int, is_ready: Callable[[], bool]
+    ) -> None:
+        self._app = _with_ready(_in_text_format(make_wsgi_app(registry)), is_ready)
         self._host = host
         self._wanted_port = port
         self.port = 0  # once it listens
@@ -81,7 +86,21 @@ class _QuietHandler(WSGIRequestHandler):
         """Nothing."""
 
 
-def _in_text_format(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+def _with_ready(app: _App, is_ready: Callable[[], bool]) -> _App:
+    """``app``, and ``/ready`` as the HTTP API has it."""
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "/ready":
+            return app(environ, start_response)
+        ready = is_ready()
+        headers = [("Content-Type", "text/plain; charset=utf-8")]
+        start_response("200 OK" if ready else "503 Service Unavailable", headers)
+        return [b"ready\n" if ready else b"not ready\n"]
+
+    return answer
+
+
+def _in_text_format(app: _App) -> _App:
     """``app``, whatever form the client would rather have: in OpenMetrics' form prometheus_client
     (0.26) writes an underscore for each colon of a name."""
 

@@ -58,6 +58,7 @@ class ReplicaPool:
 
     Attributes:
         num_restarts: what lost its replica and was to go on elsewhere.
+        has_been_ready: set once some replica could take requests, and from then on.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ReplicaPool:
         tls: ChannelTls | None = None,
     ) -> None:
         self.num_restarts = 0
+        self.has_been_ready = asyncio.Event()
         self._router_id = router_id
         self._wait_s = wait_s
         self._tokenizer_digest = tokenizer_digest
@@ -83,11 +85,6 @@ class ReplicaPool:
         self._limits_at = -1
         self._by_slot: dict[int, ReplicaConnection] = {}
         self._waiting: dict[Placeable, _Wait] = {}
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether some replica can take requests."""
-        return any(connection.is_ready for connection in self._connections.values())
 
     def set_replicas(self, replicas: Iterable[tuple[str, str]]) -> None:
         """Connects to new (id, ``host:port``) pairs, and retires those that are missing."""
@@ -102,7 +99,7 @@ class ReplicaPool:
                 address,
                 self._router_id,
                 picker=self._picker,
-                on_ready=self._place_waiting,
+                on_ready=self._on_ready,
                 on_closed=self._on_closed,
                 tokenizer_digest=self._tokenizer_digest,
                 max_message_bytes=self._max_message_bytes,
@@ -189,7 +186,8 @@ class ReplicaPool:
         self._retired.discard(connection)
         del self._by_slot[connection.slot]
 
-    def _place_waiting(self, connection: ReplicaConnection) -> None:
+    def _on_ready(self, connection: ReplicaConnection) -> None:
+        self.has_been_ready.set()
         for placeable, waited in sorted(self._waiting.items(), key=lambda item: item[0].turn):
             if _is_ready_for(connection, waited.target_digest):
                 self.withdraw(placeable)

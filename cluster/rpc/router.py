@@ -56,7 +56,9 @@ class RouterServer:
     is bounded by ``max_queued_tokens``, and what is too much is refused at once; so is what full
     replicas refuse, or leave waiting for ``queue_timeout_s``, each time with a delay for the retry.
     A client that leaves, or whose deadline passes, frees its pages. A lost replica is invisible to
-    clients while another one with the same target is ready within ``wait_s``.
+    clients while another one with the same target is ready within ``wait_s``. A router says that it
+    serves once a replica has been ready, so that it is sent nothing while its first ones load; from
+    then on until it is stopped, since requests wait for a replica that starts anew.
 
     All methods belong to one event loop.
 
@@ -137,6 +139,7 @@ class RouterServer:
         self.slow_reader_timeout_s = slow_reader_timeout_s
         self._active: dict[str, Generation] = {}
         self._stopping: asyncio.Task[None] | None = None
+        self._announcing: asyncio.Task[None] | None = None
         self._routers: list[tuple[str, str]] = []
         self.metrics = RouterMetrics(model_name, self._metrics_state)
         self._pool = ReplicaPool(
@@ -160,8 +163,8 @@ class RouterServer:
 
     @property
     def is_ready(self) -> bool:
-        """Whether some target replica can take requests."""
-        return self._pool.is_ready
+        """Whether requests should come here; ``grpc.health.v1`` says the same."""
+        return self._pool.has_been_ready.is_set() and self._stopping is None
 
     @property
     def max_model_len(self) -> int:
@@ -210,8 +213,9 @@ class RouterServer:
         )
         self._serving = ServingState(self._server, SERVICE_NAME)
         port = bind(self._server, host, port, key="router.port", tls=self._tls)
+        await self._serving.set_serving(False)
         await self._server.start()
-        await self._serving.set_serving(True)
+        self._announcing = asyncio.create_task(self._announce())
         return port
 
     async def stop(self, grace_s: float = 0.0) -> None:
@@ -224,7 +228,13 @@ class RouterServer:
             self._stopping = asyncio.create_task(self._stop(grace_s))
         await asyncio.shield(self._stopping)
 
+    async def _announce(self) -> None:
+        await self._pool.has_been_ready.wait()
+        await self._serving.set_serving(True)
+
     async def _stop(self, grace_s: float) -> None:
+        if self._announcing is not None:
+            self._announcing.cancel()
         await self._serving.set_serving(False)
         # Closes the port at once, and says on every connection that it takes no more calls.
         closing = asyncio.create_task(self._server.stop(grace_s + FLUSH_TIMEOUT_S))

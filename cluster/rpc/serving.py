@@ -11,7 +11,7 @@ from cluster.rpc.tls import ServerTls
 
 
 class ServingState:
-    """``grpc.health.v1`` and reflection of a server; it serves once ``set_serving`` says so.
+    """``grpc.health.v1`` and reflection of a server; ``set_serving`` says whether it serves.
 
     Args:
         server: one that is not started yet.

@@ -119,7 +119,8 @@ spec:
 {{- end }}
 
 {{/* KubeRay's own probes ask every worker for a Serve HTTP proxy, and would keep pods unready
-     without one. Here a pod is ready when its Ray node is; a router's, when a router serves. */}}
+     without one. Here a pod is ready when its Ray node is; a router's, when its router serves, which
+     it does once a target replica has been ready: until then a second Ray cluster gets no traffic. */}}
 {{- define "dspark.probes" -}}
 {{- $raylet := "wget -q -T 4 -O /dev/null http://127.0.0.1:52365/api/local_raylet_healthz" }}
 {{- $gcs := "wget -q -T 4 -O /dev/null http://127.0.0.1:8265/api/gcs_healthz" }}
@@ -132,8 +133,8 @@ livenessProbe:
   failureThreshold: 12
 readinessProbe:
   {{- if and (eq .component "router") .root.Values.tls.client.existingSecret }}
-  # The kubelet's gRPC probe speaks no TLS. A router listens as long as it takes calls.
-  tcpSocket: {port: grpc}
+  # The kubelet's gRPC probe speaks no TLS; the port for metrics says the same.
+  httpGet: {path: /ready, port: dspark-metrics}
   {{- else if eq .component "router" }}
   grpc: {port: {{ include "dspark.grpcPort" .root }}}
   {{- else }}

@@ -26,6 +26,9 @@
 {{- if and .Values.gcsFaultTolerance.enabled (not .Values.gcsFaultTolerance.redisAddress) }}
   {{- fail "gcsFaultTolerance.redisAddress: name the Redis" }}
 {{- end }}
+{{- if and .Values.tls.client.existingSecret (not (include "dspark.metricsPort" .)) }}
+  {{- fail "config.router.metrics_port: with tls.client the readiness probe asks there, and needs it fixed" }}
+{{- end }}
 {{- if and .Values.gateway.enabled (not .Values.gateway.parentRefs) }}
   {{- fail "gateway.parentRefs: name at least one Gateway" }}
 {{- end }}
