@@ -284,7 +284,7 @@ def test_calls_are_read_however_their_text_comes(size: int) -> None:
     parts: list[str | ToolCall] = []
     for start in range(0, len(text), size):
         parts += reader.push(text[start : start + size])
-    parts.append(reader.finish())
+    parts += reader.finish()
     calls = [part for part in parts if isinstance(part, ToolCall)]
     assert [(call.name, call.arguments) for call in calls] == [("f", '{"a": 1}')] * 2
     assert len({call.id for call in calls}) == 2
@@ -311,6 +311,67 @@ def test_the_grammar_of_calls(
 ) -> None:
     functions = [FunctionTool(name="f", parameters=SCHEMA), FunctionTool(name="g")]
     grammar = ToolUse(functions, must_call=must_call, may_repeat=may_repeat).to_grammar()
+    tokenizer = small_tokenizer()
+    end = tokenizer.eos_token_id
+    compiler = GrammarCompiler(Vocabulary(tokenizer, 300, (end,)), has_end=True)
+    for text in good:
+        assert compiler.compile(grammar).accept([*tokenizer.encode(text), end]), text
+    for text in bad:
+        assert not compiler.compile(grammar).accept([*tokenizer.encode(text), end]), text
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("end", ["", "<eos>", None])
+@pytest.mark.parametrize("tail", ["", "\n</tool_call>"])
+def test_a_text_goes_up_to_the_answer_s_end(size: int, end: str | None, tail: str) -> None:
+    """Whatever it holds; where the answer is not whole, it is content."""
+    given = 'a </tool_call>\n<tool_call>\n{"b'
+    text = f'{CALL}\n<tool_call>\n{{"name": "run"}}\n{given}{tail}{end or ""}'
+    reader = ToolCallReader({"run"})
+    parts: list[str | ToolCall] = []
+    for start in range(0, len(text), size):
+        parts += reader.push(text[start : start + size])
+    parts += reader.finish(end)
+    calls = [part for part in parts if isinstance(part, ToolCall)]
+    content = "".join(part for part in parts if isinstance(part, str))
+    assert [call.name for call in calls] == ["f"] + ["run"] * (end is not None)
+    if end is None:
+        assert content == text.removeprefix(CALL + "\n")
+    else:
+        assert json.loads(calls[1].arguments) == {"input": given}
+        assert content == end
+
+
+TEXT = '<tool_call>\n{"name": "run"}\na+a'
+END_OF_CALL = "\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("names", "must_call", "may_repeat", "good", "bad"),
+    [
+        (
+            "f run",
+            True,
+            True,
+            [CALL, TEXT, TEXT + END_OF_CALL, f"{CALL}\n{CALL}", f"{CALL}\n{TEXT}"],
+            ["", "hi", TEXT[:-1], f"{TEXT}{END_OF_CALL}\n{CALL}", TEXT.replace("a+a", "b")],
+        ),
+        ("f run", True, False, [CALL, TEXT], [f"{CALL}\n{TEXT}"]),
+        ("run", True, True, [TEXT], [CALL, "", f"{TEXT}{END_OF_CALL}\n{TEXT}"]),
+        ("f run", False, True, ["", "hi", f"hi {TEXT}", f"{CALL} {TEXT}"], [f"{TEXT} hi"]),
+        ("f run", False, False, ["", f"hi {TEXT}", f"hi {CALL}"], [f"{CALL}{TEXT}"]),
+        ("run", False, True, ["", "hi", f"hi {TEXT}"], [CALL, f"hi {CALL}", f"{TEXT} hi"]),
+    ],
+)
+def test_the_grammar_of_calls_with_a_text(
+    names: str, must_call: bool, may_repeat: bool, good: list[str], bad: list[str]
+) -> None:
+    grammar = ToolUse(
+        [FunctionTool(name=name, parameters=SCHEMA) for name in names.split()],
+        must_call=must_call,
+        may_repeat=may_repeat,
+        text_grammars={"run": 'start: call ("+" call)*  // the same name as outside\ncall: "a"'},
+    ).to_grammar()
     tokenizer = small_tokenizer()
     end = tokenizer.eos_token_id
     compiler = GrammarCompiler(Vocabulary(tokenizer, 300, (end,)), has_end=True)

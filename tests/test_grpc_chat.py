@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ PARAMETERS = {
 }
 TOOL = {"name": "get_weather", "description": "The weather.", "parameters": json.dumps(PARAMETERS)}
 HTTP_TOOL: Any = {"type": "function", "function": {**TOOL, "parameters": PARAMETERS}}
+HTTP_RUN: Any = {"type": "custom", "custom": {"name": "run"}}
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 SEEDED: dict[str, Any] = {"temperature": 1.0, "seed": 11}
 OFF = common_pb2.SpeculationParams(mode=common_pb2.SPECULATION_MODE_OFF)
@@ -63,6 +65,7 @@ class Answer:
     content: str = ""
     token_ids: list[int] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
+    inputs: list[tuple[str, str]] = field(default_factory=list)  # of custom tools
     logprobs: list[float] = field(default_factory=list)
     num_characters: int = 0
     finish_reason: int = 0
@@ -72,7 +75,11 @@ class Answer:
         assert chunk.token_offset == len(self.token_ids) or not chunk.token_ids
         self.content += chunk.content
         self.token_ids += chunk.token_ids
-        self.calls += [(call.name, call.arguments) for call in chunk.tool_calls]
+        for call in chunk.tool_calls:
+            if call.HasField("input"):
+                self.inputs.append((call.name, call.input))
+            else:
+                self.calls.append((call.name, call.arguments))
         self.logprobs += [position.chosen.logprob for position in chunk.logprobs]
         self.num_characters += sum(chunk.text_lengths)
         self.finish_reason = chunk.finish_reason
@@ -155,6 +162,45 @@ def test_calls_are_as_over_http_and_a_broken_stream_goes_on(
     assert rest.finish_reason == common_pb2.FINISH_REASON_TOOL_CALLS
 
 
+LARK = 'start: "[" NAME ("," NAME)* "]"\nNAME: /[ab]{2}/'
+
+
+@pytest.mark.parametrize("syntax", ["regex", "lark"])
+def test_custom_tools_are_as_over_http(stub: Any, client: OpenAI, syntax: str) -> None:
+    definition = {"regex": "[ab]{3}c", "lark": LARK}[syntax]
+    wanted = {"type": "grammar", "grammar": {"syntax": syntax, "definition": definition}}
+    tool: Any = {"type": "custom", "custom": {"name": "run", "format": wanted}}
+    (theirs,) = http_chat(
+        client,
+        **SEEDED,
+        tools=[tool],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_completion_tokens=120,
+    ).choices
+    (call,) = theirs.message.tool_calls
+    assert re.fullmatch({"regex": definition, "lark": r"\[.*\]"}[syntax], call.custom.input)
+    mine = chat_pb2.Tool(name="run", input=common_pb2.Grammar(**{syntax: definition}))
+    request: dict[str, Any] = {
+        "conversation": conversation(tools=[mine]),
+        "tool_choice": chat_pb2.ToolChoice(mode=chat_pb2.ToolChoice.MODE_REQUIRED),
+        "parallel_tool_calls": False,
+        "sampling": {**SEEDED, "max_tokens": 120},
+    }
+    for speculation in (common_pb2.SpeculationParams(), OFF):
+        (answer,) = chat(stub, **request, speculation=speculation)
+        assert answer.inputs == [("run", call.custom.input)]
+        assert (answer.content, answer.calls) == ("", [])
+        assert answer.finish_reason == common_pb2.FINISH_REASON_TOOL_CALLS
+    rest = resume(stub, request, answer.token_ids[:-2])
+    assert rest.inputs == answer.inputs
+    # Cut off, it is no call.
+    short = {"sampling": {**SEEDED, "max_tokens": len(answer.token_ids) // 2}}
+    (cut,) = chat(stub, **{**request, **short})
+    assert cut.inputs == []
+    assert cut.content.startswith("<tool_call>")
+
+
 @pytest.mark.parametrize("speculation", [common_pb2.SpeculationParams(), OFF])
 def test_a_prompt_alone_is_scored_as_over_http(
     stub: Any, client: OpenAI, speculation: common_pb2.SpeculationParams
@@ -220,16 +266,22 @@ def test_tokens_and_models_are_as_over_http(server: ApiServer, stub: Any, client
         },
         {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
     ]
-    call = chat_pb2.ToolCall(id="call_1", name="get_weather", arguments='{"city": "Rome"}')
+    custom: Any = {"id": "call_2", "type": "custom", "custom": {"name": "run", "input": "ls"}}
+    earlier[2]["tool_calls"].append(custom)
+    calls = [
+        chat_pb2.ToolCall(id="call_1", name="get_weather", arguments='{"city": "Rome"}'),
+        chat_pb2.ToolCall(id="call_2", name="run", input="ls"),
+    ]
     messages = [
         chat_pb2.Message(role=chat_pb2.ROLE_SYSTEM, content="Be brief."),
         chat_pb2.Message(role=chat_pb2.ROLE_USER, content=QUESTION),
-        chat_pb2.Message(role=chat_pb2.ROLE_ASSISTANT, tool_calls=[call]),
+        chat_pb2.Message(role=chat_pb2.ROLE_ASSISTANT, tool_calls=calls),
         chat_pb2.Message(role=chat_pb2.ROLE_TOOL, tool_call_id="call_1", content="sunny"),
     ]
-    told = chat_pb2.Conversation(messages=messages, tools=[chat_pb2.Tool(**TOOL)])
+    any_text = chat_pb2.Tool(name="run", input=common_pb2.Grammar())
+    told = chat_pb2.Conversation(messages=messages, tools=[chat_pb2.Tool(**TOOL), any_text])
     mine = stub.Tokenize(inference_pb2.TokenizeRequest(conversation=told))
-    theirs = post(server, "/tokenize", {"messages": earlier, "tools": [HTTP_TOOL]})
+    theirs = post(server, "/tokenize", {"messages": earlier, "tools": [HTTP_TOOL, HTTP_RUN]})
     assert list(mine.token_ids) == theirs["tokens"]
     text = stub.Detokenize(inference_pb2.DetokenizeRequest(token_ids=mine.token_ids)).text
     assert text == post(server, "/detokenize", {"tokens": theirs["tokens"]})["prompt"]
@@ -269,6 +321,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"conversation": conversation(tools=[chat_pb2.Tool(name="f", parameters="{")])},
         "conversation.tools",
+    ),
+    *(
+        (
+            {"conversation": conversation(tools=[chat_pb2.Tool(name="f", **fields)])},
+            "conversation.tools",
+        )
+        for fields in (
+            {"input": common_pb2.Grammar(json_schema="{}")},
+            {"input": common_pb2.Grammar(lark="start: nothing")},
+            {"input": common_pb2.Grammar(), "parameters": "{}"},
+        )
     ),
     ({"tool_choice": chat_pb2.ToolChoice(mode=chat_pb2.ToolChoice.MODE_REQUIRED)}, "tool_choice"),
     ({"tool_choice": chat_pb2.ToolChoice(mode=7)}, "tool_choice"),

@@ -661,8 +661,13 @@ def test_former_functions_and_custom_tools(client: OpenAI, mode: str) -> None:
     plain = {"function_call": "none", "max_completion_tokens": 4}
     assert chat(client, **{**former, **plain}, messages=spoken).choices[0].finish_reason == "length"
 
-    pattern = {"type": "grammar", "grammar": {"syntax": "regex", "definition": "[ab]{3}c"}}
-    for given, wanted in (({}, r"(?s).*"), ({"format": pattern}, "[ab]{3}c")):
+    for syntax, definition, wanted in (
+        (None, "", r"(?s).*"),
+        ("regex", "[ab]{3}c", "[ab]{3}c"),
+        ("lark", 'start: "\\"" NAME ("," NAME)* "\\""\nNAME: /[ab]{2}/', '"[ab]{2}(,[ab]{2})*"'),
+    ):
+        pattern = {"type": "grammar", "grammar": {"syntax": syntax, "definition": definition}}
+        given = {"format": pattern} if syntax else {}
         choice = chat(
             client,
             **SEEDED,
@@ -783,7 +788,7 @@ REFUSED_CHATS: list[tuple[dict[str, Any], str]] = [
                         "name": "f",
                         "format": {
                             "type": "grammar",
-                            "grammar": {"syntax": "lark", "definition": "start: /a/"},
+                            "grammar": {"syntax": "lark", "definition": "start: nothing"},
                         },
                     },
                 }

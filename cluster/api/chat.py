@@ -22,9 +22,8 @@ from cluster.api.answers import (
 from cluster.api.fields import GenerationFields
 from cluster.api.logprobs import TokenTexts, chat_logprobs, prompt_logprobs
 from cluster.chat.template import ChatFields
-from cluster.chat.tool_calls import AnswerReader, ToolCall
+from cluster.chat.tool_calls import CUSTOM_INPUT, AnswerReader, ToolCall
 from cluster.chat.tools import (
-    CUSTOM_INPUT,
     AnyTool,
     CustomTool,
     FunctionTool,
@@ -96,7 +95,7 @@ class ChatCompletions:
         self._prompt = prompt
         self._key = key
         self._names = _names(fields)
-        if prompt.may_call:
+        if prompt.use is not None:
             self._names["sampling.grammar"] = "functions" if fields.functions else "tools"
         kind = "chat.completion.chunk" if fields.stream else "chat.completion"
         self._envelope = Envelope.new("chatcmpl", kind, router.model_name)
@@ -151,7 +150,7 @@ class ChatCompletions:
             async for chunk in chunks:
                 index = chunk.choice_index
                 if index not in streams:
-                    streams[index] = _ChoiceStream(self._fields, reads_calls=self._prompt.may_call)
+                    streams[index] = _ChoiceStream(self._fields, self._prompt.reader(self._router))
                     first = {"role": "assistant", "content": ""}
                     event = self._event(index, first, {}, with_usage)
                     yield event | (self._prompt_logprobs(chunk) if index == 0 else {})
@@ -198,12 +197,13 @@ class ChatCompletions:
         return self._envelope.of([choice | extra], self._usage.usage() if with_usage else None)
 
     def _choice(self, index: int, record: ChoiceRecord) -> dict[str, Any]:
-        parts = AnswerReader(reads_calls=self._prompt.may_call).push(record.text, is_last=True)
+        reader = self._prompt.reader(self._router)
+        parts = reader.push(record.text, record.token_ids, is_last=True)
         calls = [part for part in parts if isinstance(part, ToolCall)]
         content = "".join(part for part in parts if isinstance(part, str))
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": None if self._prompt.may_call and not content else content,
+            "content": None if self._prompt.use is not None and not content else content,
             "refusal": None,
         }
         reason = record.finish_reason
@@ -222,16 +222,16 @@ class ChatCompletions:
 class _ChoiceStream:
     """One choice's deltas."""
 
-    def __init__(self, fields: ChatCompletionRequest, *, reads_calls: bool) -> None:
+    def __init__(self, fields: ChatCompletionRequest, reader: AnswerReader) -> None:
         self._fields = fields
-        self._reader = AnswerReader(reads_calls=reads_calls)
+        self._reader = reader
         self._num_calls = 0
 
     def push(self, chunk: Chunk) -> tuple[list[dict[str, Any]], str | None]:
         """The deltas that a piece brings, and why the choice ends if it does."""
         reason = None if chunk.finish_reason is None else chunk.finish_reason.name.lower()
         deltas: list[dict[str, Any]] = []
-        for part in self._reader.push(chunk.text, is_last=reason is not None):
+        for part in self._reader.push(chunk.text, chunk.token_ids, is_last=reason is not None):
             if isinstance(part, str):
                 deltas.append({"content": part})
                 continue

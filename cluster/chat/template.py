@@ -13,8 +13,8 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerFast
 
 from cluster.chat.fields import Fields
-from cluster.chat.tool_calls import BEGIN
-from cluster.chat.tools import CUSTOM_INPUT, CustomTool, Tool
+from cluster.chat.tool_calls import BEGIN, CUSTOM_INPUT
+from cluster.chat.tools import CustomTool, Tool
 from cluster.errors import ConfigError, InvalidRequestError
 
 # For a model without a template of its own, where it is asked for: ChatML, with Hermes' tools.

@@ -5,16 +5,34 @@ A call has the form of Hermes and Qwen templates, one or more of::
     <tool_call>
     {"name": "NAME", "arguments": {...}}
     </tool_call>
+
+A custom tool with a grammar in Lark is called with the text as it is, up to the answer's end, since
+only that is something which no text can hold::
+
+    <tool_call>
+    {"name": "NAME"}
+    TEXT
+
+Models may close such a call as they do the others; that is no part of the text.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 BEGIN = "<tool_call>"
 END = "</tool_call>"
+CUSTOM_INPUT = "input"  # the one argument of a custom tool
+TEXT_END = f"\n{END}"
+
+
+def text_head(name: str) -> str:
+    """What stands between ``BEGIN`` and the text that a tool is called with."""
+    return f'\n{{"name": {json.dumps(name)}}}\n'
 
 
 @dataclass(frozen=True)
@@ -31,9 +49,13 @@ class ToolCallReader:
 
     Guarantees: content and calls come in order, and none of the text is lost: what begins as a call
     and is none, or is cut off, is content.
+
+    Args:
+        text_tools: names of tools that are called with a text as it is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, text_tools: Collection[str] = ()) -> None:
+        self._heads = {BEGIN + text_head(name): name for name in text_tools}
         self._held = ""
         self._is_behind_call = False  # directly: the line's end belongs to the call
 
@@ -53,6 +75,8 @@ class ToolCallReader:
                 return found
             _add_content(found, self._held[:start])
             self._held = self._held[start:]
+            if self._text_head(self._held):
+                return found
             end = self._held.find(END)
             if end < 0:
                 return found
@@ -65,30 +89,52 @@ class ToolCallReader:
                 self._is_behind_call = True
             self._held = self._held[end:]
 
-    def finish(self) -> str:
-        """What is left: content."""
+    def finish(self, end: str | None = None) -> list[str | ToolCall]:
+        """What is left.
+
+        Args:
+            end: what the answer's end added to the text; unset: the answer is not whole.
+        """
         held, self._held = self._held, ""
-        return held
+        head = self._text_head(held)
+        found: list[str | ToolCall] = []
+        if end is not None and head:
+            text = held[len(head) :].removesuffix(end).removesuffix(TEXT_END)
+            found.append(_call(self._heads[head], {CUSTOM_INPUT: text}))
+            held = end
+        _add_content(found, held)
+        return found
+
+    def _text_head(self, held: str) -> str:
+        """The beginning of ``held`` that calls a tool with a text, or nothing."""
+        return next((head for head in self._heads if held.startswith(head)), "")
 
 
 class AnswerReader:
     """One choice's text, as it comes, as content and finished calls in their order.
 
     Args:
-        reads_calls: unset: all is content.
+        calls: how to read calls; unset: all is content.
+        ends: tokens of which one ends an answer that is whole, with what each adds to its text.
     """
 
-    def __init__(self, *, reads_calls: bool) -> None:
-        self._reader = ToolCallReader() if reads_calls else None
+    def __init__(
+        self, calls: ToolCallReader | None = None, ends: Mapping[int, str] | None = None
+    ) -> None:
+        self._reader = calls
+        self._ends = ends or {}
+        self._last_token_id = -1
         self.num_calls = 0
 
-    def push(self, text: str, *, is_last: bool) -> list[str | ToolCall]:
-        """What became certain with more text; all of it, with the last."""
+    def push(self, text: str, token_ids: Sequence[int], *, is_last: bool) -> list[str | ToolCall]:
+        """What became certain with more text and tokens; all of it, with the last."""
         if self._reader is None:
             return [text] if text else []
-        parts: list[str | ToolCall] = self._reader.push(text)
+        if token_ids:
+            self._last_token_id = token_ids[-1]
+        parts = self._reader.push(text)
         if is_last:
-            _add_content(parts, self._reader.finish())
+            parts += self._reader.finish(self._ends.get(self._last_token_id))
         self.num_calls += sum(isinstance(part, ToolCall) for part in parts)
         return parts
 
@@ -112,4 +158,8 @@ def _read_call(body: str) -> ToolCall | None:
         name, arguments = call["name"], call["arguments"]
     except (ValueError, KeyError, TypeError):
         return None
-    return ToolCall(str(name), json.dumps(arguments, ensure_ascii=False))
+    return _call(str(name), arguments)
+
+
+def _call(name: str, arguments: Any) -> ToolCall:
+    return ToolCall(name, json.dumps(arguments, ensure_ascii=False))

@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from cluster.chat.fields import Fields
-from cluster.chat.tool_calls import BEGIN, END
+from cluster.chat.tool_calls import (
+    BEGIN,
+    CUSTOM_INPUT,
+    END,
+    TEXT_END,
+    ToolCallReader,
+    text_head,
+)
 from cluster.engine.grammar import JSON_OPTIONS
 from cluster.errors import InvalidRequestError
 from cluster.grammar import Grammar, GrammarKind
 
 MAX_TOOLS = 128
-CUSTOM_INPUT = "input"  # the one argument of a custom tool
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -57,7 +63,7 @@ class InputGrammar(Fields):
     """What a custom tool's input must be."""
 
     definition: str
-    syntax: Literal["regex"]
+    syntax: Literal["regex", "lark"]
 
 
 class GrammarFormat(Fields):
@@ -82,12 +88,20 @@ class CustomTool(Fields):
     custom: CustomDefinition
 
     @property
+    def grammar(self) -> InputGrammar | None:
+        """What its input must be, if not any text."""
+        given = self.custom.format
+        return given.grammar if isinstance(given, GrammarFormat) else None
+
+    @property
     def definition(self) -> FunctionTool:
         """What the model is told of."""
-        custom = self.custom
+        custom, grammar = self.custom, self.grammar
         text = {"type": "string"}
-        if isinstance(custom.format, GrammarFormat):
-            text["pattern"] = f"^(?:{custom.format.grammar.definition})$"
+        if grammar is not None and grammar.syntax == "regex":
+            text["pattern"] = f"^(?:{grammar.definition})$"
+        elif grammar is not None:
+            text["description"] = f"A text by this grammar in Lark:\n{grammar.definition}"
         parameters = {
             "type": "object",
             "properties": {CUSTOM_INPUT: text},
@@ -166,30 +180,55 @@ class ToolUse:
         functions: those that may be called, at least one.
         must_call: the answer is calls and nothing else.
         may_repeat: more than one call.
+        text_grammars: in Lark, by name, of those that are called with a text as it is.
     """
 
     functions: Sequence[FunctionTool]
     must_call: bool
     may_repeat: bool
+    text_grammars: Mapping[str, str] = field(default_factory=dict)
 
     def to_grammar(self) -> Grammar:
         """What the answer may be."""
-        call = f"call: {json.dumps(BEGIN)} body"
-        if self.must_call:
-            start = 'start: call ("\\n" call)*' if self.may_repeat else "start: call"
-        else:
+        begin = json.dumps(BEGIN)
+        lines = [self._start()]
+        if not self.must_call:
             # Lazy: text ends where a call begins, so that none can be written in another form.
-            call = f"call: trigger body\ntrigger[lazy]: TEXT {json.dumps(BEGIN)}"
-            call += "\nrest: TEXT\nTEXT: /(.|\\n)*/"
-            start = "start: call* rest" if self.may_repeat else "start: call | rest"
-        names = [f"body_{index}" for index in range(len(self.functions))]
-        lines = [start, call, f"body: {' | '.join(names)}"]
-        for name, function in zip(names, self.functions, strict=True):
-            head = f'\n{{"name": {json.dumps(function.name)}, "arguments": '
-            schema = json.dumps(function.parameters | {"x-guidance": JSON_OPTIONS})
-            tail = "}\n" + END
-            lines.append(f"{name}: {json.dumps(head)} %json {schema} {json.dumps(tail)}")
+            lines += ["rest: TEXT", "TEXT: /(.|\\n)*/", f"trigger[lazy]: TEXT {begin}"]
+            begin = "trigger"
+        bodies: dict[str, list[str]] = {"call": [], "last": []}
+        for index, function in enumerate(self.functions):
+            kind, body = self._body(function)
+            bodies[kind].append(f"body_{index}")
+            lines.append(f"body_{index}: {body}")
+        lines += [f"{kind}: {begin} ({' | '.join(n)})" for kind, n in bodies.items() if n]
         return Grammar(GrammarKind.LARK, "\n".join(lines) + "\n")
+
+    def reader(self) -> ToolCallReader:
+        """Of an answer."""
+        return ToolCallReader(self.text_grammars)
+
+    def _start(self) -> str:
+        """The first rule: behind a ``call`` there may be more, the ``last`` one ends the answer."""
+        are_last = {function.name in self.text_grammars for function in self.functions}
+        call, last = ["call"] * (False in are_last), ["last"] * (True in are_last)
+        rest = [] if self.must_call else ["rest"]
+        if call and self.may_repeat and self.must_call:
+            call = ['call ("\\n" call)*' + ' ("\\n" last)?' * len(last)]
+        elif call and self.may_repeat:
+            return f"start: call* ({' | '.join(last + rest)})"
+        return f"start: {' | '.join(call + last + rest)}"
+
+    def _body(self, function: FunctionTool) -> tuple[str, str]:
+        """How the function is called, as ``_start`` names it, and what follows ``BEGIN``."""
+        text_grammar = self.text_grammars.get(function.name)
+        if text_grammar is not None:
+            head, tail = json.dumps(text_head(function.name)), json.dumps(TEXT_END)
+            return "last", f"{head} %lark {{\n{text_grammar}\n}} {tail}?"
+        head = f'\n{{"name": {json.dumps(function.name)}, "arguments": '
+        schema = json.dumps(function.parameters | {"x-guidance": JSON_OPTIONS})
+        tail = "}\n" + END
+        return "call", f"{json.dumps(head)} %json {schema} {json.dumps(tail)}"
 
 
 def tool_use(
@@ -220,13 +259,19 @@ def tool_use(
             )
     if len(set(names)) < len(names):
         raise InvalidRequestError("tools", "two functions have the same name")
+    must_call = choice == "required"
     if isinstance(choice, NamedToolChoice | NamedCustomChoice):
-        return ToolUse(_named(functions, [choice]), must_call=True, may_repeat=False)
-    if isinstance(choice, AllowedToolsChoice):
-        allowed = choice.allowed_tools
-        functions = _named(functions, allowed.tools)
-        return ToolUse(functions, must_call=allowed.mode == "required", may_repeat=may_repeat)
-    return ToolUse(functions, must_call=choice == "required", may_repeat=may_repeat)
+        functions = _named(functions, [choice])
+        must_call, may_repeat = True, False
+    elif isinstance(choice, AllowedToolsChoice):
+        functions = _named(functions, choice.allowed_tools.tools)
+        must_call = choice.allowed_tools.mode == "required"
+    return ToolUse(functions, must_call, may_repeat, _text_grammars(tools))
+
+
+def _text_grammars(tools: Sequence[Tool | CustomTool]) -> dict[str, str]:
+    grammars = {tool.custom.name: tool.grammar for tool in tools if isinstance(tool, CustomTool)}
+    return {name: g.definition for name, g in grammars.items() if g and g.syntax == "lark"}
 
 
 def _named(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cluster.chat.tool_calls import AnswerReader, ToolCall
+from cluster.chat.tools import CustomTool, Tool
 from cluster.engine.text import TextStream
 from cluster.errors import InvalidRequestError
 from cluster.rpc.chat_messages import (
+    call_to_proto,
     conversation_from_proto,
     tool_choice_from_proto,
     tools_from_proto,
@@ -18,7 +20,7 @@ from cluster.rpc.chat_messages import (
 from cluster.rpc.chat_prompt import ChatPrompt
 from cluster.rpc.convert import call_from_proto
 from cluster.security.api_keys import ApiKey
-from cluster.v1 import chat_pb2, common_pb2, inference_pb2
+from cluster.v1 import common_pb2, inference_pb2
 
 if TYPE_CHECKING:
     from cluster.rpc.router import RouterServer
@@ -52,12 +54,13 @@ async def chat(
         sampling = call.sampling
         if not request.sampling.HasField("max_tokens"):
             sampling = replace(sampling, max_tokens=router.max_model_len)
+        tools = tools_from_proto(request.conversation.tools)
         prompt = await ChatPrompt.of(
             conversation_from_proto(request.conversation),
             sampling,
             template=router.chat_template,
             encoder=router.encoder,
-            tools=tools_from_proto(request.conversation.tools),
+            tools=tools,
             tool_choice=tool_choice_from_proto(request.tool_choice),
             parallel_tool_calls=(
                 not request.HasField("parallel_tool_calls") or request.parallel_tool_calls
@@ -65,41 +68,43 @@ async def chat(
         )
         call = replace(call, prompt=prompt.token_ids, sampling=prompt.sampling)
         readers: dict[int, AnswerReader] = {}
-        async with aclosing(router.generate(call, timeout_s, key)) as chunks:
-            async for chunk in chunks:
-                if chunk.choice_index not in readers:
-                    reader = AnswerReader(reads_calls=prompt.may_call)
-                    # What the client has already is read again, and not sent.
-                    text = TextStream.of(router.tokenizer, prompt.sampling)
-                    for token_id in call.resume_token_ids:
-                        reader.push(text.push(token_id).text, is_last=False)
-                    readers[chunk.choice_index] = reader
-                yield _response(chunk, readers[chunk.choice_index])
+        with conversation_fields({"sampling.grammar": "conversation.tools"} if prompt.use else {}):
+            async with aclosing(router.generate(call, timeout_s, key)) as chunks:
+                async for chunk in chunks:
+                    if chunk.choice_index not in readers:
+                        reader = prompt.reader(router)
+                        # What the client has already is read again, and not sent.
+                        text = TextStream.of(router.tokenizer, prompt.sampling)
+                        for token_id in call.resume_token_ids:
+                            reader.push(text.push(token_id).text, (token_id,), is_last=False)
+                        readers[chunk.choice_index] = reader
+                    yield _response(chunk, readers[chunk.choice_index], tools)
 
 
 @contextmanager
-def conversation_fields() -> Iterator[None]:
-    """Errors within name the fields of a conversation as they are in ``cluster.v1``."""
+def conversation_fields(names: Mapping[str, str] = _FIELD_NAMES) -> Iterator[None]:
+    """Errors within name fields by ``names``: those of a conversation as in ``cluster.v1``."""
     try:
         yield
     except InvalidRequestError as error:
-        field = _FIELD_NAMES.get(error.field, error.field)
+        field = names.get(error.field, error.field)
         raise InvalidRequestError(field, error.message) from None
 
 
 def _response(
-    chunk: inference_pb2.GenerateResponse, reader: AnswerReader
+    chunk: inference_pb2.GenerateResponse,
+    reader: AnswerReader,
+    tools: Sequence[Tool | CustomTool],
 ) -> inference_pb2.ChatResponse:
     response = inference_pb2.ChatResponse(
         **{name: getattr(chunk, name) for name in (*_SAME_FIELDS, *_SAME_LISTS)}
     )
     if chunk.HasField("usage"):
         response.usage.CopyFrom(chunk.usage)
-    for part in reader.push(chunk.text, is_last=bool(chunk.finish_reason)):
+    parts = reader.push(chunk.text, chunk.token_ids, is_last=bool(chunk.finish_reason))
+    for part in parts:
         if isinstance(part, ToolCall):
-            response.tool_calls.append(
-                chat_pb2.ToolCall(id=part.id, name=part.name, arguments=part.arguments)
-            )
+            response.tool_calls.append(call_to_proto(part, tools))
         else:
             response.content += part
     if chunk.finish_reason == common_pb2.FINISH_REASON_STOP and reader.num_calls:

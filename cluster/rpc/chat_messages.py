@@ -11,15 +11,21 @@ from pydantic import ValidationError
 from cluster.chat.template import (
     CalledFunction,
     ChatFields,
+    CustomInput,
     EarlierCall,
     EarlierCustomCall,
     Message,
 )
 from cluster.chat.text import check_text
+from cluster.chat.tool_calls import CUSTOM_INPUT, ToolCall
 from cluster.chat.tools import (
     AllowedTools,
     AllowedToolsChoice,
+    CustomDefinition,
+    CustomTool,
     FunctionTool,
+    GrammarFormat,
+    InputGrammar,
     NamedCustomChoice,
     NamedFunction,
     NamedToolChoice,
@@ -62,9 +68,27 @@ def conversation_from_proto(message: chat_pb2.Conversation) -> ChatFields:
         raise InvalidRequestError("messages", error.errors()[0]["msg"]) from None
 
 
-def tools_from_proto(tools: Iterable[chat_pb2.Tool]) -> list[Tool]:
-    """Reads tools. Raises: InvalidRequestError: parameters are not a JSON object."""
-    return [Tool(type="function", function=_function(tool)) for tool in tools]
+def tools_from_proto(tools: Iterable[chat_pb2.Tool]) -> list[Tool | CustomTool]:
+    """Reads tools.
+
+    Raises:
+        InvalidRequestError: parameters are not a JSON object, or an input is no text by a grammar.
+    """
+    return [
+        CustomTool(type="custom", custom=_custom(tool))
+        if tool.HasField("input")
+        else Tool(type="function", function=_function(tool))
+        for tool in tools
+    ]
+
+
+def call_to_proto(call: ToolCall, tools: Iterable[Tool | CustomTool]) -> chat_pb2.ToolCall:
+    """Writes a finished call of one of ``tools``."""
+    customs = {tool.custom.name for tool in tools if isinstance(tool, CustomTool)}
+    if call.name in customs:
+        text = json.loads(call.arguments)[CUSTOM_INPUT]
+        return chat_pb2.ToolCall(id=call.id, name=call.name, input=text)
+    return chat_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
 
 
 def tool_choice_from_proto(message: chat_pb2.ToolChoice) -> ToolChoice:
@@ -94,11 +118,15 @@ def _message(message: chat_pb2.Message) -> Message:
         for name in ("content", "name", "tool_call_id", "reasoning_content")
         if message.HasField(name)
     }
-    calls: list[EarlierCall | EarlierCustomCall] = [
-        EarlierCall(id=call.id, function=CalledFunction(name=call.name, arguments=call.arguments))
-        for call in message.tool_calls
-    ]
-    return Message(role=role, tool_calls=calls, **given)
+    return Message(role=role, tool_calls=[_call(call) for call in message.tool_calls], **given)
+
+
+def _call(call: chat_pb2.ToolCall) -> EarlierCall | EarlierCustomCall:
+    if call.HasField("input"):
+        custom = CustomInput(name=call.name, input=call.input)
+        return EarlierCustomCall(id=call.id, type="custom", custom=custom)
+    function = CalledFunction(name=call.name, arguments=call.arguments)
+    return EarlierCall(id=call.id, function=function)
 
 
 def _function(tool: chat_pb2.Tool) -> FunctionTool:
@@ -108,6 +136,19 @@ def _function(tool: chat_pb2.Tool) -> FunctionTool:
     if tool.parameters:
         given["parameters"] = _json_object(tool.parameters, "tools")
     return FunctionTool(name=tool.name, **given)
+
+
+def _custom(tool: chat_pb2.Tool) -> CustomDefinition:
+    if tool.parameters:
+        raise InvalidRequestError("tools", "a custom tool has no parameters")
+    syntax: Any = tool.input.WhichOneof("kind")
+    if syntax not in (None, "regex", "lark"):
+        raise InvalidRequestError("tools", f"the input of a custom tool cannot be {syntax}")
+    wanted = None
+    if syntax is not None:
+        grammar = InputGrammar(syntax=syntax, definition=getattr(tool.input, syntax))
+        wanted = GrammarFormat(type="grammar", grammar=grammar)
+    return CustomDefinition(name=tool.name, description=tool.description or None, format=wanted)
 
 
 def _json_object(text: str, field: str) -> dict[str, Any]:

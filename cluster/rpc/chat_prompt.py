@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from cluster.chat.template import ChatFields, ChatTemplate
-from cluster.chat.tools import CustomTool, Tool, ToolChoice, tool_use
+from cluster.chat.tool_calls import AnswerReader
+from cluster.chat.tools import CustomTool, Tool, ToolChoice, ToolUse, tool_use
 from cluster.errors import InvalidRequestError
 from cluster.request import SamplingParams
 from cluster.rpc.prompt import PromptEncoder
+
+if TYPE_CHECKING:
+    from cluster.rpc.router import RouterServer
 
 
 @dataclass(frozen=True)
@@ -18,12 +23,12 @@ class ChatPrompt:
 
     Attributes:
         sampling: as asked for, with the template's stop strings and the tools' grammar.
-        may_call: whether the answer may hold calls of tools.
+        use: of tools; unset: the answer may hold no calls.
     """
 
     token_ids: tuple[int, ...]
     sampling: SamplingParams
-    may_call: bool
+    use: ToolUse | None
 
     @classmethod
     async def of(
@@ -59,4 +64,13 @@ class ChatPrompt:
             sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
         text = await template.render(fields, tools if use is not None else ())
         token_ids = await encoder.encode(text, add_special_tokens=False)
-        return cls(token_ids, sampling, use is not None)
+        return cls(token_ids, sampling, use)
+
+    def reader(self, router: RouterServer) -> AnswerReader:
+        """Of one choice of the answer, as ``router`` generates it."""
+        if self.use is None:
+            return AnswerReader()
+        decode = router.tokenizer.backend_tokenizer.decode
+        skips = self.sampling.skip_special_tokens
+        ends = {end: decode([end], skip_special_tokens=skips) for end in router.eos_token_ids}
+        return AnswerReader(self.use.reader(), ends)

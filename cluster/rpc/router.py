@@ -125,7 +125,7 @@ class RouterServer:
         self._grammars = GrammarCompiler(self.vocabulary, has_end=bool(eos_token_ids))
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids = frozenset(eos_token_ids)
         self._admission = Admission(max_queued_tokens)
         self._queue_timeout_s = queue_timeout_s
         self._options = server_options(
@@ -296,7 +296,7 @@ class RouterServer:
                 call.num_choices,
                 self.tokenizer,
                 self._pool,
-                self._eos_token_ids,
+                self.eos_token_ids,
                 self._queue_timeout_s,
                 siblings,
             )
@@ -347,7 +347,7 @@ class RouterServer:
         request.validate(
             vocab_size=vocab_size,
             max_model_len=max_model_len,
-            eos_token_ids=self._eos_token_ids,
+            eos_token_ids=self.eos_token_ids,
         )
         if sampling.grammar is not None:
             await asyncio.to_thread(self._grammars.compile, sampling.grammar)
