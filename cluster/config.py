@@ -44,6 +44,8 @@ def _check_resources(value: dict[str, float]) -> dict[str, float]:
 
 CustomResources = Annotated[dict[str, float], AfterValidator(_check_resources)]
 
+_HIGHEST_PORT = 65535
+
 # As in vLLM, where neither bound of prompt lookup is given.
 _DEFAULT_PROMPT_LOOKUP = 5
 
@@ -237,7 +239,9 @@ class DrafterConfig(ReplicaRange):
     )
     host: str = Field(default="", description="address to bind and publish; empty: the node's own")
     port: int = Field(default=0, ge=0, le=65535, description="first port to try; 0: any free one")
-    num_ports: int = Field(default=64, ge=1, description="length of the port range")
+    num_ports: int = Field(
+        default=64, ge=1, validate_default=True, description="length of the port range"
+    )
     max_sessions: int = Field(default=1024, ge=1)
     session_ttl_s: float = Field(default=60.0, gt=0)
     page_size: int = Field(default=16, ge=1)
@@ -247,6 +251,14 @@ class DrafterConfig(ReplicaRange):
         description="run layer by layer: starts sooner, and each round takes longer",
     )
     pace: PaceConfig | None = Field(default=None, description="as `target.pace`, of each round")
+
+    @field_validator("num_ports")
+    @classmethod
+    def _check_num_ports(cls, value: int, info: ValidationInfo) -> int:
+        first = info.data.get("port", 0)
+        if first and first + value - 1 > _HIGHEST_PORT:
+            raise ValueError(f"the range {first} to {first + value - 1} ends above {_HIGHEST_PORT}")
+        return value
 
 
 class RouterConfig(Section):
@@ -300,6 +312,13 @@ class RouterConfig(Section):
     slow_reader_timeout_s: float = Field(
         default=60.0, gt=0, description="a client that takes no chunk for so long is cut off"
     )
+
+    @field_validator("metrics_port")
+    @classmethod
+    def _check_metrics_port(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and value == info.data.get("port"):
+            raise ValueError("is router.port already")
+        return value
 
 
 class ClientTlsConfig(Section):

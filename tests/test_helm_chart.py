@@ -56,14 +56,6 @@ ALL_ON: Object = {
     "router": {"minAvailable": 1},
     "serviceAccountName": "dspark",
     "test": {"env": [{"name": "DSPARK_API_KEY", "value": "k"}], "existingSecret": "client"},
-    "upgradeStrategy": {
-        "type": "NewClusterWithIncrementalUpgrade",
-        "clusterUpgradeOptions": {
-            "gatewayClassName": "edge",
-            "stepSizePercent": 10,
-            "intervalSeconds": 30,
-        },
-    },
     "extraEnv": [{"name": "NCCL_DEBUG", "value": "WARN"}],
 }
 CUSTOM_GROUPS = ("ray.io", "monitoring.coreos.com", "gateway.networking.k8s.io")
@@ -153,6 +145,16 @@ def test_the_checks_find_what_is_wrong(shared_dir: Path) -> None:
     budget["spec"]["minAvailabel"] = 1
     assert "minAvailabel" in "".join(core_problems(budget, "1.37") or [])
     assert core_problems({**budget, "kind": "Unknown"}, "1.37") is None
+    policy = one(found, "NetworkPolicy", "-drafter")
+    first, second = policy["spec"]["ingress"]
+    first["ports"][0]["endPort"] = 65593
+    second["ports"][0]["endPort"] = 0
+    said = "".join(core_problems(policy, "1.37") or [])
+    assert "spec.ingress.0.ports.0.endPort: 65593 is no port" in said
+    assert "spec.ingress.1.ports.0: ends at 0 before it begins" in said
+    ports = one(found, "Service", "-grpc")
+    ports["spec"]["ports"][0]["port"] = 0
+    assert "spec.ports.0.port: 0" in "".join(core_problems(ports, "1.37") or [])
     assert set(WITHOUT_SCHEMA) & {loaded["kind"] for loaded in found}
 
 
@@ -182,13 +184,41 @@ def test_the_checks_find_what_is_wrong(shared_dir: Path) -> None:
         ({"modelCache": {"size": "much"}}, "modelCache.size"),
         ({"fullnameOverride": "7b"}, "fullnameOverride"),
         ({"router": {"minReplicas": 9}}, "router.minReplicas"),
+        ({"router": {"replicas": 5}}, "router.replicas"),
+        ({"target": {"replicas": 0}}, "target.replicas"),
+        ({"target": {"replicas": 0}, "autoscaler": {"enabled": False}}, "target.replicas"),
+        ({"router": {"minAvailable": 10}}, "router.minAvailable"),
         (
-            {**ALL_ON, "autoscaler": {"enabled": False}},
-            "autoscaler.enabled",
+            {"target": {"minAvailable": 2, "numOfHosts": 2}, "autoscaler": {"enabled": False}},
+            "target.minAvailable",
+        ),
+        ({"config": {"drafter": {"port": 65530}}}, "config.drafter.num_ports"),
+        ({"config": {"drafter": {"port": 1}}}, "config.drafter.port"),
+        ({"config": {"drafter": {"port": 7950}}}, "config.drafter.port"),  # 8000 is in the range
+        ({"config": {"router": {"port": 8000}}}, "config.router.port"),
+        ({"config": {"router": {"port": 443}}}, "config.router.port"),
+        ({"config": {"router": {"metrics_port": 8080}}}, "config.router.metrics_port"),
+        ({"config": {"router": {"metrics_port": 50051}}}, "config.router.port"),
+        ({"config": {"drain_timeout_s": 900}}, "config.drain_timeout_s"),
+        ({"terminationGracePeriodSeconds": 39}, "config.drain_timeout_s"),
+        (
+            {"tls": {"client": {"requireClientCertificate": True}}},
+            "tls.client.existingSecret",
+        ),
+        (
+            {
+                "gateway": {
+                    "enabled": True,
+                    "parentRefs": [{"name": "edge"}],
+                    "grpc": {"enabled": False},
+                },
+                "service": {"http": {"enabled": False}},
+            },
+            "gateway.enabled",
         ),
         (
             {"upgradeStrategy": {"type": "NewClusterWithIncrementalUpgrade"}},
-            "upgradeStrategy.clusterUpgradeOptions.gatewayClassName",
+            "upgradeStrategy.type",
         ),
     ],
 )
@@ -198,6 +228,22 @@ def test_a_wrong_value_is_named(helm: Helm, values: Object, path: str) -> None:
     said = str(caught.value)
     # Helm 4 names paths as /target/replicas.
     assert path in said or f"/{path.replace('.', '/')}" in said
+
+
+def test_a_range_of_ports_may_end_with_the_last_one() -> None:
+    found = render({"config": {"drafter": {"port": 65500, "num_ports": 36}}})
+    policy = one(found, "NetworkPolicy", "-drafter")
+    assert core_problems(policy, "1.37") == []
+    drafts, others = (rule["ports"] for rule in policy["spec"]["ingress"])
+    assert drafts == [{"protocol": "TCP", "port": 65500, "endPort": 65535}]
+    assert others == [{"protocol": "TCP", "port": 1, "endPort": 65499}]
+
+
+def test_the_number_of_pods_is_fixed_without_the_autoscaler() -> None:
+    values = {"autoscaler": {"enabled": False}, "router": {"replicas": 5}}
+    groups = one(render(values), "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    router = groups[0]
+    assert (router["minReplicas"], router["replicas"], router["maxReplicas"]) == (5, 5, 5)
 
 
 def test_no_part_of_the_values_is_unchecked() -> None:
@@ -303,10 +349,33 @@ def test_a_new_chart_version_changes_no_pod(tmp_path: Path) -> None:
 
 
 def test_a_change_of_the_serve_configuration_changes_no_pod() -> None:
-    changed = {"target": {"num_replicas": 7}, "drain_timeout_s": 1, "drafter": {"port": 1234}}
-    before, after = (one(render({"config": c}), "RayService")["spec"] for c in ({}, changed))
+    """Though it is one of everything, but for the ports of routers."""
+    changed = yaml.safe_load((CHART / "serve" / "two-pools.yaml").read_text())["applications"][0]
+    config = changed["args"] | {
+        "drain_timeout_s": 1,
+        "tracing": {"endpoint": "http://collector:4317"},
+        "security": {"api_keys_file": "/keys"},
+    }
+    config["drafter"] |= {"port": 26000, "num_ports": 8}
+    before, after = (one(render({"config": c}), "RayService")["spec"] for c in ({}, config))
     assert before["serveConfigV2"] != after["serveConfigV2"]
     assert before["rayClusterConfig"] == after["rayClusterConfig"]
+
+
+def test_what_of_the_serve_configuration_changes_pods(tmp_path: Path) -> None:
+    page, comment = (ROOT / "docs" / "install.md").read_text(), (CHART / "values.yaml").read_text()
+    before = one(render({}), "RayService")["spec"]["rayClusterConfig"]
+    for key in ("port", "metrics_port"):
+        after = one(render({"config": {"router": {key: 50060}}}), "RayService")["spec"]
+        assert after["rayClusterConfig"] != before
+        assert f"`config.router.{key}`" in page
+        assert f"`router.{key}`" in comment
+    chart = chart_copy(tmp_path)
+    document = yaml.safe_load((CHART / "serve" / "laptop.yaml").read_text())
+    for change in ({"http_options": {"port": 8123}}, {"proxy_location": "Disabled"}):
+        (chart / "serve" / "other.yaml").write_text(yaml.safe_dump(document | change))
+        after = one(render({"serveConfig": "other"}, chart), "RayService")["spec"]
+        assert after["rayClusterConfig"] != before
 
 
 @pytest.mark.parametrize("rendered", VALUES, indirect=True)

@@ -1,5 +1,6 @@
 {{/* Pods of the Ray cluster. Everything here is part of what KubeRay compares: nothing in it may
-     depend on the chart's version, the release's revision or the Serve configuration's details. */}}
+     depend on the chart's version, the release's revision or the Serve configuration, but for the
+     ports that pods name: `router.port`, `router.metrics_port`, and whether and where HTTP is. */}}
 
 {{/* A worker group for `.pool`, one of router, target and drafter, from the values of that name. */}}
 {{- define "dspark.workerGroup" -}}
@@ -7,7 +8,7 @@
 - groupName: {{ .pool }}
   replicas: {{ $values.replicas }}
   minReplicas: {{ ternary $values.minReplicas $values.replicas .root.Values.autoscaler.enabled }}
-  maxReplicas: {{ max $values.maxReplicas $values.replicas }}
+  maxReplicas: {{ ternary $values.maxReplicas $values.replicas .root.Values.autoscaler.enabled }}
   numOfHosts: {{ default 1 $values.numOfHosts }}
   resources:
     {{- merge (dict (printf "dspark-%s" .pool) "1000") $values.rayResources | toYaml | nindent 4 }}

@@ -32,6 +32,11 @@
 {{- if ne (default "EveryNode" (include "dspark.serveConfig" . | fromYaml).proxy_location) "Disabled" }}true{{ end }}
 {{- end }}
 
+{{/* Whether there is a Service for that: "true" or nothing. */}}
+{{- define "dspark.httpService" -}}
+{{- if .Values.service.http.enabled }}{{ include "dspark.http" . }}{{ end }}
+{{- end }}
+
 {{- define "dspark.httpPort" -}}
 {{- $options := default dict (include "dspark.serveConfig" . | fromYaml).http_options }}
 {{- default 8000 $options.port | int }}
@@ -50,6 +55,14 @@
 {{- define "dspark.metricsPort" -}}
 {{- $port := int (default 0 (default dict (include "dspark.args" . | fromYaml).router).metrics_port) }}
 {{- if $port }}{{ $port }}{{ end }}
+{{- end }}
+
+{{/* `first` and `last` of the ports that drafters draft on; 0: any. */}}
+{{- define "dspark.drafterPorts" -}}
+{{- $drafter := default dict (include "dspark.args" . | fromYaml).drafter }}
+{{- $first := int (default 0 $drafter.port) }}
+first: {{ $first }}
+last: {{ sub (add $first (int (default 64 $drafter.num_ports))) 1 }}
 {{- end }}
 
 {{/* `args.security`, out of the Secrets that pods mount. */}}

@@ -1,39 +1,106 @@
 {{/* What the schema cannot say of the values: each failure names one. The operator would refuse the
-     same only after Helm has called the release deployed. */}}
+     same only after Helm has called the release deployed, or nobody would. */}}
 
 {{- define "dspark.validate" -}}
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" (include "dspark.fullname" .)) }}
   {{- fail (printf "fullnameOverride: names begin with a letter, got %q" (include "dspark.fullname" .)) }}
 {{- end }}
-{{- range $pool := list "router" "target" "drafter" }}
-  {{- $values := index $.Values $pool }}
-  {{- if and $.Values.autoscaler.enabled (gt (int $values.minReplicas) (int $values.maxReplicas)) }}
-    {{- fail (printf "%s.minReplicas: %v is more than maxReplicas, %v" $pool $values.minReplicas $values.maxReplicas) }}
-  {{- end }}
-{{- end }}
-{{- with .Values.upgradeStrategy }}
-{{- if eq .type "NewClusterWithIncrementalUpgrade" }}
-  {{- if not $.Values.autoscaler.enabled }}
-    {{- fail "autoscaler.enabled: upgradeStrategy.type NewClusterWithIncrementalUpgrade needs it" }}
-  {{- end }}
-  {{- range $key := list "gatewayClassName" "stepSizePercent" "intervalSeconds" }}
-    {{- if not (hasKey $.Values.upgradeStrategy.clusterUpgradeOptions $key) }}
-      {{- fail (printf "upgradeStrategy.clusterUpgradeOptions.%s: NewClusterWithIncrementalUpgrade needs it" $key) }}
-    {{- end }}
-  {{- end }}
-{{- end }}
+{{- if eq .Values.upgradeStrategy.type "NewClusterWithIncrementalUpgrade" }}
+  {{- fail "upgradeStrategy.type: NewClusterWithIncrementalUpgrade moves traffic by a Service of KubeRay's over all workers, of which only routers answer, and moves no gRPC: use NewCluster or None" }}
 {{- end }}
 {{- if and .Values.gcsFaultTolerance.enabled (not .Values.gcsFaultTolerance.redisAddress) }}
   {{- fail "gcsFaultTolerance.redisAddress: name the Redis" }}
 {{- end }}
+{{- include "dspark.validatePools" . }}
+{{- include "dspark.validatePorts" . }}
+{{- include "dspark.validateDoors" . }}
+{{- $args := include "dspark.args" . | fromYaml }}
+{{- $drain := float64 (ternary $args.drain_timeout_s 30 (hasKey $args "drain_timeout_s")) }}
+{{- $grace := sub .Values.terminationGracePeriodSeconds .Values.preStopSeconds }}
+{{- if gt $drain (float64 $grace) }}
+  {{- fail (printf "config.drain_timeout_s: %v s do not fit into terminationGracePeriodSeconds less preStopSeconds, %v s: streams would be cut off" $drain $grace) }}
+{{- end }}
+{{- end }}
+
+{{/* How many pods there are. */}}
+{{- define "dspark.validatePools" -}}
+{{- range $pool := list "router" "target" "drafter" }}
+  {{- $values := index $.Values $pool }}
+  {{- $replicas := int $values.replicas }}
+  {{- $most := $replicas }}
+  {{- if $.Values.autoscaler.enabled }}
+    {{- $most = int $values.maxReplicas }}
+    {{- if gt (int $values.minReplicas) $most }}
+      {{- fail (printf "%s.minReplicas: %v is more than maxReplicas, %v" $pool $values.minReplicas $most) }}
+    {{- end }}
+    {{- if lt $replicas (int $values.minReplicas) }}
+      {{- fail (printf "%s.replicas: %v is less than minReplicas, %v" $pool $replicas $values.minReplicas) }}
+    {{- end }}
+    {{- if gt $replicas $most }}
+      {{- fail (printf "%s.replicas: %v is more than maxReplicas, %v" $pool $replicas $most) }}
+    {{- end }}
+  {{- else if and (ne $pool "drafter") (eq $replicas 0) }}
+    {{- fail (printf "%s.replicas: 0, and without autoscaler.enabled it stays so: nothing would serve" $pool) }}
+  {{- end }}
+  {{- $most = mul $most (default 1 $values.numOfHosts) }}
+  {{- if and (gt (int $values.minAvailable) 0) (ge (int $values.minAvailable) (int $most)) }}
+    {{- fail (printf "%s.minAvailable: %v of at most %v pods would let no node be drained" $pool $values.minAvailable $most) }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* No two parts of a pod on one port, and none that needs root. */}}
+{{- define "dspark.validatePorts" -}}
+{{- $taken := dict "8080" "that of Ray's metrics" "52365" "that of Ray's agent" }}
+{{- if include "dspark.http" . }}
+  {{- $_ := set $taken (include "dspark.httpPort" .) "that of HTTP" }}
+{{- end }}
+{{- $drafter := include "dspark.drafterPorts" . | fromYaml }}
+{{- if and .Values.networkPolicy.enabled (not $drafter.first) }}
+  {{- fail "config.drafter.port: network policies (networkPolicy.enabled) need a fixed port range, got 0" }}
+{{- end }}
+{{- if $drafter.first }}
+  {{- if lt (int $drafter.first) 1024 }}
+    {{- fail (printf "config.drafter.port: pods are not root, and bind 1024 or more, got %v" $drafter.first) }}
+  {{- end }}
+  {{- if gt (int $drafter.last) 65535 }}
+    {{- fail (printf "config.drafter.num_ports: the range %v to %v ends above 65535" $drafter.first $drafter.last) }}
+  {{- end }}
+  {{- range $port, $whose := $taken }}
+    {{- if and (ge (int $port) (int $drafter.first)) (le (int $port) (int $drafter.last)) }}
+      {{- fail (printf "config.drafter.port: the range %v to %v has %s in it, %s" $drafter.first $drafter.last $port $whose) }}
+    {{- end }}
+  {{- end }}
+{{- end }}
+{{- range $key, $port := dict "config.router.metrics_port" (include "dspark.metricsPort" .) "config.router.port" (include "dspark.grpcPort" .) }}
+  {{- if $port }}
+    {{- if lt (int $port) 1024 }}
+      {{- fail (printf "%s: pods are not root, and bind 1024 or more, got %s" $key $port) }}
+    {{- end }}
+    {{- if hasKey $taken $port }}
+      {{- fail (printf "%s: %s is %s already" $key $port (get $taken $port)) }}
+    {{- end }}
+    {{- $_ := set $taken $port $key }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* TLS and Gateways. */}}
+{{- define "dspark.validateDoors" -}}
 {{- if and .Values.tls.client.existingSecret (not (include "dspark.metricsPort" .)) }}
   {{- fail "config.router.metrics_port: with tls.client the readiness probe asks there, and needs it fixed" }}
 {{- end }}
-{{- if and .Values.gateway.enabled (not .Values.gateway.parentRefs) }}
-  {{- fail "gateway.parentRefs: name at least one Gateway" }}
+{{- if and .Values.tls.client.requireClientCertificate (not .Values.tls.client.existingSecret) }}
+  {{- fail "tls.client.existingSecret: tls.client.requireClientCertificate needs it, and its ca.crt" }}
 {{- end }}
-{{- $drafter := default dict (include "dspark.args" . | fromYaml).drafter }}
-{{- if and .Values.networkPolicy.enabled (not $drafter.port) }}
-  {{- fail "config.drafter.port: network policies (networkPolicy.enabled) need a fixed port range, got 0" }}
+{{- with .Values.gateway }}
+{{- if .enabled }}
+  {{- if not .parentRefs }}
+    {{- fail "gateway.parentRefs: name at least one Gateway" }}
+  {{- end }}
+  {{- if not (or .grpc.enabled (and .http.enabled (include "dspark.httpService" $))) }}
+    {{- fail "gateway.enabled: there is nothing to route: gateway.grpc is off, and HTTP has no route or no Service" }}
+  {{- end }}
+{{- end }}
 {{- end }}
 {{- end }}
