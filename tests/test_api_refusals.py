@@ -242,6 +242,136 @@ async def test_an_unknown_field_is_told_where_it_belongs() -> None:
             assert f"'{name}'" not in error["message"]
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL_BEFORE = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+SCHEMA_FORMAT = {"name": "x", "schema": {"type": "object"}}
+# Messages without what their role needs.
+INCOMPLETE: list[dict[str, Any]] = [
+    {"role": "user"},
+    {"role": "user", "content": None},
+    {"role": "system", "name": "me"},
+    {"role": "developer"},
+    {"role": "assistant"},
+    {"role": "assistant", "content": None, "tool_calls": []},
+    {"role": "tool", "content": "x"},
+    {"role": "tool", "tool_call_id": "1"},
+    {"role": "function", "content": "x"},
+]
+NOT_IGNORED: list[tuple[str, dict[str, Any], str]] = [
+    # What needs something that is not there.
+    ("/v1/chat/completions", {"tools": [TOOL], "function_call": "none"}, "function_call"),
+    ("/v1/chat/completions", {"function_call": "auto"}, "function_call"),
+    (
+        "/v1/chat/completions",
+        {"functions": [{"name": "f"}], "parallel_tool_calls": True},
+        "parallel_tool_calls",
+    ),
+    ("/tokenize", {"prompt": "x", "tools": [TOOL]}, "tools"),
+    ("/tokenize", {"prompt": "x", "chat_template_kwargs": {"mood": 1}}, "chat_template_kwargs"),
+    ("/tokenize", {"prompt": "x", "reasoning_effort": "high"}, "reasoning_effort"),
+    ("/tokenize", {"prompt": "x", "continue_final_message": True}, "continue_final_message"),
+    ("/tokenize", {"prompt": "x", "add_generation_prompt": False}, "add_generation_prompt"),
+    (
+        "/v1/completions",
+        {"response_format": {"type": "text", "json_schema": SCHEMA_FORMAT}},
+        "response_format",
+    ),
+    (
+        "/v1/completions",
+        {"response_format": {"type": "json_object", "json_schema": SCHEMA_FORMAT}},
+        "response_format",
+    ),
+    # Lists that hold nothing and do not mean everything.
+    ("/v1/completions", {"allowed_token_ids": []}, "allowed_token_ids"),
+    (
+        "/v1/completions",
+        {"structured_outputs": {"choice": [], "regex": "a"}},
+        "structured_outputs",
+    ),
+    # Names that are taken on the outside, and not within.
+    ("/v1/completions", {"stream": True, "stream_options": {"user": "me"}}, "stream_options"),
+    ("/v1/completions", {"structured_outputs": {"regex": "a", "store": 0}}, "structured_outputs"),
+    ("/v1/chat/completions", {"messages": [{**MESSAGES[0], "metadata": 5}]}, "messages"),
+    ("/v1/chat/completions", {"messages": [{**MESSAGES[0], "annotations": [1]}]}, "messages"),
+    ("/v1/chat/completions", {"annotations": []}, "annotations"),
+    ("/tokenize", {"prompt": "x", "user": "me"}, "user"),
+    # Variables that the template would not be told, or does not ask for.
+    *(
+        ("/v1/chat/completions", {"chat_template_kwargs": {name: value}}, "chat_template_kwargs")
+        for name, value in {
+            "add_generation_prompt": False,
+            "continue_final_message": True,
+            "conversations": [],
+            "enable_thinking": False,
+            "max_length": 3,
+            "messages": [],
+            "padding": True,
+            "reasoning_effort": "high",
+            "return_dict": True,
+            "return_tensors": "pt",
+            "self": 1,
+            "tools": [],
+            "truncation": True,
+        }.items()
+    ),
+    *(
+        ("/v1/chat/completions", {"messages": [*MESSAGES, message]}, "messages")
+        for message in INCOMPLETE
+    ),
+]
+
+
+async def test_nothing_is_ignored() -> None:
+    bases: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"prompt": "x"},
+        "/v1/chat/completions": {"messages": MESSAGES},
+        "/tokenize": {},
+    }
+    async with door(chat_template="{{ messages[0].content }}{{ mood }}{{ max_length }}") as client:
+        for path, fields, param in NOT_IGNORED:
+            answer = await client.post(path, json={**bases[path], **fields})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, param), (fields, error)
+            assert "multiple values" not in error["message"]
+
+
+async def test_what_asks_for_nothing_within_is_taken() -> None:
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "text", "text": "x", "prompt_cache_breakpoint": {}}]},
+        {"role": "assistant", "content": "", "annotations": []},
+        {"role": "assistant", "content": None, "tool_calls": [CALL_BEFORE]},
+        {"role": "tool", "content": "", "tool_call_id": "1"},
+        {"role": "function", "content": None, "name": "f"},
+    ]
+    template = (
+        "{% generation %}{{ messages[0].content }}{{ mood | default('') }}{% endgeneration %}"
+    )
+    body = {"messages": messages, "chat_template_kwargs": {"mood": "y"}}
+    async with door(chat_template=template) as client:
+        answer = await client.post("/tokenize", json=body)
+        assert small_tokenizer().decode(answer.json()["tokens"]) == "xy"
+        plain = {"prompt": "x", "add_generation_prompt": True, "tools": [], "messages": []}
+        assert (await client.post("/tokenize", json=plain)).is_success
+
+
+async def test_a_minimum_beyond_the_context_says_so() -> None:
+    async with door() as client:
+        body = {"prompt": list(range(1, 42)), "min_tokens": 40, "max_tokens": 500}
+        error = (await client.post("/v1/completions", json=body)).json()["error"]
+        assert error["param"] == "min_tokens"
+        assert "the model's context has 64 tokens and the prompt 41" in error["message"]
+        body = {"prompt": "x", "min_tokens": 9, "max_tokens": 8}
+        error = (await client.post("/v1/completions", json=body)).json()["error"]
+        assert "between 0 and max_tokens (8)" in error["message"]
+
+
+async def test_no_page_loads_anything_from_elsewhere() -> None:
+    async with door() as client:
+        for path in ("/docs", "/redoc", "/docs/oauth2-redirect"):
+            assert (await client.get(path)).status_code == 404
+        assert (await client.get("/openapi.json")).is_success
+
+
 @pytest.mark.parametrize(
     ("request_fields", "params"),
     [(CompletionRequest, completion_create_params), (ChatCompletionRequest, chat_create_params)],

@@ -316,6 +316,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"conversation": conversation(tools=[chat_pb2.Tool(name="f", parameters=SURROGATE)])},
         "conversation.tools",
     ),
+    *(
+        ({"conversation": conversation(template_variables=text)}, "conversation.template_variables")
+        for text in ('{"add_generation_prompt": false}', '{"padding": true}', '{"mood": 1}')
+    ),
+    *(
+        (
+            {"conversation": chat_pb2.Conversation(messages=[chat_pb2.Message(**message)])},
+            "conversation.messages",
+        )
+        for message in (
+            {"role": chat_pb2.ROLE_USER},
+            {"role": chat_pb2.ROLE_ASSISTANT},
+            {"role": chat_pb2.ROLE_TOOL, "content": "x"},
+        )
+    ),
     ({"conversation": conversation(reasoning_effort="high")}, "conversation.reasoning_effort"),
     ({"conversation": conversation(tools=[chat_pb2.Tool(name="a b")])}, "conversation.tools"),
     (

@@ -43,7 +43,10 @@ def create_app(router: RouterServer, *, max_body_bytes: int = 16 * _MB) -> FastA
     Args:
         max_body_bytes: larger bodies are refused unread.
     """
-    app = FastAPI(title="dspark-cluster", version=cluster.__version__)
+    # No pages of FastAPI's: they load scripts from elsewhere, onto the origin that takes API keys.
+    app = FastAPI(
+        title="dspark-cluster", version=cluster.__version__, docs_url=None, redoc_url=None
+    )
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     add_error_handlers(
         app, REFUSALS, {path: body.model_fields.keys() for path, body in _BODIES.items()}

@@ -69,11 +69,15 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
             InvalidRequestError: they are there in both forms, or a choice is without functions.
         """
         if not self.functions:
-            if isinstance(self.function_call, NamedFunction):
+            if self.function_call is not None:
                 raise InvalidRequestError("function_call", "needs functions")
             return self.tools, self.tool_choice, self.parallel_tool_calls
         if self.tools or self.tool_choice is not None:
             raise InvalidRequestError("functions", "cannot go with tools")
+        if self.parallel_tool_calls and "parallel_tool_calls" in self.model_fields_set:
+            raise InvalidRequestError(
+                "parallel_tool_calls", "needs tools: one call is made of functions at most"
+            )
         choice: Any = self.function_call
         if isinstance(choice, NamedFunction):
             choice = NamedToolChoice(type="function", function=choice)

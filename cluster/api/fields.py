@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cluster.chat.fields import Fields
+from cluster.chat.fields import NOT_SERVED, WITHOUT_EFFECT, Fields
 from cluster.errors import InvalidRequestError
 from cluster.grammar import JSON_OBJECT, Grammar, GrammarKind
 from cluster.request import (
@@ -45,6 +45,8 @@ class ResponseFormat(Fields):
 
     def to_grammar(self) -> Grammar | None:
         """Raises: InvalidRequestError."""
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise InvalidRequestError("response_format", "json_schema needs type: json_schema")
         if self.type == "json_schema":
             if self.json_schema is None:
                 raise InvalidRequestError("response_format", "json_schema is missing")
@@ -71,7 +73,9 @@ class StructuredOutputs(Fields):
             found.append(JSON_OBJECT)
         if self.regex is not None:
             found.append(Grammar(GrammarKind.REGEX, self.regex))
-        if self.choice:
+        if self.choice is not None:
+            if not self.choice:
+                raise InvalidRequestError("structured_outputs", "choice must not be empty")
             alternatives = " | ".join(json.dumps(text) for text in self.choice)
             found.append(Grammar(GrammarKind.LARK, f"start: {alternatives}"))
         if self.grammar is not None:
@@ -85,6 +89,9 @@ class StructuredOutputs(Fields):
 
 class GenerationFields(Fields):
     """Fields of both kinds of completion. Ranges are checked by ``SamplingParams.validate``."""
+
+    without_effect = WITHOUT_EFFECT
+    not_served = NOT_SERVED
 
     model: str | None = Field(default=None, description="as /v1/models names it")
     stream: bool = False
@@ -114,8 +121,8 @@ class GenerationFields(Fields):
     include_stop_str_in_output: bool = Field(
         default=False, description="the text ends behind a stop string, not in front of it"
     )
-    allowed_token_ids: list[int] = Field(
-        default_factory=list, description="the only tokens of an answer, its end included"
+    allowed_token_ids: Annotated[list[int], Field(min_length=1)] | None = Field(
+        default=None, description="the only tokens of an answer, its end included"
     )
     bad_words: list[str] = Field(
         default_factory=list,
@@ -190,7 +197,7 @@ class GenerationFields(Fields):
             prompt_logprobs=max(wanted, default=None),
             skip_special_tokens=self.skip_special_tokens,
             include_stop_str_in_output=self.include_stop_str_in_output,
-            allowed_token_ids=tuple(self.allowed_token_ids),
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
             bad_words=tuple(self.bad_words),
             grammar=grammar,
         )

@@ -13,6 +13,14 @@ from cluster.chat.tools import AnyTool
 from cluster.errors import InvalidRequestError
 from cluster.rpc.router import RouterServer
 
+_OF_MESSAGES = (
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+    "reasoning_effort",
+)
+
 
 class TokenizeRequest(ChatFields):
     """The body of ``/tokenize``: a prompt, or messages."""
@@ -41,8 +49,11 @@ async def tokenize(router: RouterServer, fields: TokenizeRequest) -> dict[str, A
     check_model(router, fields.model)
     if (fields.prompt is None) == (not fields.messages):
         raise InvalidRequestError("prompt", "either it or messages must be given")
-    if fields.tools and not fields.messages:
-        raise InvalidRequestError("tools", "needs messages")
+    for name in _OF_MESSAGES if fields.prompt is not None else ():
+        if getattr(fields, name) != TokenizeRequest.model_fields[name].get_default(
+            call_default_factory=True
+        ):
+            raise InvalidRequestError(name, "needs messages")
     text = fields.prompt
     if text is None:
         text = await router.chat_template.render(fields, fields.tools)

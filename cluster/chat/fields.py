@@ -5,16 +5,16 @@ No field is ignored: what is not served is refused by name, unless its value ask
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-# Fields that change no output, whatever they hold.
-_WITHOUT_EFFECT = frozenset(
+# Fields of a completion that change no output, whatever they hold.
+WITHOUT_EFFECT = frozenset(
     {
         "metadata",
         "prediction",  # a guess at the answer, for speed; drafters make theirs
-        "prompt_cache_breakpoint",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -22,9 +22,8 @@ _WITHOUT_EFFECT = frozenset(
         "user",
     }
 )
-# Fields that are not served, with the values that ask for nothing.
-_NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
+# Fields of a completion that are not served, with the values that ask for nothing.
+NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "length_penalty": (1.0,),
     "modalities": (["text"],),
@@ -38,7 +37,7 @@ _NOTHING_ASKED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 # Why, where "is not served" does not say enough.
-REFUSALS = dict.fromkeys(_NOTHING_ASKED, "is not served") | {
+REFUSALS = dict.fromkeys(NOT_SERVED, "is not served") | {
     "audio": "is not served: text only",
     "modalities": "is not served: text only",
     "suffix": "is not served: text is only continued",
@@ -46,9 +45,16 @@ REFUSALS = dict.fromkeys(_NOTHING_ASKED, "is not served") | {
 
 
 class Fields(BaseModel):
-    """An object of a request: types are exact, and unknown names are refused. Null is unset."""
+    """An object of a request: types are exact, and unknown names are refused. Null is unset.
+
+    Attributes:
+        without_effect: names that are taken beside the fields, whatever they hold.
+        not_served: names that are taken with the values given here, which ask for nothing.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -59,9 +65,9 @@ class Fields(BaseModel):
             name: value
             for name, value in values.items()
             if value is not None
-            and (name in cls.model_fields or not _asks_for_nothing(name, value))
+            and (name in cls.model_fields or not cls._asks_for_nothing(name, value))
         }
 
-
-def _asks_for_nothing(name: str, value: Any) -> bool:
-    return name in _WITHOUT_EFFECT or value in _NOTHING_ASKED.get(name, ())
+    @classmethod
+    def _asks_for_nothing(cls, name: str, value: Any) -> bool:
+        return name in cls.without_effect or value in cls.not_served.get(name, ())

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from jinja2 import TemplateError
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerFast
 
 from cluster.chat.fields import Fields
 from cluster.chat.tool_calls import BEGIN, CUSTOM_INPUT
 from cluster.chat.tools import CustomTool, Tool
+from cluster.chat.variables import settable_variables
 from cluster.errors import ConfigError, InvalidRequestError
 
 # For a model without a template of its own, where it is asked for: ChatML, with Hermes' tools.
@@ -53,6 +54,8 @@ _OTHER_FORMS = ("<function=", "<arg_key>")
 
 class TextPart(Fields):
     """A piece of a message's text."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"prompt_cache_breakpoint"})
 
     type: Literal["text"]
     text: str
@@ -109,6 +112,8 @@ class Message(Fields):
     ``developer`` is another name for ``system``, and ``function`` a former one for ``tool``.
     """
 
+    not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": ([],)}  # of an answer
+
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
     name: str | None = None
@@ -117,6 +122,21 @@ class Message(Fields):
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
+
+    @model_validator(mode="after")
+    def _holds_what_its_role_needs(self) -> Self:
+        match self.role:
+            case "assistant":
+                said = (self.content, self.refusal, self.reasoning_content, self.function_call)
+                if all(part is None for part in said) and not self.tool_calls:
+                    raise ValueError("an assistant's message needs content or tool_calls")
+            case "function" if self.name is None:
+                raise ValueError("a function's message needs name")
+            case "tool" if self.tool_call_id is None:
+                raise ValueError("a tool's message needs tool_call_id")
+        if self.role not in ("assistant", "function") and self.content is None:
+            raise ValueError(f"a {self.role}'s message needs content")
+        return self
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it. Raises: InvalidRequestError."""
@@ -202,16 +222,6 @@ class ChatTemplate:
             raise InvalidRequestError(
                 "continue_final_message", "cannot go with add_generation_prompt: true"
             )
-        reserved = {"messages", "tools", "chat_template", "tokenize", "conversation"}
-        variables = fields.chat_template_kwargs
-        if taken := reserved.intersection(variables):
-            raise InvalidRequestError("chat_template_kwargs", f"cannot hold {min(taken)}")
-        if fields.reasoning_effort is not None:
-            if "reasoning_effort" not in json.dumps(self._template):
-                raise InvalidRequestError(
-                    "reasoning_effort", "the model's chat template does not know it"
-                )
-            variables = {**variables, "reasoning_effort": fields.reasoning_effort}
         messages = [message.for_template() for message in fields.messages]
         described = [
             {"type": "function", "function": tool.definition.model_dump(exclude_unset=True)}
@@ -220,6 +230,7 @@ class ChatTemplate:
         template = self._template
         if isinstance(template, dict):
             template = self._tokenizer.get_chat_template(None, described or None)
+        variables = _variables(fields, settable_variables(template))
         try:
             # In a thread, since a conversation may be long.
             return await asyncio.to_thread(
@@ -232,7 +243,14 @@ class ChatTemplate:
                 tokenize=False,
                 **variables,
             )
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        except (
+            TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise InvalidRequestError("messages", f"the chat template refuses: {error}") from None
 
 
@@ -250,6 +268,25 @@ def read_template(configured: str | None) -> str | None:
         raise ConfigError(
             "router.chat_template", f"{configured} cannot be read: {error.strerror}"
         ) from None
+
+
+def _variables(fields: ChatFields, settable: Collection[str]) -> dict[str, Any]:
+    """What the template is told beside the conversation. Raises: InvalidRequestError."""
+    variables = fields.chat_template_kwargs
+    for name in variables:
+        if name in ("messages", "tools", *ChatFields.model_fields):
+            raise InvalidRequestError(
+                "chat_template_kwargs", f"cannot hold '{name}', which is a field of its own"
+            )
+        if name not in settable:
+            raise InvalidRequestError(
+                "chat_template_kwargs", f"'{name}' is no variable of the model's chat template"
+            )
+    if fields.reasoning_effort is None:
+        return variables
+    if "reasoning_effort" not in settable:
+        raise InvalidRequestError("reasoning_effort", "the model's chat template does not know it")
+    return {**variables, "reasoning_effort": fields.reasoning_effort}
 
 
 def _call_for_template(call: EarlierCall | EarlierCustomCall) -> dict[str, Any]:

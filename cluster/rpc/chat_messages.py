@@ -65,7 +65,8 @@ def conversation_from_proto(message: chat_pb2.Conversation) -> ChatFields:
     try:
         return ChatFields(messages=[_message(entry) for entry in message.messages], **given)
     except ValidationError as error:
-        raise InvalidRequestError("messages", error.errors()[0]["msg"]) from None
+        why = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise InvalidRequestError("messages", why) from None
 
 
 def tools_from_proto(tools: Iterable[chat_pb2.Tool]) -> list[Tool | CustomTool]:

@@ -331,6 +331,12 @@ class RouterServer:
         vocab_size, max_model_len = self._pool.limits(self._vocab_size, self._max_model_len)
         sampling = call.sampling
         room = max_model_len - len(token_ids)
+        if 0 < room < sampling.min_tokens <= sampling.max_tokens:
+            raise InvalidRequestError(
+                "sampling.min_tokens",
+                f"must be {room} or less, got {sampling.min_tokens}: the model's context has "
+                f"{max_model_len} tokens and the prompt {len(token_ids)}",
+            )
         if 0 < room < sampling.max_tokens:
             sampling = replace(sampling, max_tokens=room)
         request = Request(
