@@ -194,11 +194,11 @@ def test_custom_tools_are_as_over_http(stub: Any, client: OpenAI, syntax: str) -
         assert answer.finish_reason == common_pb2.FINISH_REASON_TOOL_CALLS
     rest = resume(stub, request, answer.token_ids[:-2])
     assert rest.inputs == answer.inputs
-    # Cut off, it is no call.
+    # Cut off, it is no call, and where all must be calls no content.
     short = {"sampling": {**SEEDED, "max_tokens": len(answer.token_ids) // 2}}
     (cut,) = chat(stub, **{**request, **short})
     assert cut.inputs == []
-    assert cut.content.startswith("<tool_call>")
+    assert cut.content == ""
 
 
 @pytest.mark.parametrize("speculation", [common_pb2.SpeculationParams(), OFF])
@@ -219,6 +219,42 @@ def test_a_prompt_alone_is_scored_as_over_http(
     wanted = [next(iter(d.values()))["logprob"] for d in theirs.choices[0].prompt_logprobs[1:]]
     found = [position.chosen.logprob for position in chunk.prompt_logprobs]
     assert found == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_calls", [0, 1])
+def test_a_call_that_is_cut_off_is_no_content(
+    server: ApiServer, stub: Any, client: OpenAI, num_calls: int
+) -> None:
+    """Without an end call follows call, until max_tokens."""
+    ends = dict.fromkeys(server.router.eos_token_ids, -100.0)
+    max_tokens = 120 if num_calls else 12
+    fields: dict[str, Any] = {
+        **GREEDY,
+        "tools": [HTTP_TOOL],
+        "tool_choice": "required",
+        "max_completion_tokens": max_tokens,
+        "logit_bias": {str(token_id): bias for token_id, bias in ends.items()},
+    }
+    (whole,) = http_chat(client, **fields).choices
+    assert whole.finish_reason == "length"
+    assert whole.message.content is None
+    calls = [call.function for call in whole.message.tool_calls or []]
+    assert (len(calls) > 0) == (num_calls > 0)
+    pieces = [piece.choices[0] for piece in http_chat(client, **fields, stream=True)]
+    assert not any(piece.delta.content for piece in pieces)
+    streamed = [call.function for piece in pieces for call in piece.delta.tool_calls or []]
+    assert [vars(call) for call in streamed] == [vars(call) for call in calls]
+    assert pieces[-1].finish_reason == "length"
+    (mine,) = chat(
+        stub,
+        conversation=conversation(tools=[chat_pb2.Tool(**TOOL)]),
+        tool_choice=chat_pb2.ToolChoice(mode=chat_pb2.ToolChoice.MODE_REQUIRED),
+        sampling={**GREEDY, "max_tokens": max_tokens, "logit_bias": ends},
+    )
+    assert mine.content == ""
+    assert mine.calls == [(call.name, call.arguments) for call in calls]
+    assert mine.finish_reason == common_pb2.FINISH_REASON_LENGTH
+    assert len(mine.token_ids) == max_tokens
 
 
 def resume(stub: Any, fields: dict[str, Any], held: list[int]) -> Answer:

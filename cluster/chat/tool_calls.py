@@ -48,13 +48,16 @@ class ToolCallReader:
     """Parts a choice's text, as it comes, into content and calls.
 
     Guarantees: content and calls come in order, and none of the text is lost: what begins as a call
-    and is none, or is cut off, is content.
+    and is none, or is cut off, is content; but where all must be calls, one that is cut off is
+    dropped.
 
     Args:
         text_tools: names of tools that are called with a text as it is.
+        must_call: the answer is calls and nothing else.
     """
 
-    def __init__(self, text_tools: Collection[str] = ()) -> None:
+    def __init__(self, text_tools: Collection[str] = (), *, must_call: bool = False) -> None:
+        self._must_call = must_call
         self._heads = {BEGIN + text_head(name): name for name in text_tools}
         self._held = ""
         self._is_behind_call = False  # directly: the line's end belongs to the call
@@ -102,6 +105,8 @@ class ToolCallReader:
             text = held[len(head) :].removesuffix(end).removesuffix(TEXT_END)
             found.append(_call(self._heads[head], {CUSTOM_INPUT: text}))
             held = end
+        elif end is None and self._must_call:
+            held = ""
         _add_content(found, held)
         return found
 

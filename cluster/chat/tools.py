@@ -206,7 +206,7 @@ class ToolUse:
 
     def reader(self) -> ToolCallReader:
         """Of an answer."""
-        return ToolCallReader(self.text_grammars)
+        return ToolCallReader(self.text_grammars, must_call=self.must_call)
 
     def _start(self) -> str:
         """The first rule: behind a ``call`` there may be more, the ``last`` one ends the answer."""
