@@ -201,6 +201,32 @@ def test_custom_tools_are_as_over_http(stub: Any, client: OpenAI, syntax: str) -
     assert cut.content == ""
 
 
+def test_only_a_prompt_s_end_is_kept_as_over_http(stub: Any, client: OpenAI) -> None:
+    extra = {"truncate_prompt_tokens": 5, "return_token_ids": True}
+    theirs: Any = http_chat(client, **SEEDED, max_completion_tokens=12, extra_body=extra)
+    fields: dict[str, Any] = {
+        "conversation": conversation(),
+        "sampling": {**SEEDED, "max_tokens": 12},
+        "truncate_prompt_tokens": 5,
+    }
+    (mine,) = chat(stub, **fields)
+    assert mine.content == theirs.choices[0].message.content
+    assert resume(stub, fields, mine.token_ids[:6]).token_ids == mine.token_ids[6:]
+    kept = inference_pb2.TokenIds(ids=theirs.prompt_token_ids)
+    whole = inference_pb2.TokenIds(ids=[*range(300, 900), *theirs.prompt_token_ids])
+    found = []
+    for prompt, number in ((kept, None), (whole, 5)):
+        request = inference_pb2.GenerateRequest(
+            token_ids=prompt,
+            truncate_prompt_tokens=number,
+            sampling=common_pb2.SamplingParams(**fields["sampling"]),
+        )
+        chunks = list(stub.Generate(request, timeout=60))
+        assert chunks[-1].usage.prompt_tokens == 5
+        found.append([token_id for chunk in chunks for token_id in chunk.token_ids])
+    assert found == [mine.token_ids] * 2
+
+
 @pytest.mark.parametrize("speculation", [common_pb2.SpeculationParams(), OFF])
 def test_a_prompt_alone_is_scored_as_over_http(
     stub: Any, client: OpenAI, speculation: common_pb2.SpeculationParams
@@ -391,6 +417,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "tool_choice",
     ),
     ({"n": 17}, "n"),
+    ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
     ({"sampling": {"temperature": -1}}, "sampling.temperature"),
     (
         {

@@ -94,12 +94,14 @@ EXTENSIONS = (
     "return_speculation_stats",
     "return_token_ids",
     "return_token_sources",
+    "return_tokens_as_token_ids",
     "skip_special_tokens",
     "speculation",
     "stop_token_ids",
     "structured_outputs",
     "timeout_seconds",
     "top_k",
+    "truncate_prompt_tokens",
 )
 
 
@@ -305,6 +307,51 @@ def test_echo_begins_with_the_prompt(client: OpenAI) -> None:
     assert complete(client, **GREEDY, echo=True).choices[0].text == PROMPT + plain
     pieces = complete(client, **GREEDY, echo=True, stream=True)
     assert "".join(p.choices[0].text for p in pieces) == PROMPT + plain
+
+
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_only_a_prompt_s_end_is_kept(client: OpenAI, mode: str) -> None:
+    fields: dict[str, Any] = {**SEEDED, "speculation": mode, "return_token_ids": True}
+    whole = complete(client, **fields, max_tokens=1).choices[0].prompt_token_ids
+    expected = complete(client, whole[-3:], **fields, echo=True)
+    for prompt in (PROMPT, whole):
+        answer = complete(client, prompt, **fields, echo=True, truncate_prompt_tokens=3)
+        assert answer.choices[0].prompt_token_ids == whole[-3:]
+        assert answer.choices[0].text == expected.choices[0].text
+        assert answer.usage.prompt_tokens == 3
+    pieces = list(complete(client, **fields, truncate_prompt_tokens=3, stream=True))
+    first = pieces[0].choices[0]
+    assert first.prompt_token_ids == whole[-3:]
+    assert not any(hasattr(piece.choices[0], "prompt_token_ids") for piece in pieces[1:])
+    # As much as leaves room: of a text of any length, and of a conversation.
+    long = "word " * 5000 + PROMPT
+    answer = complete(client, long, **fields, truncate_prompt_tokens=-1)
+    assert answer.usage.prompt_tokens == 512 - 12
+    assert answer.choices[0].prompt_token_ids[-len(whole) + 1 :] == whole[1:]
+    talk = chat(
+        client,
+        **fields,
+        messages=[{"role": "user", "content": "word " * 1000}],
+        truncate_prompt_tokens=-1,
+    )
+    assert talk.usage.prompt_tokens == len(talk.prompt_token_ids) == 512 - 12
+    open_end = {"max_completion_tokens": None, "truncate_prompt_tokens": -1}
+    assert chat(client, **fields, **open_end).usage.prompt_tokens > 12
+
+
+def test_tokens_of_log_probabilities_may_be_ids(client: OpenAI) -> None:
+    fields: dict[str, Any] = {**GREEDY, "return_tokens_as_token_ids": True, "max_tokens": 3}
+    choice = complete(client, **fields, logprobs=1, echo=True, return_token_ids=True).choices[0]
+    names = [f"token_id:{i}" for i in (*choice.prompt_token_ids, *choice.token_ids)]
+    assert choice.logprobs.tokens == names
+    assert choice.logprobs.top_logprobs[-1].keys() == {names[-1]}
+    del fields["max_tokens"]
+    spoken = chat(client, **fields, logprobs=True, top_logprobs=1, return_token_ids=True).choices[0]
+    entries = spoken.logprobs.content
+    assert [entry.token for entry in entries] == [f"token_id:{i}" for i in spoken.token_ids]
+    assert entries[0].top_logprobs[0].token == entries[0].token
+    text = b"".join(bytes(entry.bytes) for entry in entries).decode(errors="replace")
+    assert text.startswith(spoken.message.content)
 
 
 def test_tokens_and_text(server: ApiServer) -> None:
@@ -717,6 +764,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [5_000_000]}, "prompt"),
     ({"prompt": {"text": "x"}}, "prompt"),
     ({"prompt": "word " * 5000}, "prompt"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"temprature": 1}, "temprature"),
     ({"use_beam_search": True}, "use_beam_search"),
@@ -801,6 +849,7 @@ REFUSED_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"reasoning_effort": "high"}, "reasoning_effort"),
 ]
 WITHOUT_EFFECT: dict[str, Any] = {
+    "spaces_between_special_tokens": False,
     "user": "me",
     "store": False,
     "prediction": {"type": "content", "content": "x"},

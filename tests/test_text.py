@@ -5,10 +5,12 @@ import time
 from collections.abc import Callable, Sequence
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cluster.engine.text import TextStream
+from cluster.errors import InvalidRequestError
+from cluster.rpc.prompt import PromptEncoder
 
 TEXT = "def grüße(name: str) -> str:\n    return f'héllo 你好 🎉🏳️‍🌈 {name}'  # ← naïve\n"
 END = "<|endoftext|>"
@@ -67,6 +69,35 @@ def stream_text(
             break
     deltas.append(stream.finish())
     return deltas, num_taken
+
+
+@pytest.mark.parametrize("make", [small_tokenizer, sentencepiece_tokenizer])
+def test_nothing_stands_between_special_tokens(make: Callable[[], PreTrainedTokenizerFast]) -> None:
+    """So that ``spaces_between_special_tokens: false`` asks for nothing."""
+    tokenizer = make()
+    stream = TextStream(tokenizer, skip_special_tokens=False)
+    texts = [stream.push(tokenizer.eos_token_id).text for _ in range(3)]
+    assert "".join([*texts, stream.finish()]) == tokenizer.eos_token * 3
+
+
+async def test_of_a_truncated_prompt_special_tokens_stay() -> None:
+    tokenizer = small_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, tokenizer.eos_token_id)]
+    )
+    encoder = PromptEncoder(tokenizer, 600)
+    for text in (TEXT, TEXT * 50):  # encoded in the event loop, and beside it
+        whole = tokenizer.encode(text)
+        assert await encoder.encode(text) == tuple(whole)
+        assert await encoder.encode(text, max_tokens=9) == (whole[0], *whole[-8:])
+        assert await encoder.encode(text, max_tokens=10_000) == tuple(whole)
+        assert await encoder.encode(text, max_tokens=1) == (whole[0],)
+        plain = await encoder.encode(text, max_tokens=9, add_special_tokens=False)
+        assert plain == tuple(whole[-9:])
+    too_long = TEXT * 10_000
+    with pytest.raises(InvalidRequestError):
+        await encoder.encode(too_long)
+    assert (await encoder.encode(too_long, max_tokens=9))[1:] == tuple(tokenizer.encode(TEXT)[-8:])
 
 
 @pytest.mark.parametrize("make", [small_tokenizer, sentencepiece_tokenizer])

@@ -103,7 +103,7 @@ class ChatCompletions:
             self._names["sampling.grammar"] = "functions" if fields.functions else "tools"
         kind = "chat.completion.chunk" if fields.stream else "chat.completion"
         self._envelope = Envelope.new("chatcmpl", kind, router.model_name)
-        self._texts = TokenTexts(router.vocabulary)
+        self._texts = TokenTexts(router.vocabulary, as_ids=fields.return_tokens_as_token_ids)
         self._usage = UsageCounter(
             [len(prompt.token_ids)], with_speculation=fields.return_speculation_stats
         )
@@ -132,6 +132,7 @@ class ChatCompletions:
                 tools=tools,
                 tool_choice=tool_choice,
                 parallel_tool_calls=parallel_tool_calls,
+                max_prompt_tokens=fields.kept_tokens(sampling, router.max_model_len),
             )
         return cls(router, fields, prompt, key)
 
@@ -143,7 +144,7 @@ class ChatCompletions:
                 records[chunk.choice_index].add(chunk)
         choices = [self._choice(index, record) for index, record in sorted(records.items())]
         body = self._envelope.of(choices, self._usage.usage())
-        return body | self._prompt_logprobs(records[0])
+        return body | self._of_prompt(records[0])
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer piece by piece. Raises: DsparkError."""
@@ -157,7 +158,7 @@ class ChatCompletions:
                     streams[index] = _ChoiceStream(self._fields, self._prompt.reader(self._router))
                     first = {"role": "assistant", "content": ""}
                     event = self._event(index, first, {}, with_usage)
-                    yield event | (self._prompt_logprobs(chunk) if index == 0 else {})
+                    yield event | (self._of_prompt(chunk) if index == 0 else {})
                 extra: dict[str, Any] = {}
                 if self._fields.logprobs:
                     extra["logprobs"] = chat_logprobs(chunk.logprobs, self._texts)
@@ -187,12 +188,16 @@ class ChatCompletions:
                 self._usage.add(0, chunk)
                 yield chunk
 
-    def _prompt_logprobs(self, piece: ChoiceRecord | Chunk) -> dict[str, Any]:
-        """Of the conversation, if they were asked for, as the beginning of a choice has them."""
+    def _of_prompt(self, piece: ChoiceRecord | Chunk) -> dict[str, Any]:
+        """What was asked for of the conversation; the beginning of a choice has it."""
+        extra: dict[str, Any] = {}
         num_top = self._fields.prompt_logprobs
-        if num_top is None:
-            return {}
-        return {"prompt_logprobs": prompt_logprobs(piece.prompt_logprobs, num_top, self._texts)}
+        if num_top is not None:
+            scores = prompt_logprobs(piece.prompt_logprobs, num_top, self._texts)
+            extra["prompt_logprobs"] = scores
+        if self._fields.return_token_ids:
+            extra["prompt_token_ids"] = self._prompt.token_ids
+        return extra
 
     def _event(
         self, index: int, delta: dict[str, Any], extra: dict[str, Any], with_usage: bool

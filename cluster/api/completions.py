@@ -74,7 +74,7 @@ class Completions:
         self._num_choices = fields.n if fields.best_of is None else fields.best_of  # of a prompt
         self._key = key
         self._envelope = Envelope.new("cmpl", "text_completion", router.model_name)
-        self._texts = TokenTexts(router.vocabulary)
+        self._texts = TokenTexts(router.vocabulary, as_ids=fields.return_tokens_as_token_ids)
         self._usage = UsageCounter(
             [len(prompt) for prompt in prompts],
             with_speculation=fields.return_speculation_stats,
@@ -96,10 +96,11 @@ class Completions:
             grammar=fields.to_grammar(),
             prompt_logprobs=fields.logprobs if fields.echo else None,
         )
+        kept = fields.kept_tokens(sampling, router.max_model_len)
         prompts = [
-            await router.encoder.encode(prompt, add_special_tokens=fields.add_special_tokens)
-            if isinstance(prompt, str)
-            else tuple(prompt)
+            await router.encoder.tokens(
+                prompt, add_special_tokens=fields.add_special_tokens, max_tokens=kept
+            )
             for prompt in _prompts(fields.prompt)
         ]
         return cls(router, fields, prompts, sampling, key)
@@ -179,7 +180,10 @@ class Completions:
             offset: where the piece begins in the choice's text, an echoed prompt included.
             is_first: whether it is the choice's beginning.
         """
-        fields, extra = self._fields, {}
+        fields = self._fields
+        extra: dict[str, Any] = {}
+        if is_first and fields.return_token_ids:
+            extra["prompt_token_ids"] = self._prompts[index // fields.n]
         if is_first and fields.prompt_logprobs is not None:
             extra["prompt_logprobs"] = prompt_logprobs(
                 piece.prompt_logprobs, fields.prompt_logprobs, self._texts
@@ -203,9 +207,11 @@ class Completions:
             return ""
         number = index // self._fields.n
         given = _prompts(self._fields.prompt)[number]
-        if isinstance(given, str):
-            return given
-        return str(self._router.tokenizer.decode(list(given)))
+        is_text = isinstance(given, str)
+        if is_text and self._fields.truncate_prompt_tokens is None:
+            return str(given)
+        tokens = list(self._prompts[number])
+        return str(self._router.tokenizer.decode(tokens, skip_special_tokens=is_text))
 
 
 def _prompts(

@@ -16,6 +16,7 @@ from cluster.request import (
     SpeculationMode,
     SpeculationParams,
 )
+from cluster.rpc.prompt import kept_tokens
 
 
 class StreamOptions(Fields):
@@ -142,7 +143,17 @@ class GenerationFields(Fields):
     timeout_seconds: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="the request ends with 504 behind that time"
     )
-    return_token_ids: bool = Field(default=False, description="each choice's tokens, as ids")
+    truncate_prompt_tokens: int | None = Field(
+        default=None,
+        description="keep only the last so many tokens of a prompt; -1: as many as leave room for "
+        "max_tokens",
+    )
+    return_token_ids: bool = Field(
+        default=False, description="each choice's tokens and its prompt's, as ids"
+    )
+    return_tokens_as_token_ids: bool = Field(
+        default=False, description="tokens of log-probabilities are written 'token_id:ID'"
+    )
     return_token_sources: bool = Field(
         default=False,
         description="where each token came from (target, accepted, recovered, bonus), and how many "
@@ -200,6 +211,14 @@ class GenerationFields(Fields):
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
             bad_words=tuple(self.bad_words),
             grammar=grammar,
+        )
+
+    def kept_tokens(self, sampling: SamplingParams, max_model_len: int) -> int | None:
+        """How many of a prompt's last tokens are kept, if not all. Raises: InvalidRequestError."""
+        return kept_tokens(
+            self.truncate_prompt_tokens,
+            max_tokens=sampling.max_tokens,
+            max_model_len=max_model_len,
         )
 
     def to_speculation(self) -> SpeculationParams:

@@ -12,22 +12,28 @@ _LOWEST = -9999.0  # of a token without any chance: JSON has no infinity
 
 
 class TokenTexts:
-    """How single tokens are written: as text where they are text, else by their bytes."""
+    """How single tokens are written: as text where they are text, else by their bytes.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    Args:
+        as_ids: they are written as ``token_id:ID`` instead.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, as_ids: bool = False) -> None:
         self._vocabulary = vocabulary
+        self._as_ids = as_ids
 
     def text_and_bytes(self, token_id: int) -> tuple[str, list[int]]:
-        """The token's text, and its bytes; a part of a character is ``bytes:\\xe4\\xbd``."""
+        """How the token is written, and its bytes."""
         data = self._vocabulary.token_bytes(token_id)
-        try:
-            return data.decode(), list(data)
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), list(data)
+        return f"token_id:{token_id}" if self._as_ids else _decoded(data), list(data)
 
     def text(self, token_id: int) -> str:
-        """The token's text."""
+        """How the token is written."""
         return self.text_and_bytes(token_id)[0]
+
+    def decoded(self, token_id: int) -> str:
+        """The token's text, also where tokens are written as ids."""
+        return _decoded(self._vocabulary.token_bytes(token_id))
 
 
 def completion_logprobs(
@@ -87,7 +93,7 @@ def prompt_logprobs(
     """
 
     def entry(token: TokenLogprob, rank: int | None) -> dict[str, Any]:
-        text = texts.text(token.token_id)
+        text = texts.decoded(token.token_id)
         return {"logprob": _finite(token.logprob), "rank": rank, "decoded_token": text}
 
     shaped: list[dict[str, Any] | None] = [None]
@@ -114,6 +120,14 @@ def chat_logprobs(positions: Sequence[PositionLogprobs], texts: TokenTexts) -> d
         for position in positions
     ]
     return {"content": content, "refusal": None}
+
+
+def _decoded(data: bytes) -> str:
+    """A token's text; a part of a character is ``bytes:\\xe4\\xbd``."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _finite(logprob: float) -> float:

@@ -19,6 +19,7 @@ WITHOUT_EFFECT = frozenset(
         "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
+        "spaces_between_special_tokens",  # fast tokenizers put none between them
         "user",
     }
 )
@@ -29,7 +30,6 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "moderation": (),
     "service_tier": ("auto", "default"),
-    "spaces_between_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
     "use_beam_search": (False,),

@@ -19,6 +19,7 @@ from cluster.rpc.chat_messages import (
 )
 from cluster.rpc.chat_prompt import ChatPrompt
 from cluster.rpc.convert import call_from_proto
+from cluster.rpc.prompt import kept_tokens
 from cluster.security.api_keys import ApiKey
 from cluster.v1 import common_pb2, inference_pb2
 
@@ -64,6 +65,11 @@ async def chat(
             tool_choice=tool_choice_from_proto(request.tool_choice),
             parallel_tool_calls=(
                 not request.HasField("parallel_tool_calls") or request.parallel_tool_calls
+            ),
+            max_prompt_tokens=kept_tokens(
+                call.truncate_prompt_tokens,
+                max_tokens=sampling.max_tokens,
+                max_model_len=router.max_model_len,
             ),
         )
         call = replace(call, prompt=prompt.token_ids, sampling=prompt.sampling)

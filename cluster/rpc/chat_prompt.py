@@ -41,8 +41,12 @@ class ChatPrompt:
         tools: Sequence[Tool | CustomTool] = (),
         tool_choice: ToolChoice | None = None,
         parallel_tool_calls: bool = True,
+        max_prompt_tokens: int | None = None,
     ) -> ChatPrompt:
         """Checks, renders and tokenises.
+
+        Args:
+            max_prompt_tokens: the last ones of the prompt that are kept; unset: all.
 
         Raises:
             InvalidRequestError: it names ``messages``, ``tools``, ``tool_choice`` or another field
@@ -63,7 +67,9 @@ class ChatPrompt:
         if template.stop:
             sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
         text = await template.render(fields, tools if use is not None else ())
-        token_ids = await encoder.encode(text, add_special_tokens=False)
+        token_ids = await encoder.encode(
+            text, add_special_tokens=False, max_tokens=max_prompt_tokens
+        )
         return cls(token_ids, sampling, use)
 
     def reader(self, router: RouterServer) -> AnswerReader:

@@ -76,6 +76,7 @@ class GenerateCall:
         prompt: text or token ids.
         num_choices: n, 1..16.
         resume_token_ids: empty unless ``num_choices`` is 1.
+        truncate_prompt_tokens: as for ``cluster.rpc.prompt.kept_tokens``.
     """
 
     request_id: str
@@ -86,6 +87,7 @@ class GenerateCall:
     resume_token_ids: tuple[int, ...]
     attempt: int
     priority: Priority = Priority.DEFAULT
+    truncate_prompt_tokens: int | None = None
 
 
 def generate_call_from_proto(message: inference_pb2.GenerateRequest) -> GenerateCall:
@@ -124,6 +126,9 @@ def call_from_proto(
         resume_token_ids=resume_token_ids,
         attempt=message.attempt,
         priority=priority_from_proto(message.priority),
+        truncate_prompt_tokens=(
+            message.truncate_prompt_tokens if message.HasField("truncate_prompt_tokens") else None
+        ),
     )
 
 
@@ -147,6 +152,8 @@ def generate_call_to_proto(call: GenerateCall) -> inference_pb2.GenerateRequest:
         _extend(message.resume_token_ids.ids, call.resume_token_ids, name="resume_token_ids")
     _assign(message, "attempt", call.attempt)
     _assign(message, "priority", call.priority)
+    if call.truncate_prompt_tokens is not None:
+        _assign(message, "truncate_prompt_tokens", call.truncate_prompt_tokens)
     return message
 
 

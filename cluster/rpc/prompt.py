@@ -15,8 +15,26 @@ from cluster.errors import InvalidRequestError
 _MAX_INLINE_CHARS = 4096
 
 
+def kept_tokens(asked: int | None, *, max_tokens: int, max_model_len: int) -> int | None:
+    """How many of a prompt's last tokens are kept; ``None``: all.
+
+    Args:
+        asked: so many; -1: as many as leave room for ``max_tokens`` of output, or for one where
+            those fill the context.
+
+    Raises:
+        InvalidRequestError: it is neither.
+    """
+    if asked is None or asked > 0:
+        return asked
+    if asked != -1:
+        raise InvalidRequestError("truncate_prompt_tokens", "must be 1 or more, or -1")
+    room = max_model_len - max_tokens
+    return room if room > 0 else max_model_len - 1
+
+
 class PromptEncoder:
-    """Encodes text as the tokenizer does by default, special tokens included, never truncated.
+    """Encodes text as the tokenizer does by default, special tokens included.
 
     Works on a copy, so that nobody else's settings of the tokenizer (padding, truncation) matter,
     and encoding in a thread is safe. A text that cannot fit the context is refused unread, and no
@@ -35,20 +53,30 @@ class PromptEncoder:
         self._max_chars = max_model_len * max(map(len, self._tokenizer.get_vocab()))
 
     async def encode(
-        self, text: str, *, add_special_tokens: bool = True, field: str = "prompt"
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        field: str = "prompt",
     ) -> tuple[int, ...]:
         """The text's token ids; empty for an empty text unless the tokenizer adds some.
 
         Args:
             add_special_tokens: those that the tokenizer puts around a text; a chat template has
                 written them itself.
+            max_tokens: the last ones that are kept, special ones around them included; of a text
+                that exceeds the context in the longest tokens too, only the end is read then.
             field: where the text is from, for errors.
 
         Raises:
             InvalidRequestError: naming ``field``: even in the longest tokens there are, the text
                 exceeds the context; or it is none, since it holds a lone surrogate.
         """
-        if len(text) > max(self._max_chars, _MAX_INLINE_CHARS):
+        max_chars = max(self._max_chars, _MAX_INLINE_CHARS)
+        if max_tokens is not None:
+            text = text[-max_chars:]
+        if len(text) > max_chars:
             raise InvalidRequestError(
                 field,
                 f"has {len(text)} characters, more than the model's context of "
@@ -56,12 +84,35 @@ class PromptEncoder:
             )
         check_text(text, field)
         if len(text) <= _MAX_INLINE_CHARS:
-            return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        # Unlike ``encode``, ``encode_batch`` lets other threads of Python run meanwhile.
-        encodings = await asyncio.to_thread(
-            self._tokenizer.encode_batch, [text], add_special_tokens=add_special_tokens
-        )
-        return tuple(encodings[0].ids)
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        else:
+            # Unlike ``encode``, ``encode_batch`` lets other threads of Python run meanwhile.
+            encodings = await asyncio.to_thread(
+                self._tokenizer.encode_batch, [text], add_special_tokens=False
+            )
+            encoding = encodings[0]
+        if max_tokens is not None:
+            num_added = (
+                self._tokenizer.num_special_tokens_to_add(False) if add_special_tokens else 0
+            )
+            encoding.truncate(max(max_tokens - num_added, 0), direction="left")
+        if add_special_tokens:
+            encoding = self._tokenizer.post_process(encoding)
+        return tuple(encoding.ids)
+
+    async def tokens(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+    ) -> tuple[int, ...]:
+        """Of a text, by ``encode``, or of tokens: all, or the last ``max_tokens``."""
+        if isinstance(prompt, str):
+            return await self.encode(
+                prompt, add_special_tokens=add_special_tokens, max_tokens=max_tokens
+            )
+        return tuple(prompt if max_tokens is None else prompt[-max_tokens:])
 
     def strings(self, token_ids: Sequence[int]) -> list[str]:
         """How the tokenizer writes each of its own tokens."""

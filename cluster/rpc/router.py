@@ -32,7 +32,7 @@ from cluster.rpc.convert import GenerateCall
 from cluster.rpc.generation import Generation
 from cluster.rpc.guard import Guard, key_check
 from cluster.rpc.inference_service import InferenceService
-from cluster.rpc.prompt import PromptEncoder
+from cluster.rpc.prompt import PromptEncoder, kept_tokens
 from cluster.rpc.replica_pool import ReplicaPool
 from cluster.rpc.serving import ServingState, bind
 from cluster.rpc.siblings import Siblings
@@ -326,8 +326,12 @@ class RouterServer:
         self, call: GenerateCall, deadline: float | None, traceparent: str
     ) -> Request:
         """The tokenised, validated request of the first choice. Raises: InvalidRequestError."""
-        prompt = call.prompt
-        token_ids = await self.encoder.encode(prompt) if isinstance(prompt, str) else prompt
+        kept = kept_tokens(
+            call.truncate_prompt_tokens,
+            max_tokens=call.sampling.max_tokens,
+            max_model_len=self.max_model_len,
+        )
+        token_ids = await self.encoder.tokens(call.prompt, max_tokens=kept)
         vocab_size, max_model_len = self._pool.limits(self._vocab_size, self._max_model_len)
         sampling = call.sampling
         room = max_model_len - len(token_ids)
