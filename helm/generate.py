@@ -42,6 +42,8 @@ KUBERNETES_TYPES = (
     "core.v1.SecurityContext",
     "core.v1.Toleration",
     "core.v1.TopologySpreadConstraint",
+    "core.v1.Volume",
+    "core.v1.VolumeMount",
     "networking.v1.NetworkPolicyPeer",
 )
 
@@ -131,7 +133,9 @@ def _kubernetes_definitions() -> dict[str, Any]:
         name = wanted.pop()
         if f"kubernetes.{name}" in found:
             continue
-        text = json.dumps(_simplified(known[name], drop=("description", "default", "format")))
+        definition = _simplified(known[name], drop=("description", "default", "format"))
+        definition.get("properties", {}).pop("managedFields", None)  # the server's own, and untyped
+        text = json.dumps(definition)
         wanted += re.findall(r'"#/\$defs/([^"]+)"', text)
         text = text.replace("#/$defs/", "#/$defs/kubernetes.")
         found[f"kubernetes.{name}"] = json.loads(text)

@@ -15,6 +15,7 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _generate_available_node_types_from_ray_cr_spec as node_types,
 )
+from ray.serve.schema import ServeDeploySchema
 
 from cluster.config import ClusterConfig
 from cluster.serve_config import load_serve_config
@@ -38,6 +39,14 @@ from tests.helm_tools import (
 
 # The oldest Kubernetes that Chart.yaml allows, and the newest that the schemas know.
 KUBERNETES_VERSIONS = ("1.25", "1.37")
+OF_A_POD: Object = {
+    "runtimeClassName": "nvidia",
+    "priorityClassName": "high",
+    "podLabels": {"team": "llm"},
+    "podAnnotations": {"note": "mine"},
+    "extraVolumes": [{"name": "data", "hostPath": {"path": "/mnt/nvme"}}],
+    "extraVolumeMounts": [{"name": "data", "mountPath": "/data"}],
+}
 # Everything that is off by default.
 ALL_ON: Object = {
     "gateway": {"enabled": True, "parentRefs": [{"name": "edge", "namespace": "gateways"}]},
@@ -48,21 +57,23 @@ ALL_ON: Object = {
     "monitoring": {
         "podMonitor": {"enabled": True},
         "serviceMonitor": {"enabled": True},
-        "rules": {"enabled": True},
+        "rules": {"enabled": True, "runbookBase": "https://git.example/dspark/blob/main"},
         "dashboards": {"enabled": True},
     },
     "networkPolicy": {"clients": [{"podSelector": {"matchLabels": {"app": "client"}}}]},
     "ray": {"tokenAuth": True},
-    "router": {"minAvailable": 1},
     "serviceAccountName": "dspark",
     "test": {"env": [{"name": "DSPARK_API_KEY", "value": "k"}], "existingSecret": "client"},
     "extraEnv": [{"name": "NCCL_DEBUG", "value": "WARN"}],
+    **dict.fromkeys(("head", "router", "target", "drafter"), OF_A_POD),
 }
+ALL_ON["router"] = {**OF_A_POD, "minAvailable": 1}
 CUSTOM_GROUPS = ("ray.io", "monitoring.coreos.com", "gateway.networking.k8s.io")
 # Kinds whose schema is nowhere to be had here, with the reason.
 WITHOUT_SCHEMA = {
     "GRPCRoute": "Gateway API's definitions are in no package; its fields are tested by name",
     "HTTPRoute": "the same",
+    "BackendTLSPolicy": "the same",
 }
 
 ENGINES = [pytest.param(Helm3, marks=pytest.mark.helm, id="helm3"), pytest.param(Helm4, id="helm4")]
@@ -192,6 +203,18 @@ def test_the_checks_find_what_is_wrong(shared_dir: Path) -> None:
             {"target": {"minAvailable": 2, "numOfHosts": 2}, "autoscaler": {"enabled": False}},
             "target.minAvailable",
         ),
+        (
+            {"router": {"podLabels": {"app.kubernetes.io/component": "mine"}}},
+            "router.podLabels",
+        ),
+        ({"head": {"podLabels": {"ray.io/node-type": "worker"}}}, "head.podLabels"),
+        ({"target": {"extraVolumes": [{"name": "data", "emptyDirs": {}}]}}, "target.extraVolumes"),
+        ({"target": {"extraVolumes": [{"name": "cache"}]}}, "target.extraVolumes"),
+        (
+            {"target": {"extraVolumeMounts": [{"name": "data", "mountPath": "/data"}]}},
+            "target.extraVolumeMounts",
+        ),
+        ({"monitoring": {"rules": {"runbookBase": "docs"}}}, "monitoring.rules.runbookBase"),
         ({"config": {"drafter": {"port": 65530}}}, "config.drafter.num_ports"),
         ({"config": {"drafter": {"port": 1}}}, "config.drafter.port"),
         ({"config": {"drafter": {"port": 7950}}}, "config.drafter.port"),  # 8000 is in the range
@@ -215,6 +238,13 @@ def test_the_checks_find_what_is_wrong(shared_dir: Path) -> None:
                 "service": {"http": {"enabled": False}},
             },
             "gateway.enabled",
+        ),
+        (
+            {
+                "gateway": {"enabled": True, "parentRefs": [{"name": "edge"}]},
+                "tls": {"client": {"existingSecret": "door"}},
+            },
+            "gateway.backendTLS.hostname",
         ),
         (
             {"upgradeStrategy": {"type": "NewClusterWithIncrementalUpgrade"}},
@@ -483,15 +513,77 @@ def test_http_follows_the_serve_configuration(tmp_path: Path) -> None:
     assert "HTTPRoute" not in kinds
 
 
-def test_every_profile_has_http_but_with_tls() -> None:
+def test_every_profile_has_http() -> None:
     for profile in PROFILES:
         values = yaml.safe_load(profile.read_text())
-        assert one(render(values), "Service", "-http")["spec"]["ports"][0]["port"] == 80
-    closed = render({"tls": {"client": {"existingSecret": "certificate"}}})
+        service = one(render(values), "Service", "-http")["spec"]
+        assert service["ports"][0]["port"] == 80
+        assert service["ports"][0]["appProtocol"] == "http"
+
+
+def test_http_has_the_certificate_of_the_clients_door() -> None:
+    """Wherever one of Serve's proxies may run: on the head, and where a part of the cluster is."""
+    found = render({"tls": {"client": {"existingSecret": "certificate"}}})
+    assert one(found, "Service", "-http")["spec"]["ports"][0]["appProtocol"] == "https"
+    options = ServeDeploySchema.model_validate(_served(found)).http_options
+    assert options.port == 8000
+    for component, pod in pods(found).items():
+        mounts = pod["spec"]["containers"][0]["volumeMounts"]
+        (folder,) = (m["mountPath"] for m in mounts if m["name"] == "client-tls")
+        assert options.ssl_certfile == f"{folder}/tls.crt", component
+        assert options.ssl_keyfile == f"{folder}/tls.key", component
+    plain = ServeDeploySchema.model_validate(_served(render({}))).http_options
+    assert (plain.ssl_certfile, plain.ssl_keyfile) == (None, None)
+
+
+def test_http_is_no_way_around_clients_certificates() -> None:
+    """Serve's proxies ask for none."""
+    door = {"existingSecret": "certificate", "requireClientCertificate": True}
+    closed = render({"tls": {"client": door}})
     assert [kind["kind"] for kind in closed].count("Service") == 1
-    served = yaml.safe_load(one(closed, "RayService")["spec"]["serveConfigV2"])
+    served = _served(closed)
     assert served["proxy_location"] == "Disabled"
     assert served["applications"][0]["route_prefix"] is None
+    names = {c["name"] for c in one(closed, "Pod")["spec"]["containers"]}
+    assert names == {"client"}
+
+
+def test_gateways_encrypt_where_routers_do() -> None:
+    gateway = {**ALL_ON["gateway"], "backendTLS": {"hostname": "llm.example"}}
+    tls = {"client": {"existingSecret": "certificate"}}
+    for authority, trusted in (
+        ("", {"wellKnownCACertificates": "System"}),
+        ("ca", {"caCertificateRefs": [{"group": "", "kind": "ConfigMap", "name": "ca"}]}),
+    ):
+        gateway["backendTLS"]["caConfigMap"] = authority
+        found = render({"gateway": gateway, "tls": tls})
+        for end in ("-grpc", "-http"):
+            policy = one(found, "BackendTLSPolicy", end)
+            assert policy["apiVersion"] == "gateway.networking.k8s.io/v1"
+            assert policy["spec"]["validation"] == {"hostname": "llm.example", **trusted}
+            (aimed,) = policy["spec"]["targetRefs"]
+            service = one(found, "Service", end)
+            assert (aimed["group"], aimed["kind"]) == ("", "Service")
+            assert aimed["name"] == service["metadata"]["name"]
+            assert aimed["sectionName"] == service["spec"]["ports"][0]["name"]
+    for values in (
+        {"gateway": gateway},
+        {"gateway": {**gateway, "backendTLS": {"enabled": False}}, "tls": tls},
+    ):
+        assert "BackendTLSPolicy" not in {loaded["kind"] for loaded in render(values)}
+    gateway["http"] = {"enabled": False}
+    kinds = [loaded["kind"] for loaded in render({"gateway": gateway, "tls": tls})]
+    assert kinds.count("BackendTLSPolicy") == 1
+
+
+def test_the_hook_asks_over_http_too() -> None:
+    for values, url in (
+        ({}, "http://test-dspark-http:80/ready"),
+        ({"tls": {"client": {"existingSecret": "c"}}}, "https://test-dspark-http:80/ready"),
+    ):
+        containers = one(render(values), "Pod")["spec"]["containers"]
+        assert [container["name"] for container in containers] == ["http", "client"]
+        assert containers[0]["command"][-1] == url
 
 
 def test_the_routers_metrics_are_scraped_from_each_of_them() -> None:
@@ -570,6 +662,8 @@ HEAD, ROUTER, TARGET, DRAFTER, HOOK = (
         (OPERATOR, TARGET, 8265, False),
         (CLIENT, ROUTER, 50051, True),
         (HOOK, ROUTER, 50051, True),
+        (HOOK, ROUTER, 8000, True),
+        (CLIENT, TARGET, 8000, False),  # a proxy is there, but only for the release's own
         (HOOK, DRAFTER, 25100, False),
         (STRANGER, ROUTER, 50051, False),
         (CLIENT, ROUTER, 6379, False),
@@ -627,13 +721,12 @@ def test_secrets_are_mounted_where_they_are_used() -> None:
         for component, pod in pods(found).items()
     }
     assert mounted == {
-        "head": set(),
+        "head": set(),  # as HTTP is off
         "router": {"door", "inside", "keys"},
         "target": {"inside"},
         "drafter": {"inside"},
     }
-    served = yaml.safe_load(one(found, "RayService")["spec"]["serveConfigV2"])
-    security = served["applications"][0]["args"]["security"]
+    security = _served(found)["applications"][0]["args"]["security"]
     paths = [
         path
         for part in (security["client_tls"], security["internal_tls"])
@@ -643,7 +736,7 @@ def test_secrets_are_mounted_where_they_are_used() -> None:
     router = pods(found)["router"]["spec"]["containers"][0]
     folders = tuple(mount["mountPath"] + "/" for mount in router["volumeMounts"])
     assert all(path.startswith(folders) for path in [*paths, security["api_keys_file"]])
-    parsed = ClusterConfig.parse(served["applications"][0]["args"]).security
+    parsed = ClusterConfig.parse(_served(found)["applications"][0]["args"]).security
     assert parsed.client_tls is not None
     assert parsed.client_tls.client_ca_file is not None
 
@@ -673,10 +766,45 @@ def test_dashboards_and_rules_are_those_of_the_folder(tmp_path: Path) -> None:
     assert one(found, "PrometheusRule")["spec"]["groups"][-1] == group
 
 
+def test_an_alert_links_to_its_runbook_where_the_values_say_where_it_is() -> None:
+    base = ALL_ON["monitoring"]["rules"]["runbookBase"]
+    for values, found in (
+        (ALL_ON, True),
+        ({"monitoring": {"rules": {"enabled": True}}}, False),
+    ):
+        groups = one(render(values), "PrometheusRule")["spec"]["groups"]
+        notes = [rule["annotations"] for g in groups for rule in g["rules"] if "alert" in rule]
+        assert notes
+        for note in notes:
+            link = f"{base}/{note['runbook']}" if found else None
+            assert note.get("runbook_url") == link
+            assert (ROOT / note["runbook"].split("#")[0]).is_file()
+
+
+def test_each_pod_has_what_its_values_add() -> None:
+    for component, pod in pods(render(ALL_ON)).items():
+        spec = pod["spec"]
+        assert spec["runtimeClassName"] == "nvidia", component
+        assert spec["priorityClassName"] == "high"
+        assert pod["metadata"]["labels"]["team"] == "llm"
+        assert pod["metadata"]["labels"]["app.kubernetes.io/component"] == component
+        assert pod["metadata"]["annotations"] == {"note": "mine"}
+        assert OF_A_POD["extraVolumes"][0] in spec["volumes"]
+        assert OF_A_POD["extraVolumeMounts"][0] in spec["containers"][0]["volumeMounts"]
+    for pod in pods(render({})).values():
+        assert "runtimeClassName" not in pod["spec"]
+
+
 def test_generated_parts_are_fresh() -> None:
     command = [sys.executable, str(ROOT / "helm" / "generate.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"run `make chart`: {done.stdout}{done.stderr}"
+
+
+def _served(found: list[Object]) -> Object:
+    """The Serve configuration in the objects."""
+    served: Object = yaml.safe_load(one(found, "RayService")["spec"]["serveConfigV2"])
+    return served
 
 
 def _by_name(found: list[Object]) -> dict[tuple[str, str], Object]:

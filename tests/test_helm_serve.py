@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,30 +15,43 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helm_tools import CHART, Helm4, objects, one
+from tests.certificates import Authority
+from tests.helm_tools import CHART, Helm4, objects, one, pods
+from tests.metrics_tools import free_port
 from tests.models import MODELS
+
+# The name in the certificate, as no certificate has an address of a test.
+NAME = "door.example"
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_laptop_profile_serves(tmp_path: Path) -> None:
-    """As rendered, but for the models' place in the image, and ports that are free here."""
-    profile = yaml.safe_load((CHART / "profiles" / "laptop.yaml").read_text())
-    text: str = one(objects(Helm4().render(profile)), "RayService")["spec"]["serveConfigV2"]
-    assert text.count("/opt/dspark/deployments/models/") == 2
-    assert text.count("port: 50051") == text.count("port: 8000") == 1
-    text = text.replace("/opt/dspark/deployments/models", str(MODELS))
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_the_laptop_profile_serves(tmp_path: Path, tls: bool) -> None:
+    """As rendered, but for where pods have models and Secrets, and ports that are free here."""
+    values = yaml.safe_load((CHART / "profiles" / "laptop.yaml").read_text())
+    environment = os.environ | {"DSPARK_STATE_DIR": str(tmp_path / "state")}
+    if tls:
+        values["tls"] = {"client": {"existingSecret": "certificate"}}
+        environment |= _certificate(tmp_path)
+    found = objects(Helm4().render(values))
+    text: str = one(found, "RayService")["spec"]["serveConfigV2"]
+    http_port, metrics_port = free_port(), free_port()
+    for told, here in (
+        ("/opt/dspark/deployments/models/", f"{MODELS}/"),
+        ("port: 50051", "port: 0"),
+        ("port: 8000", f"port: {http_port}"),
+        ("metrics_port: 9400", f"metrics_port: {metrics_port}"),
+        *([("/etc/dspark/client-tls/", f"{tmp_path}/")] if tls else []),
+    ):
+        assert told in text
+        text = text.replace(told, here)
     extracted = tmp_path / "serve.yaml"
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        http_port = probe.getsockname()[1]
-    text = text.replace("port: 50051", "port: 0").replace("port: 8000", f"port: {http_port}")
     extracted.write_text(text)
 
     def dspark(*arguments: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "cluster.cli", *arguments, "--json"]
-        environment = os.environ | {"DSPARK_STATE_DIR": str(tmp_path / "state")}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         values: dict[str, Any] = json.loads(done.stdout)
@@ -50,7 +64,34 @@ def test_the_laptop_profile_serves(tmp_path: Path) -> None:
             "generate", "def read_json(path):", "--max-tokens", "16", "--temperature", "0"
         )
         assert answer["usage"]["completion_tokens"] == 16
-        with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/console/state") as state:
-            assert json.load(state)["replicas"][0]["state"] == "ready"
+        # What the chart asks of it: `helm test`, and with TLS the kubelet.
+        containers = one(found, "Pod")["spec"]["containers"]
+        (hook,) = (c["command"] for c in containers if c["name"] == "http")
+        url = hook[-1].replace("test-dspark-http:80", f"127.0.0.1:{http_port}")
+        assert url == f"{'https' if tls else 'http'}://127.0.0.1:{http_port}/ready"
+        if shutil.which("wget"):
+            asked = subprocess.run([*hook[:-1], url], capture_output=True, text=True, timeout=60)
+            assert (asked.returncode, asked.stdout) == (0, '{"status":"ready"}'), asked.stderr
+        probe = pods(found)["router"]["spec"]["containers"][0]["readinessProbe"]
+        path = probe["httpGet"]["path"] if tls else "/ready"
+        assert "grpc" in probe or tls
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}{path}", timeout=10) as said:
+            assert said.read() == b"ready\n"
+        if tls:
+            with socket.create_connection(("127.0.0.1", http_port), timeout=10) as plaintext:
+                plaintext.sendall(b"GET /ready HTTP/1.1\r\nHost: here\r\n\r\n")
+                assert b"200" not in plaintext.recv(100)
+        else:
+            with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/console/state") as state:
+                assert json.load(state)["replicas"][0]["state"] == "ready"
     finally:
         dspark("down")
+
+
+def _certificate(folder: Path) -> dict[str, str]:
+    """Puts the keys of a Secret there, and returns what a client needs to know them."""
+    authority = Authority(folder, "edge")
+    signed = authority.sign(NAME)
+    Path(signed.cert_file).rename(folder / "tls.crt")
+    Path(signed.key_file).rename(folder / "tls.key")
+    return {"DSPARK_TLS_CA_FILE": authority.ca_file, "DSPARK_TLS_SERVER_NAME": NAME}

@@ -27,6 +27,9 @@ metadata:
   labels:
     {{- include "dspark.selector" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .component }}
+    {{- with .values.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   {{- with .values.podAnnotations }}
   annotations:
     {{- toYaml . | nindent 4 }}
@@ -46,6 +49,9 @@ spec:
   {{- end }}
   {{- with .values.priorityClassName }}
   priorityClassName: {{ . }}
+  {{- end }}
+  {{- with .values.runtimeClassName }}
+  runtimeClassName: {{ . }}
   {{- end }}
   {{- with .values.nodeSelector }}
   nodeSelector:
@@ -106,6 +112,9 @@ spec:
         {{- range $name := include "dspark.secretVolumes" . | fromYamlArray }}
         - {name: {{ $name.name }}, mountPath: /etc/dspark/{{ $name.name }}, readOnly: true}
         {{- end }}
+        {{- with .values.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
   volumes:
     - name: cache
       {{- if $values.modelCache.enabled }}
@@ -115,6 +124,9 @@ spec:
       emptyDir: {}
       {{- end }}
     {{- with include "dspark.secretVolumes" . | fromYamlArray }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+    {{- with .values.extraVolumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
 {{- end }}
@@ -168,7 +180,8 @@ readinessProbe:
 {{- define "dspark.secretVolumes" -}}
 {{- $values := .root.Values }}
 {{- $volumes := list }}
-{{- if and $values.tls.client.existingSecret (eq .component "router") }}
+{{- /* For Serve's proxies everywhere: one is on each node with a part, the head among them. */}}
+{{- if and $values.tls.client.existingSecret (or (eq .component "router") (include "dspark.http" .root)) }}
   {{- $volumes = append $volumes (dict "name" "client-tls" "secret" (dict "secretName" $values.tls.client.existingSecret)) }}
 {{- end }}
 {{- if and $values.tls.internal.existingSecret (ne .component "head") }}

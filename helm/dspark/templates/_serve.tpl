@@ -12,10 +12,13 @@
 {{- with include "dspark.security" . | fromYaml }}
   {{- $_ := set $args "security" (mergeOverwrite (default dict $args.security) .) }}
 {{- end }}
-{{- if .Values.tls.client.existingSecret }}
-  {{- /* Serve's proxies run where the certificate is not, and would take keys in plaintext. */}}
+{{- if .Values.tls.client.requireClientCertificate }}
+  {{- /* Serve's proxies ask no client for a certificate, and must be no way around it. */}}
   {{- $_ := set $document "proxy_location" "Disabled" }}
   {{- $_ := set $application "route_prefix" nil }}
+{{- else if .Values.tls.client.existingSecret }}
+  {{- $files := dict "ssl_certfile" "/etc/dspark/client-tls/tls.crt" "ssl_keyfile" "/etc/dspark/client-tls/tls.key" }}
+  {{- $_ := set $document "http_options" (merge $files (default dict $document.http_options)) }}
 {{- end }}
 {{- $_ := set $application "args" $args }}
 {{- $_ := set $document "applications" (list $application) }}
@@ -30,6 +33,10 @@
 {{/* Whether Serve listens for HTTP: "true" or nothing. */}}
 {{- define "dspark.http" -}}
 {{- if ne (default "EveryNode" (include "dspark.serveConfig" . | fromYaml).proxy_location) "Disabled" }}true{{ end }}
+{{- end }}
+
+{{- define "dspark.httpScheme" -}}
+{{ ternary "https" "http" (not (empty .Values.tls.client.existingSecret)) }}
 {{- end }}
 
 {{/* Whether there is a Service for that: "true" or nothing. */}}

@@ -12,6 +12,7 @@
   {{- fail "gcsFaultTolerance.redisAddress: name the Redis" }}
 {{- end }}
 {{- include "dspark.validatePools" . }}
+{{- include "dspark.validatePods" . }}
 {{- include "dspark.validatePorts" . }}
 {{- include "dspark.validateDoors" . }}
 {{- $args := include "dspark.args" . | fromYaml }}
@@ -45,6 +46,33 @@
   {{- $most = mul $most (default 1 $values.numOfHosts) }}
   {{- if and (gt (int $values.minAvailable) 0) (ge (int $values.minAvailable) (int $most)) }}
     {{- fail (printf "%s.minAvailable: %v of at most %v pods would let no node be drained" $pool $values.minAvailable $most) }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* What is added to pods: nothing over what is there, and no mount without its volume. */}}
+{{- define "dspark.validatePods" -}}
+{{- range $pod := list "head" "router" "target" "drafter" }}
+  {{- $values := index $.Values $pod }}
+  {{- range $label, $_ := $values.podLabels }}
+    {{- if regexMatch "^(ray\\.io/.*|app\\.kubernetes\\.io/(name|instance|component|created-by))$" $label }}
+      {{- fail (printf "%s.podLabels: pods are selected by %s, which is not yours to set" $pod $label) }}
+    {{- end }}
+  {{- end }}
+  {{- $names := list "cache" }}
+  {{- range include "dspark.secretVolumes" (dict "root" $ "component" $pod) | fromYamlArray }}
+    {{- $names = append $names .name }}
+  {{- end }}
+  {{- range $values.extraVolumes }}
+    {{- if has .name $names }}
+      {{- fail (printf "%s.extraVolumes: there is a volume %s already" $pod .name) }}
+    {{- end }}
+    {{- $names = append $names .name }}
+  {{- end }}
+  {{- range $values.extraVolumeMounts }}
+    {{- if not (has .name $names) }}
+      {{- fail (printf "%s.extraVolumeMounts: no volume is called %s" $pod .name) }}
+    {{- end }}
   {{- end }}
 {{- end }}
 {{- end }}
@@ -100,6 +128,9 @@
   {{- end }}
   {{- if not (or .grpc.enabled (and .http.enabled (include "dspark.httpService" $))) }}
     {{- fail "gateway.enabled: there is nothing to route: gateway.grpc is off, and HTTP has no route or no Service" }}
+  {{- end }}
+  {{- if and $.Values.tls.client.existingSecret .backendTLS.enabled (not .backendTLS.hostname) }}
+    {{- fail "gateway.backendTLS.hostname: with tls.client Gateways need the name in its certificate" }}
   {{- end }}
 {{- end }}
 {{- end }}
