@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from cluster.errors import ConfigError
+from cluster.rpc.reflection import serve_reflection
 from cluster.rpc.tls import ServerTls
 
 
@@ -22,8 +22,7 @@ class ServingState:
         self._names = ("", service_name)  # The empty name stands for the whole server.
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
+        serve_reflection(server, (service_name, health.SERVICE_NAME))
 
     async def set_serving(self, serving: bool) -> None:
         """Reports SERVING or NOT_SERVING from now on."""
