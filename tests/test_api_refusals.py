@@ -217,6 +217,27 @@ async def test_a_body_is_a_json_object_and_says_so() -> None:
         assert (await client.post("/tokenize", content=content, headers=problem)).is_success
 
 
+async def test_what_is_nested_too_deeply_is_refused() -> None:
+    """At any depth: some can be parsed and not be rendered, or not be written into a grammar."""
+    async with door(chat_template=CHATML + "{{ mood | default(0) | tojson }}") as client:
+        for depth in (*range(300, 900, 100), *range(900, 1000, 5), 100_000):
+            deep = '{"a":' * depth + "1" + "}" * depth
+            call = {"id": "1", "function": {"name": "f", "arguments": deep}}
+            spoken = json.dumps([{"role": "assistant", "tool_calls": [call]}])
+            tool = f'{{"type": "function", "function": {{"name": "f", "parameters": {deep}}}}}'
+            for fields in (
+                f'"messages": {spoken}',
+                f'"messages": {json.dumps(MESSAGES)}, "tools": [{tool}]',
+                f'"messages": {json.dumps(MESSAGES)}, "chat_template_kwargs": {{"mood": {deep}}}',
+            ):
+                answer = await client.post(
+                    "/v1/chat/completions",
+                    content=f"{{{fields}}}",
+                    headers={"Content-Type": "application/json"},
+                )
+                assert answer.status_code in (400, 503), (depth, fields[:60], answer.text)
+
+
 async def test_an_unknown_field_is_told_where_it_belongs() -> None:
     chat, completion = {"messages": MESSAGES}, {"prompt": "x"}
     cases: list[tuple[str, dict[str, Any], str]] = [

@@ -118,7 +118,12 @@ def add_error_handlers(
         body = _body(str(error.detail), kind, None, None)
         return JSONResponse(body, error.status_code, error.headers)
 
+    async def on_nesting(_: Request, error: Exception) -> JSONResponse:
+        # What is parsed just so cannot always be written again, as a schema within a grammar is.
+        return error_response(InvalidRequestError("", "the body's objects are nested too deeply"))
+
     app.add_exception_handler(DsparkError, on_error)
+    app.add_exception_handler(RecursionError, on_nesting)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(Exception, on_error)

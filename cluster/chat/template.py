@@ -248,6 +248,7 @@ class ChatTemplate:
             ArithmeticError,
             AttributeError,
             LookupError,
+            RecursionError,
             TypeError,
             ValueError,
         ) as error:
@@ -296,7 +297,7 @@ def _call_for_template(call: EarlierCall | EarlierCustomCall) -> dict[str, Any]:
         return {"id": call.id, "type": "function", "function": given}
     try:
         arguments = json.loads(call.function.arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InvalidRequestError(
             "messages", "the arguments of an earlier tool call are not JSON"
         ) from None
