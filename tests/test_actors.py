@@ -8,12 +8,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.actors.shard_group import MAX_START_SILENCE_S
 from cluster.cli.processes import find_descendants
 from cluster.cli.running import RunningCluster, wait_ready
 from cluster.config import ClusterConfig
@@ -180,6 +181,20 @@ def test_a_lost_replica_is_replaced_and_streams_go_on(
     assert not living.intersection(shards), "shards of the lost replica live on"
 
 
+@pytest.mark.slow
+def test_a_shard_that_stops_while_it_starts_is_replaced(
+    cluster: RunningCluster, config: ClusterConfig
+) -> None:
+    wait_ready(cluster.address, config, time.monotonic() + RECOVERY_S)
+    former = _actors("Shard")
+    os.kill(former[0], signal.SIGKILL)
+    _wait_until(lambda: set(_actors("Shard.")) - set(former))
+    (stopped, *_) = set(_actors("Shard.")) - set(former)
+    os.kill(stopped, signal.SIGSTOP)
+    wait_ready(cluster.address, config, time.monotonic() + MAX_START_SILENCE_S + RECOVERY_S)
+    assert stopped not in _actors("Shard")
+
+
 class _Stream:
     """A completion that is read in a thread; leaving the block waits for its end."""
 
@@ -226,12 +241,18 @@ def _replica(client: Client) -> ReplicaStatus:
 
 
 def _actor(title: str) -> int:
-    """The process of the actor whose title begins so."""
+    """The process of the first actor whose title begins so."""
+    return _actors(title)[0]
+
+
+def _actors(title: str) -> list[int]:
+    found = []
     for process in find_descendants(os.getpid()):
-        command = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode(errors="replace")
-        if command.startswith(f"ray::{title}"):
-            return process.pid
-    raise LookupError(f"no process of {title}")
+        with suppress(OSError):  # it has ended meanwhile
+            command = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode(errors="replace")
+            if command.startswith(f"ray::{title}"):
+                found.append(process.pid)
+    return found
 
 
 def _wait_until(condition: Any, timeout_s: float = 60.0) -> None:

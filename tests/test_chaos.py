@@ -1,4 +1,4 @@
-"""Three minutes of `dspark bench chaos`."""
+"""Three minutes of `dspark bench chaos`, and what a cluster does without its drafters."""
 
 from __future__ import annotations
 
@@ -35,3 +35,12 @@ def test_three_minutes_of_chaos(tmp_path: Path) -> None:
     assert figures["requests"] > 0
     assert figures["killed"] >= 8
     assert (figures["lost"], figures["mismatches"], figures["leaks"]) == (0, 0, 0)
+
+
+@pytest.mark.full
+def test_drafters_lost_and_late(tmp_path: Path) -> None:
+    status, figures = _figures("drafter-loss", out=tmp_path)
+    assert status == 0, figures
+    assert figures["killed"]["ratio"] >= 0.97
+    assert figures["late"]["ratio"] >= 0.97
+    assert (figures["replica_restarts"], figures["failed"], figures["mismatches"]) == (0, 0, 0)

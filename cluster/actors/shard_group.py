@@ -16,12 +16,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.actors.shard import Shard, ShardHealth
 from cluster.config import ClusterConfig
 from cluster.engine.load import EngineLoad
+from cluster.errors import DsparkError
 
 # No step may take longer than the larger of this and ten times its predicted time.
 MIN_STALL_S = 2.0
 STALL_FACTOR = 10.0
 # A shard whose process does not answer for so long is as good as dead.
 MAX_SILENCE_S = 4.0
+# While it starts, Ray makes its process, for which that takes as long at most, and it imports.
+MAX_START_SILENCE_S = 60.0
 _CHECK_PERIOD_S = 0.5
 _STOP_TIMEOUT_S = 3.0
 
@@ -54,6 +57,7 @@ class ShardGroup:
         Raises:
             ray.exceptions.RayTaskError: what a shard raised, e.g. a CheckpointError.
             ray.exceptions.RayActorError: a shard died on the way.
+            DsparkError: a shard does not answer any more.
         """
         target = self._config.target
         bundle = {"CPU": target.num_cpus, "GPU": target.num_gpus, **target.resources}
@@ -76,6 +80,24 @@ class ShardGroup:
             ).remote(self._config, self._replica_id, rank)
             for rank in range(target.num_shards)
         ]
+        # Nobody else would notice: Serve waits for a start as long as it takes.
+        silences = [
+            asyncio.ensure_future(self._wait_silent(rank)) for rank in range(len(self._shards))
+        ]
+        starting = asyncio.ensure_future(self._start_shards())
+        try:
+            await asyncio.wait((starting, *silences), return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                raise DsparkError(next(s.result() for s in silences if s.done()))
+            return starting.result()
+        except BaseException:
+            self.kill()
+            raise
+        finally:
+            for task in (starting, *silences):
+                task.cancel()
+
+    async def _start_shards(self) -> str:
         await asyncio.gather(*(shard.prepare.remote() for shard in self._shards))
         host, port = await self._shards[0].open_rendezvous.remote()
         # A fresh group never meets what an earlier one left behind.
@@ -157,6 +179,17 @@ class ShardGroup:
         except RayError as error:
             reason = str(error).partition("\n")[0]
         return f"shard {rank}: {reason}"
+
+    async def _wait_silent(self, rank: int) -> str:
+        """Returns when a shard that starts does not answer."""
+        while True:
+            answer = asyncio.ensure_future(_health(self._shards[rank]))
+            done, _silent = await asyncio.wait([answer], timeout=MAX_START_SILENCE_S)
+            if not done:
+                answer.cancel()
+                limit = MAX_START_SILENCE_S
+                return f"shard {rank} has not answered for {limit:.0f} s while it started"
+            await asyncio.sleep(_CHECK_PERIOD_S)
 
     async def _wait_stalled(self) -> str:
         """Returns when no step ends in time, or a shard does not answer."""

@@ -20,6 +20,8 @@ PARTS = {
     "drafter": "ray::ServeReplica:dspark:Drafter",
     "controller": "ray::ServeController",
 }
+# And one that Serve starts, for which Serve waits as long as it takes: also when it is stopped.
+_STARTING = "initialize_and_get_metadata"
 DELAY_S = 0.5
 SHORT_CUT_S = 2.0  # nobody takes the host for lost yet
 LONG_CUT_S = 16.0  # Ray has taken it for lost, and its parts are elsewhere when it comes back
@@ -121,6 +123,7 @@ class Faults:
             (process, host)
             for host in self._cluster.network.hosts.values()
             for process in host.processes(PARTS[blow.part])
+            if blow.how != "stop" or _STARTING not in process.command
         ]
         if not found:
             self._note(f"{blow.how} {blow.part}: there is none")

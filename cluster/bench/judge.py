@@ -45,7 +45,6 @@ class Judgement:
         )
 
 
-@torch.inference_mode()
 class JudgedAnswer(Protocol):
     """A request and its answer, as far as that has come."""
 
@@ -75,6 +74,7 @@ def judge_answers(target: str, answers: Iterable[JudgedAnswer]) -> Judgement:
     return verdict
 
 
+@torch.inference_mode()
 def judge(
     reference: PreTrainedModel,
     *,

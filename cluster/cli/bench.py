@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.cli.calibrate import add_plan, plan_of
-from cluster.cli.chaos import add_chaos, run_chaos
+from cluster.cli.chaos import add_chaos, add_drafter_loss, run_chaos, run_drafter_loss
 from cluster.cli.drafters import (
     DEFAULT_DRAFTER,
     DEFAULT_TARGET,
@@ -257,6 +257,12 @@ _SUITES = {
         "stopped and whose links are cut or slow, under load: what is lost, changed or left",
         add_chaos,
         run_chaos,
+    ),
+    "drafter-loss": _Suite(
+        "throughput of a paced cluster on two hosts of this machine (root, Linux) without its "
+        "drafters, and with drafters that answer after 2 s, against no speculation",
+        add_drafter_loss,
+        run_drafter_loss,
     ),
     "simulator": _Suite(
         "predictions of `dspark simulate`, from profiles alone, against a measured frontier, and "

@@ -1,4 +1,4 @@
-"""The options of ``dspark bench chaos``."""
+"""The options of ``dspark bench chaos`` and ``dspark bench drafter-loss``."""
 
 from __future__ import annotations
 
@@ -53,8 +53,6 @@ def add_chaos(parser: argparse.ArgumentParser) -> None:
 def run_chaos(args: argparse.Namespace) -> Report:
     """Runs the suite. Raises: cluster.errors."""
     from cluster.bench import chaos
-    from cluster.bench.lab.network import why_unavailable
-    from cluster.errors import DsparkError
 
     plan = chaos.ChaosPlan(
         profile=profile_path(args),
@@ -65,8 +63,49 @@ def run_chaos(args: argparse.Namespace) -> Report:
         deadline_s=args.deadline,
         seed=args.seed,
     )
-    if reason := why_unavailable():
-        raise DsparkError(f"this machine cannot have several hosts: {reason}")
+    _check_lab()
     own = paced_own(args)
     with log_folder(args.out) as folder:
         return chaos.run(own, plan, data=args.data, folder=folder, note=note)
+
+
+def add_drafter_loss(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``drafter-loss``."""
+    add_paced(
+        parser,
+        profile=DEFAULT_PROFILE,
+        time_scale=16.0,
+        concurrency=8,
+        concurrency_help="requests at once",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="how often drafters are killed, and late (default 3)",
+    )
+
+
+def run_drafter_loss(args: argparse.Namespace) -> Report:
+    """Runs the suite. Raises: cluster.errors."""
+    from cluster.bench import drafter_loss
+
+    plan = drafter_loss.DrafterLossPlan(
+        profile=profile_path(args),
+        time_scale=args.time_scale,
+        rounds=args.rounds,
+        concurrency=args.concurrency,
+    )
+    _check_lab()
+    own = paced_own(args)
+    with log_folder(args.out) as folder:
+        return drafter_loss.run(own, plan, data=args.data, folder=folder, note=note)
+
+
+def _check_lab() -> None:
+    from cluster.bench.lab.network import why_unavailable
+    from cluster.errors import DsparkError
+
+    if reason := why_unavailable():
+        raise DsparkError(f"this machine cannot have several hosts: {reason}")

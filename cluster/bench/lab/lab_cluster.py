@@ -22,10 +22,12 @@ _START_TIMEOUT_S = 900.0
 
 
 class LabHost(NamedTuple):
-    """A host and its custom resources of Ray; the first of several is the head."""
+    """A host, its custom resources of Ray, and how ``nice`` its processes are to the other hosts';
+    the first of several is the head."""
 
     name: str
     resources: Mapping[str, float]
+    nice: int = 0
 
 
 class LabCluster:
@@ -100,9 +102,9 @@ class LabCluster:
 
     def _start(self) -> None:
         head = None
-        for name, resources in self._hosts:
+        for name, resources, nice in self._hosts:
             host = self.network.hosts[name]
-            node = RayNode(self.network, host, resources=resources, head=head)
+            node = RayNode(self.network, host, resources=resources, nice=nice, head=head)
             self.nodes[name] = node
             node.start()
             if head is None:

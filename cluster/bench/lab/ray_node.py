@@ -58,6 +58,8 @@ class RayNode:
     Args:
         resources: custom ones that this host has.
         num_cpus: that it says it has.
+        nice: how far its processes stand back, as of ``nice``, behind those of other hosts. Hosts
+            share the machine's cores, and a part that starts takes seconds of them.
         head: the head's host.
     """
 
@@ -68,6 +70,7 @@ class RayNode:
         *,
         resources: Mapping[str, float],
         num_cpus: int = 4,
+        nice: int = 0,
         head: Host | None = None,
     ) -> None:
         self.host = host
@@ -75,6 +78,7 @@ class RayNode:
         self._process: subprocess.Popen[bytes] | None = None
         self._log = network.folder / f"ray-{host.name}.log"
         self._command = [
+            *("nice", f"--adjustment={nice}"),
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
             f"--node-ip-address={host.address}",
             f"--num-cpus={num_cpus}",
