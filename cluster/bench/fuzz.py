@@ -20,7 +20,7 @@ from typing import Any
 from cluster.bench.report import Report
 from cluster.errors import ConfigError
 
-LIVE_SURFACES = ("client", "drafter")
+LIVE_SURFACES = ("client", "http", "drafter")
 _MAX_MEMORY_GROWTH_MB = 200.0
 
 

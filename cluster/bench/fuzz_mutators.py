@@ -127,4 +127,7 @@ def _mutate_value(value: Any, rng: random.Random) -> Any:
         place = rng.randrange(len(value))
         value[place] = _mutate_value(value[place], rng)
         return value
+    if rng.random() < 0.6:  # else little comes past the check of its type
+        alike = [other for other in _VALUES if type(other) is type(value)]
+        return rng.choice(alike or [value])
     return rng.choice(_VALUES)

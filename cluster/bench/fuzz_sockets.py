@@ -8,24 +8,43 @@ first, so that what is broken comes behind a good beginning.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import resource
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+import aiohttp
+import uvicorn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from cluster.api.app import create_app
 from cluster.bench.fuzz_mutators import mutate_bytes
-from cluster.bench.fuzz_surfaces import BLOCK_SIZE, MAX_MODEL_LEN, SURFACES, VOCAB_SIZE
+from cluster.bench.fuzz_surfaces import (
+    BLOCK_SIZE,
+    HTTP_BODIES,
+    MAX_MODEL_LEN,
+    SURFACES,
+    VOCAB_SIZE,
+)
 from cluster.config import DrafterConfig
 from cluster.engine.draft_engine import DraftEngine
 from cluster.engine.draft_ngram import NgramMethod
 from cluster.engine.load import EngineLoad
-from cluster.request import FinishReason, Request, RequestOutput, TokenSource, Usage
+from cluster.request import (
+    FinishReason,
+    PositionLogprobs,
+    Request,
+    RequestOutput,
+    TokenLogprob,
+    TokenSource,
+    Usage,
+)
 from cluster.routing.prefix_journal import PrefixJournal
 from cluster.rpc.channels import PROTOCOL_VERSION, open_channel
 from cluster.rpc.drafter_server import DrafterServer
@@ -40,6 +59,8 @@ _NUM_AT_ONCE = 16
 # What is broken ends its stream, and those behind it are not read.
 _MESSAGES_PER_STREAM = 3
 _SESSION_TTL_S = 0.5
+_TOKEN_ID = 97
+_CHOSEN = TokenLogprob(_TOKEN_ID, -0.5)
 
 
 class LiveCounts:
@@ -59,12 +80,12 @@ class LiveCounts:
 
 
 def fuzz_sockets(surface: str, num_messages: int, seed: int) -> dict[str, Any]:
-    """Sends that many messages to live servers of a surface, ``client`` or ``drafter``.
+    """Sends that many messages to live servers of a surface: ``client``, ``http`` or ``drafter``.
 
     Returns:
         The figures of it; ``failures`` names what must not be.
     """
-    run = {"client": _fuzz_router, "drafter": _fuzz_drafter}[surface]
+    run = {"client": _fuzz_router, "http": _fuzz_http, "drafter": _fuzz_drafter}[surface]
     counts = LiveCounts()
     num_threads = threading.active_count()
     memory_mb = _memory_mb()
@@ -86,21 +107,9 @@ def fuzz_sockets(surface: str, num_messages: int, seed: int) -> dict[str, Any]:
 
 
 async def _fuzz_router(counts: LiveCounts, num_messages: int, rng: random.Random) -> list[str]:
-    replica = ReplicaServer("r", max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE)
-    loop = _ImmediateLoop(replica.on_outputs)
-    router = RouterServer(
-        tokenizer=_tokenizer(),
-        model_name="fuzz",
-        vocab_size=VOCAB_SIZE,
-        max_model_len=MAX_MODEL_LEN,
-        wait_s=5.0,
-    )
-    replica_port = await replica.start(loop, "127.0.0.1")
-    address = f"127.0.0.1:{await router.start('127.0.0.1')}"
-    router.set_replicas([("r", f"127.0.0.1:{replica_port}")])
     _, seeds, mutate = SURFACES["client"].load()
     failures: list[str] = []
-    async with open_channel(address) as channel:
+    async with _router(failures) as (_, address), open_channel(address) as channel:
 
         async def call(data: bytes) -> str:
             return await call_unary(channel, _GENERATE, data, timeout_s=_CALL_TIMEOUT_S)
@@ -116,12 +125,92 @@ async def _fuzz_router(counts: LiveCounts, num_messages: int, rng: random.Random
         await asyncio.gather(*(worker(number) for number in range(_NUM_AT_ONCE)))
         if (outcome := await call(seeds[0])) != "OK":
             failures.append(f"a valid request ended with {outcome} behind the others")
+    return failures
+
+
+async def _fuzz_http(counts: LiveCounts, num_messages: int, rng: random.Random) -> list[str]:
+    _, seeds, mutate = SURFACES["http"].load()
+    paths = list(HTTP_BODIES)
+    failures: list[str] = []
+    async with (
+        _router(failures) as (router, _),
+        _http_server(router) as url,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(_CALL_TIMEOUT_S)) as session,
+    ):
+
+        async def call(data: bytes) -> str:
+            path = paths[data[0] % len(paths)]
+            headers = {"content-type": "application/json"}
+            async with session.post(url + path, data=data[1:], headers=headers) as response:
+                return _http_outcome(response.status, await response.read())
+
+        for seed in seeds:
+            if (outcome := await call(seed)) != "200":
+                failures.append(f"{seed!r} ended with {outcome}")
+
+        async def worker(number: int) -> None:
+            while counts.num_messages < num_messages:
+                counts.num_messages += 1
+                changed = _changed(rng, seeds, mutate, bytes_mutator=_behind_first)
+                await _count(counts, call(changed), changed)
+
+        await asyncio.gather(*(worker(number) for number in range(_NUM_AT_ONCE)))
+    return failures
+
+
+def _http_outcome(status: int, body: bytes) -> str:
+    """The status; what no client can read as an error of ours begins with INTERNAL."""
+    if status == 200:
+        return "200"
+    try:
+        error = json.loads(body)["error"]
+        is_typed = bool(error["message"]) and bool(error["type"]) and status < 500
+    except (ValueError, KeyError, TypeError):
+        is_typed = False
+    return str(status) if is_typed else f"INTERNAL: {status} {body[:300]!r}"
+
+
+@asynccontextmanager
+async def _router(failures: list[str]) -> AsyncGenerator[tuple[RouterServer, str]]:
+    """A router, and its gRPC address, with a replica behind it; at the end nothing may be left."""
+    replica = ReplicaServer("r", max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE)
+    loop = _ImmediateLoop(replica.on_outputs)
+    router = RouterServer(
+        tokenizer=_tokenizer(),
+        model_name="fuzz",
+        vocab_size=VOCAB_SIZE,
+        max_model_len=MAX_MODEL_LEN,
+        chat_template="chatml",
+        eos_token_ids=(2,),
+        wait_s=5.0,
+    )
+    replica_port = await replica.start(loop, "127.0.0.1")
+    address = f"127.0.0.1:{await router.start('127.0.0.1')}"
+    router.set_replicas([("r", f"127.0.0.1:{replica_port}")])
+    try:
+        yield router, address
         await asyncio.sleep(0.2)
         if router.num_active_requests or router.num_queued_tokens or replica.num_active_requests:
             failures.append("requests are left")
-    await router.stop()
-    await replica.stop()
-    return failures
+    finally:
+        await router.stop()
+        await replica.stop()
+
+
+@asynccontextmanager
+async def _http_server(router: RouterServer) -> AsyncGenerator[str]:
+    """The router's HTTP API; yields its URL."""
+    config = uvicorn.Config(create_app(router), host="127.0.0.1", port=0, log_level="critical")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await serving
 
 
 async def _fuzz_drafter(counts: LiveCounts, num_messages: int, rng: random.Random) -> list[str]:
@@ -177,11 +266,14 @@ async def _fuzz_drafter(counts: LiveCounts, num_messages: int, rng: random.Rando
     return failures
 
 
-async def _count(counts: LiveCounts, call: Awaitable[str]) -> None:
+async def _count(counts: LiveCounts, call: Awaitable[str], sent: bytes = b"") -> None:
     started = time.monotonic()
-    outcome = await call
+    try:
+        outcome = await call
+    except TimeoutError:
+        outcome = "TIMEOUT"
     if outcome.startswith(("INTERNAL: ", "TIMEOUT")):
-        counts.untyped.append(outcome)
+        counts.untyped.append(f"{outcome} {sent!r}")
     counts.outcomes[outcome.partition(":")[0]] += 1
     counts.slowest_s = max(counts.slowest_s, time.monotonic() - started)
 
@@ -245,13 +337,20 @@ class _ImmediateLoop:
         self._on_outputs = on_outputs
 
     def submit(self, request: Request) -> None:
+        sampling = request.sampling
+        num_tokens = min(sampling.max_tokens, 1)
+        position = PositionLogprobs(_CHOSEN, top=(_CHOSEN,))
+        num_prompt = len(request.prompt_token_ids)
         output = RequestOutput(
             request_id=request.request_id,
             token_offset=len(request.resume_token_ids),
-            token_ids=(1,),
-            token_sources=(TokenSource.TARGET,),
+            token_ids=(_TOKEN_ID,) * num_tokens,
+            token_sources=(TokenSource.TARGET,) * num_tokens,
+            logprobs=(position,) * (0 if sampling.logprobs is None else num_tokens),
+            prompt_logprobs=(position,)
+            * (0 if sampling.prompt_logprobs is None else num_prompt - 1),
             finish_reason=FinishReason.LENGTH,
-            usage=Usage(prompt_tokens=len(request.prompt_token_ids), completion_tokens=1),
+            usage=Usage(prompt_tokens=num_prompt, completion_tokens=num_tokens),
         )
         self._on_outputs([output])
 
@@ -263,9 +362,12 @@ class _ImmediateLoop:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    words = {chr(code): code for code in range(32, 127)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    """A token for each byte."""
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 

@@ -6,6 +6,7 @@ here is imported before that, and gRPC and models not at all.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,64 @@ VOCAB_SIZE = 1000
 MAX_MODEL_LEN = 512
 FEATURE_SIZE = 4
 BLOCK_SIZE = 8
+
+# Valid bodies, by path.
+HTTP_BODIES: dict[str, list[dict[str, Any]]] = {
+    "/v1/completions": [
+        {"prompt": "def f(x):", "max_tokens": 4, "temperature": 0.5, "stop": ["a"], "n": 2},
+        {
+            "prompt": [[1, 2], [3]],
+            "echo": True,
+            "logprobs": 2,
+            "seed": 7,
+            "logit_bias": {"5": 1.5},
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "structured_outputs": {"regex": "[a-z]+"},
+        },
+        {
+            "prompt": ["a", "b"],
+            "best_of": 3,
+            "bad_words": ["x"],
+            "allowed_token_ids": [7, 8],
+            "speculation": "off",
+            "return_token_ids": True,
+            "priority": "batch",
+            "timeout_seconds": 5.5,
+        },
+    ],
+    "/v1/chat/completions": [
+        {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "top_p": 0.9},
+        {
+            "messages": [
+                {"role": "system", "content": [{"type": "text", "text": "be brief"}]},
+                {"role": "user", "content": "add"},
+            ],
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": "add",
+                        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+                    },
+                }
+            ],
+            "tool_choice": "auto",
+            "logprobs": True,
+            "top_logprobs": 2,
+            "stream": True,
+        },
+        {
+            "messages": [{"role": "user", "content": "json"}],
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "s", "schema": {"type": "object"}},
+            },
+        },
+    ],
+    "/tokenize": [{"prompt": "a b", "add_special_tokens": False, "return_token_strs": True}],
+    "/detokenize": [{"tokens": [40, 41, 42]}],
+}
 
 ACCEPTED = "accepted"
 UNDECODABLE = "undecodable"  # no message of its kind at all: protobuf's, or YAML's, own refusal
@@ -273,6 +332,54 @@ def _config() -> Loaded:
     return Loaded(check, [seed.encode() for seed in seeds], mutate)
 
 
+def _http() -> Loaded:
+    """Bodies; the first byte says of which path."""
+    from pydantic import ValidationError
+
+    from cluster.api.chat import ChatCompletionRequest
+    from cluster.api.completions import CompletionRequest
+    from cluster.api.fields import GenerationFields
+    from cluster.api.tokens import DetokenizeRequest, TokenizeRequest
+    from cluster.errors import DsparkError
+
+    kinds = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+
+    def check(data: bytes) -> str:
+        try:
+            document = json.loads(data[1:])
+        except (ValueError, RecursionError):
+            return UNDECODABLE
+        try:
+            fields = kinds[data[0] % len(kinds)].model_validate(document)
+            if isinstance(fields, GenerationFields):
+                fields.check_together()
+                sampling = fields.to_sampling(
+                    max_tokens=fields.max_tokens or 1, logprobs=None, grammar=fields.to_grammar()
+                )
+                sampling.validate(VOCAB_SIZE)
+            if isinstance(fields, ChatCompletionRequest):
+                fields.to_tools()
+        except ValidationError:
+            return "InvalidRequestError"  # which the application makes of it
+        except DsparkError as error:
+            return type(error).__name__
+        return ACCEPTED
+
+    def mutate(data: bytes, rng: random.Random) -> bytes:
+        try:
+            document = mutate_document(json.loads(data[1:]), rng)
+            return data[:1] + json.dumps(document).encode()
+        except (ValueError, RecursionError):
+            return data
+
+    seeds = [
+        bytes([index]) + json.dumps(body).encode()
+        for index, bodies in enumerate(HTTP_BODIES.values())
+        for body in bodies
+    ]
+    return Loaded(check, seeds, mutate)
+
+
 def _mutated(kind: type[Message], data: bytes, rng: random.Random) -> bytes:
     try:
         message = kind.FromString(data)
@@ -287,6 +394,10 @@ SURFACES = {
     "drafter": Surface(
         ("cluster.rpc.draft_messages", "cluster.rpc.tensors", "cluster.speculation.proposal"),
         _drafter,
+    ),
+    "http": Surface(
+        ("cluster.api.fields", "cluster.chat.fields", "cluster.api.chat", "cluster.chat.tools"),
+        _http,
     ),
     "config": Surface(("cluster.config", "cluster.section", "cluster.security.api_keys"), _config),
 }

@@ -10,7 +10,7 @@ from cluster.cli.drafters import note, positive
 if TYPE_CHECKING:
     from cluster.bench.report import Report
 
-_SURFACES = ("client", "drafter", "config")
+_SURFACES = ("client", "http", "drafter", "config")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
