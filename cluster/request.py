@@ -88,7 +88,8 @@ class SamplingParams:
         include_stop_str_in_output: the text ends behind a stop string instead of in front of it.
         allowed_token_ids: the only tokens of an output, its end included; empty: all.
         bad_words: texts that no output holds as the tokenizer writes them.
-        grammar: what the output must be. Where it allows nothing but an end, ``min_tokens`` yields.
+        grammar: what the output must be, up to its end-of-sequence token. Where it allows nothing
+            but that, ``min_tokens`` yields.
     """
 
     temperature: float = 1.0
@@ -176,10 +177,6 @@ class SamplingParams:
         _check_strings("sampling.bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
         if self.grammar is not None:
             self.grammar.validate()
-            if self.ignore_eos:
-                raise InvalidRequestError(
-                    "sampling.ignore_eos", "a grammar ends with the end-of-sequence token"
-                )
 
 
 @dataclass(frozen=True, kw_only=True)

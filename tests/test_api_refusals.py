@@ -6,6 +6,7 @@ import json
 import typing
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from cluster.errors import (
     QueueFullError,
     ReplicaLostError,
 )
+from cluster.grammar import Grammar, GrammarKind
 from cluster.rpc.router import RouterServer
 from cluster.security.api_keys import hash_key
 from cluster.security.authenticator import Authenticator
@@ -530,6 +532,49 @@ def test_the_grammar_of_calls_with_a_text(
         assert compiler.compile(grammar).accept([*tokenizer.encode(text), end]), text
     for text in bad:
         assert not compiler.compile(grammar).accept([*tokenizer.encode(text), end]), text
+
+
+ITEM = '{"x": "<tool_call>"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "good", "bad"),
+    [
+        (
+            Grammar(GrammarKind.JSON_SCHEMA, '{"properties": {"x": {}}, "required": ["x"]}'),
+            [ITEM, CALL, f"{CALL}\n{CALL}", f"{CALL}\n{TEXT}", TEXT],
+            ["", "hi", "{}", ITEM + CALL, CALL + ITEM, CALL.replace('"a"', '"b"')],
+        ),
+        (Grammar(GrammarKind.REGEX, "a/[bc]|d"), ["a/b", "d", CALL], ["", "ab", f"d{CALL}"]),
+        (
+            Grammar(GrammarKind.LARK, 'start: "call" "x"\n%ignore / +/'),
+            ["call  x", CALL, TEXT],
+            ["call", f"{CALL} x", "call xx"],
+        ),
+    ],
+)
+def test_an_answer_is_calls_or_what_it_must_be_without(
+    content: Grammar, good: list[str], bad: list[str]
+) -> None:
+    functions = [FunctionTool(name=name, parameters=SCHEMA) for name in ("f", "run")]
+    use = ToolUse(functions, False, True, {"run": 'start: "a+a"'}, content)
+    tokenizer = small_tokenizer()
+    end = tokenizer.eos_token_id
+    compiler = GrammarCompiler(Vocabulary(tokenizer, 300, (end,)), has_end=True)
+    for text in good:
+        assert compiler.compile(use.to_grammar()).accept([*tokenizer.encode(text), end]), text
+        for size in (1, 3, 1000):
+            reader = use.reader()
+            parts: list[str | ToolCall] = []
+            for start in range(0, len(text), size):
+                parts += reader.push(text[start : start + size])
+            parts += reader.finish("")
+            read = "".join(part for part in parts if isinstance(part, str))
+            assert read == ("" if text.startswith("<tool_call>") else text)
+    for text in bad:
+        assert not compiler.compile(use.to_grammar()).accept([*tokenizer.encode(text), end]), text
+    must = replace(use, must_call=True)
+    assert must.to_grammar() == replace(must, content=None).to_grammar()
 
 
 @pytest.mark.parametrize("mode", ["auto", "required"])

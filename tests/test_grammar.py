@@ -95,6 +95,15 @@ def test_masks_of_a_block_are_those_of_its_tokens_one_by_one(
             assert token_id == 0 or stepped.accept([token_id])
         assert matcher.accept(tokens[start : start + 3])
     assert int(alone.sum()) == 1  # nothing but the end may follow
+    # Behind the end, where an output ignores it, anything.
+    rows = masks.of([(stepped, [0, 5, 7])], num_positions=4, vocab_size=4096)
+    assert bool(rows[1:].all())
+    assert stepped.accept([0])
+    for drafts in ([], [5, 7]):
+        assert bool(masks.of([(stepped, drafts)], num_positions=3, vocab_size=4096).all())
+    assert stepped.accept([5, 7])
+    assert compiler.compile(PERSON_GRAMMAR).accept([*tokens, 5, 7])
+    assert stepped.error is None
 
 
 def test_behind_a_guess_that_is_not_allowed_nothing_is_held_back(
@@ -149,7 +158,6 @@ def test_size_and_contradictions_are_checked_without_compiling() -> None:
     for params in (
         SamplingParams(grammar=regex("a" * (MAX_GRAMMAR_CHARS + 1))),
         SamplingParams(grammar=regex("")),
-        SamplingParams(grammar=DIGITS, ignore_eos=True),
     ):
         with pytest.raises(InvalidRequestError):
             params.validate(100)
@@ -346,6 +354,12 @@ def test_an_output_that_is_resumed_goes_on_in_its_grammar(
         [request_of("r", tokenizer, DIGITS, seed=3, resume_token_ids=half)],
     )["r"]
     assert [*half, *rest.token_ids] == whole.token_ids
+    beyond = {"ignore_eos": True, "max_tokens": len(whole.token_ids) + 9, "seed": 3}
+    longer = run(engine, [request_of("l", tokenizer, DIGITS, **beyond)])["l"].token_ids
+    assert longer[: len(whole.token_ids)] == whole.token_ids
+    held = tuple(longer[:-4])
+    rest = run(engine, [request_of("b", tokenizer, DIGITS, resume_token_ids=held, **beyond)])["b"]
+    assert [*held, *rest.token_ids] == longer
     with pytest.raises(InvalidRequestError) as caught:
         engine.add_request(request_of("x", tokenizer, GREETING, resume_token_ids=half))
     assert caught.value.field == "resume_token_ids"

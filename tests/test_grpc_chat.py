@@ -283,6 +283,20 @@ def test_a_call_that_is_cut_off_is_no_content(
     assert len(mine.token_ids) == max_tokens
 
 
+def test_content_follows_its_grammar_where_tools_may_be_called(stub: Any) -> None:
+    (first,) = stub.Tokenize(inference_pb2.TokenizeRequest(text="a")).token_ids
+    sampling = {
+        **SEEDED,
+        "max_tokens": 40,
+        "grammar": common_pb2.Grammar(regex="[ab]{3}c"),
+        "logit_bias": {first: 100.0},
+    }
+    told = conversation(tools=[chat_pb2.Tool(**TOOL)])
+    (free,) = chat(stub, conversation=told, sampling=sampling)
+    assert re.fullmatch("[ab]{3}c", free.content)
+    assert (free.calls, free.finish_reason) == ([], common_pb2.FINISH_REASON_STOP)
+
+
 def resume(stub: Any, fields: dict[str, Any], held: list[int]) -> Answer:
     """What comes behind the tokens that the client holds."""
     request = inference_pb2.ChatRequest(
@@ -422,7 +436,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {
             "conversation": conversation(tools=[chat_pb2.Tool(**TOOL)]),
-            "sampling": {"grammar": common_pb2.Grammar(regex="a")},
+            "sampling": {"grammar": common_pb2.Grammar(regex="(a")},
         },
         "sampling.grammar",
     ),

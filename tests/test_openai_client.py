@@ -136,6 +136,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     },
     "logprobs": {**GREEDY, "logprobs": 3},
     "grammar": {**SEEDED, "structured_outputs": {"regex": GRAMMAR}, "max_tokens": 40},
+    "grammar_ignoring_eos": {
+        **SEEDED,
+        "structured_outputs": {"regex": "[a-c]{2}-[0-9]{3} "},
+        "ignore_eos": True,
+        "max_tokens": 40,
+    },
     "stop": {**GREEDY, "stop": ["(", "\n"]},
     "n": {**SEEDED, "n": 3},
     "min_p": {**SEEDED, "min_p": 0.2},
@@ -216,6 +222,9 @@ def test_features_do_what_they_say(client: OpenAI) -> None:
     matched = complete(client, **FEATURES["grammar"]).choices[0]
     assert re.fullmatch(GRAMMAR, matched.text)
     assert matched.finish_reason == "stop"
+    beyond = complete(client, **FEATURES["grammar_ignoring_eos"], return_token_ids=True).choices[0]
+    assert re.match("[a-c]{2}-[0-9]{3} ", beyond.text)
+    assert (len(beyond.token_ids), beyond.finish_reason) == (40, "length")
     short = complete(client, **GREEDY, max_tokens=2)
     assert short.choices[0].finish_reason == "length"
     assert short.usage.completion_tokens == 2
@@ -654,6 +663,44 @@ def test_calls_that_must_be_made(client: OpenAI, choice: Any, fields: dict[str, 
     assert deltas[-1].finish_reason == "tool_calls"
 
 
+@pytest.mark.parametrize("fields", ONE_FAST)
+def test_content_follows_its_schema_where_tools_may_be_called(
+    server: ApiServer, client: OpenAI, fields: dict[str, Any]
+) -> None:
+    """Its first token makes an answer one or the other."""
+    schema = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": Person.model_json_schema()},
+    }
+    request = {**fields, "tools": [CITY_TOOL], "response_format": schema}
+    for begin, calls in (("{", False), ("<", True)):
+        first = post(server, "/tokenize", {"prompt": begin})[1]["tokens"][0]
+        found = set()
+        for mode in ("auto", "off"):
+            message = (
+                chat(
+                    client,
+                    **request,
+                    logit_bias={str(first): 100.0},
+                    parallel_tool_calls=False,
+                    max_completion_tokens=120,
+                    speculation=mode,
+                )
+                .choices[0]
+                .message
+            )
+            if calls:
+                assert message.content is None
+                (call,) = message.tool_calls
+                assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+                found.add(call.function.arguments)
+            else:
+                assert message.tool_calls is None
+                Person.model_validate_json(message.content)
+                found.add(message.content)
+        assert len(found) == 1
+
+
 @pytest.mark.slow
 def test_calls_that_may_be_made(server: ApiServer, client: OpenAI) -> None:
     """The small model never calls; a conversation goes on behind calls and their results."""
@@ -785,7 +832,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "response_format",
     ),
     ({"response_format": {"type": "xml"}}, "response_format"),
-    ({"ignore_eos": True, "response_format": {"type": "json_object"}}, "ignore_eos"),
 ]
 REFUSED_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
@@ -807,7 +853,16 @@ REFUSED_CHATS: list[tuple[dict[str, Any], str]] = [
         },
         "tool_choice",
     ),
-    ({"tools": [CITY_TOOL], "response_format": {"type": "json_object"}}, "response_format"),
+    (
+        {
+            "tools": [CITY_TOOL],
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"uniqueItems": True}},
+            },
+        },
+        "response_format",
+    ),
     (
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "foo"}}}]},
         "tools",

@@ -125,10 +125,9 @@ class ChatCompletions:
         tools, tool_choice, parallel_tool_calls = fields.to_tools()
         with client_fields(_names(fields)):
             prompt = await ChatPrompt.of(
+                router,
                 fields,
                 sampling,
-                template=router.chat_template,
-                encoder=router.encoder,
                 tools=tools,
                 tool_choice=tool_choice,
                 parallel_tool_calls=parallel_tool_calls,

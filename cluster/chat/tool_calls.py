@@ -54,13 +54,23 @@ class ToolCallReader:
     Args:
         text_tools: names of tools that are called with a text as it is.
         must_call: the answer is calls and nothing else.
+        reads_text: calls may stand in text; if not, an answer that does not begin with one is
+            content, whatever it holds.
     """
 
-    def __init__(self, text_tools: Collection[str] = (), *, must_call: bool = False) -> None:
+    def __init__(
+        self,
+        text_tools: Collection[str] = (),
+        *,
+        must_call: bool = False,
+        reads_text: bool = True,
+    ) -> None:
         self._must_call = must_call
+        self._reads_text = reads_text
         self._heads = {BEGIN + text_head(name): name for name in text_tools}
         self._held = ""
         self._is_behind_call = False  # directly: the line's end belongs to the call
+        self._is_content = False  # all of the rest
 
     def push(self, text: str) -> list[str | ToolCall]:
         """What became certain with more text."""
@@ -71,8 +81,10 @@ class ToolCallReader:
                 self._held = self._held.removeprefix("\n")
                 self._is_behind_call = False
             start = self._held.find(BEGIN)
-            if start < 0:
-                kept = _partial_length(self._held, BEGIN)
+            if start != 0 and not self._reads_text and not BEGIN.startswith(self._held):
+                start, self._is_content = -1, True
+            if start < 0 or self._is_content:
+                kept = 0 if self._is_content else _partial_length(self._held, BEGIN)
                 _add_content(found, self._held[: len(self._held) - kept])
                 self._held = self._held[len(self._held) - kept :]
                 return found

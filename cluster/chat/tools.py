@@ -22,7 +22,7 @@ from cluster.chat.tool_calls import (
     ToolCallReader,
     text_head,
 )
-from cluster.engine.grammar import JSON_OPTIONS
+from cluster.engine.grammar import JSON_OPTIONS, nested
 from cluster.errors import InvalidRequestError
 from cluster.grammar import Grammar, GrammarKind
 
@@ -181,21 +181,25 @@ class ToolUse:
         must_call: the answer is calls and nothing else.
         may_repeat: more than one call.
         text_grammars: in Lark, by name, of those that are called with a text as it is.
+        content: what an answer without calls is; unset: any text, before and behind calls too.
     """
 
     functions: Sequence[FunctionTool]
     must_call: bool
     may_repeat: bool
     text_grammars: Mapping[str, str] = field(default_factory=dict)
+    content: Grammar | None = None
 
     def to_grammar(self) -> Grammar:
-        """What the answer may be."""
+        """What the answer may be. Raises: InvalidRequestError: ``content`` is broken."""
         begin = json.dumps(BEGIN)
         lines = [self._start()]
-        if not self.must_call:
+        if self._has_text:
             # Lazy: text ends where a call begins, so that none can be written in another form.
             lines += ["rest: TEXT", "TEXT: /(.|\\n)*/", f"trigger[lazy]: TEXT {begin}"]
             begin = "trigger"
+        elif self.content is not None and not self.must_call:
+            lines.append(f"content: {nested(self.content)}")
         bodies: dict[str, list[str]] = {"call": [], "last": []}
         for index, function in enumerate(self.functions):
             kind, body = self._body(function)
@@ -206,17 +210,24 @@ class ToolUse:
 
     def reader(self) -> ToolCallReader:
         """Of an answer."""
-        return ToolCallReader(self.text_grammars, must_call=self.must_call)
+        return ToolCallReader(
+            self.text_grammars, must_call=self.must_call, reads_text=self._has_text
+        )
+
+    @property
+    def _has_text(self) -> bool:
+        """Whether any text may stand before calls and behind them."""
+        return not self.must_call and self.content is None
 
     def _start(self) -> str:
         """The first rule: behind a ``call`` there may be more, the ``last`` one ends the answer."""
         are_last = {function.name in self.text_grammars for function in self.functions}
         call, last = ["call"] * (False in are_last), ["last"] * (True in are_last)
-        rest = [] if self.must_call else ["rest"]
-        if call and self.may_repeat and self.must_call:
+        if call and self.may_repeat:
+            if self._has_text:
+                return f"start: call* ({' | '.join([*last, 'rest'])})"
             call = ['call ("\\n" call)*' + ' ("\\n" last)?' * len(last)]
-        elif call and self.may_repeat:
-            return f"start: call* ({' | '.join(last + rest)})"
+        rest = [] if self.must_call else ["rest" if self.content is None else "content"]
         return f"start: {' | '.join(call + last + rest)}"
 
     def _body(self, function: FunctionTool) -> tuple[str, str]:

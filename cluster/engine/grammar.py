@@ -33,11 +33,18 @@ class GrammarMatcher:
     """Where one output stands in its grammar. Belongs to one thread at a time.
 
     Guarantees: ``fill_masks`` leaves it as it was; after ``accept`` of an output's tokens it is
-    in the same state however those tokens came about.
+    in the same state however those tokens came about. Behind an end-of-sequence token, where an
+    output that ignores it goes on, anything may come.
+
+    Args:
+        matcher: at the grammar's beginning.
+        eos_token_ids: tokens that end an output.
     """
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, eos_token_ids: Collection[int]) -> None:
         self._matcher = matcher
+        self._eos_token_ids = eos_token_ids
+        self._is_over = False
 
     @property
     def error(self) -> str | None:
@@ -46,7 +53,13 @@ class GrammarMatcher:
 
     def accept(self, token_ids: Sequence[int]) -> bool:
         """Commits output tokens; returns whether they follow the grammar."""
-        return self._matcher.consume_tokens(list(token_ids))
+        for token_id in token_ids:
+            if self._is_over:
+                break
+            if not self._matcher.consume_token(token_id):
+                return False
+            self._is_over = token_id in self._eos_token_ids and self._matcher.is_stopped()
+        return True
 
     def fill_masks(
         self, draft_token_ids: Sequence[int], masks: torch.Tensor, executor: LLExecutor
@@ -56,8 +69,11 @@ class GrammarMatcher:
         Args:
             draft_token_ids: k of them; position j is behind the first j.
             masks: ``[k+1, ceil(V/32)]`` int32 on the CPU, contiguous: bit i of word w is token
-                32w+i. Rows behind a token that cannot be accepted stay as they were.
+                32w+i. Rows behind a token that cannot be accepted, and behind the end, stay as
+                they were.
         """
+        if self._is_over:
+            return
         row_bytes = masks.shape[1] * masks.element_size()
         if not draft_token_ids:
             self._matcher.unsafe_compute_mask_ptr(masks.data_ptr(), row_bytes)
@@ -112,7 +128,7 @@ class GrammarCompiler:
             self._kept.move_to_end(grammar)
             if len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
-            return GrammarMatcher(kept.deep_copy())
+            return GrammarMatcher(kept.deep_copy(), self._vocabulary.eos_token_ids)
 
 
 class GrammarMasks:
@@ -179,6 +195,17 @@ def _source(grammar: Grammar) -> str:
         return LLMatcher.grammar_from_json_schema(grammar.source, overrides=JSON_OPTIONS)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(_FIELD, _one_line(f"the schema is not JSON: {error}")) from None
+
+
+def nested(grammar: Grammar) -> str:
+    """The grammar as a part of a rule of another one in Lark. Raises: InvalidRequestError."""
+    source = _source(grammar)
+    if grammar.kind is GrammarKind.LARK:
+        return f"%lark {{\n{source}\n}}"
+    (inner,) = json.loads(source)["grammars"]
+    if grammar.kind is GrammarKind.REGEX:
+        return f"%lark {{\n{inner['lark_grammar']}\n}}"
+    return f"%json {json.dumps(inner['json_schema'])}"
 
 
 def _one_line(message: str) -> str:

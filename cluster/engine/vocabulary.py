@@ -26,7 +26,7 @@ class Vocabulary:
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._eos_token_ids = sorted(eos_token_ids)
+        self.eos_token_ids = sorted(eos_token_ids)
         self._made: LLTokenizer | None = None
         self._lock = threading.Lock()
 
@@ -46,7 +46,7 @@ class Vocabulary:
                 self._made = LLTokenizer(
                     copy.to_str(),
                     n_vocab=self._vocab_size,
-                    eos_token=self._eos_token_ids or None,
+                    eos_token=self.eos_token_ids or None,
                 )
             return self._made
 

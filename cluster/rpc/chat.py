@@ -57,10 +57,9 @@ async def chat(
             sampling = replace(sampling, max_tokens=router.max_model_len)
         tools = tools_from_proto(request.conversation.tools)
         prompt = await ChatPrompt.of(
+            router,
             conversation_from_proto(request.conversation),
             sampling,
-            template=router.chat_template,
-            encoder=router.encoder,
             tools=tools,
             tool_choice=tool_choice_from_proto(request.tool_choice),
             parallel_tool_calls=(

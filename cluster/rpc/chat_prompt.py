@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cluster.chat.template import ChatFields, ChatTemplate
+from cluster.chat.template import ChatFields
 from cluster.chat.tool_calls import AnswerReader
 from cluster.chat.tools import CustomTool, Tool, ToolChoice, ToolUse, tool_use
 from cluster.errors import InvalidRequestError
 from cluster.request import SamplingParams
-from cluster.rpc.prompt import PromptEncoder
 
 if TYPE_CHECKING:
     from cluster.rpc.router import RouterServer
@@ -33,11 +32,10 @@ class ChatPrompt:
     @classmethod
     async def of(
         cls,
+        router: RouterServer,
         fields: ChatFields,
         sampling: SamplingParams,
         *,
-        template: ChatTemplate,
-        encoder: PromptEncoder,
         tools: Sequence[Tool | CustomTool] = (),
         tool_choice: ToolChoice | None = None,
         parallel_tool_calls: bool = True,
@@ -46,28 +44,30 @@ class ChatPrompt:
         """Checks, renders and tokenises.
 
         Args:
+            router: of the model that answers.
+            tools: that may be called; ``sampling.grammar`` is then for answers without calls.
             max_prompt_tokens: the last ones of the prompt that are kept; unset: all.
 
         Raises:
             InvalidRequestError: it names ``messages``, ``tools``, ``tool_choice`` or another field
                 of the template's, ``sampling.grammar``, or ``prompt`` where that is too long.
         """
+        template = router.chat_template
         use = tool_use(tools, tool_choice, may_repeat=parallel_tool_calls)
         if use is not None:
-            if sampling.grammar is not None:
-                raise InvalidRequestError(
-                    "sampling.grammar", "cannot go with tools that may be called"
-                )
             if not template.calls_tools:
                 raise InvalidRequestError(
                     "tools",
                     "the model's chat template has no tool calls in the form that is read here",
                 )
+            if sampling.grammar is not None:
+                await router.check_grammar(sampling.grammar)  # by itself, for errors
+                use = replace(use, content=sampling.grammar)
             sampling = replace(sampling, grammar=use.to_grammar())
         if template.stop:
             sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
         text = await template.render(fields, tools if use is not None else ())
-        token_ids = await encoder.encode(
+        token_ids = await router.encoder.encode(
             text, add_special_tokens=False, max_tokens=max_prompt_tokens
         )
         return cls(token_ids, sampling, use)

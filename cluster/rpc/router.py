@@ -23,6 +23,7 @@ from cluster.errors import (
     RequestCancelledError,
     RouterStoppingError,
 )
+from cluster.grammar import Grammar
 from cluster.metrics.router import RouterMetrics, RouterState
 from cluster.request import Priority, Request
 from cluster.routing.admission import Admission, Admitted
@@ -310,6 +311,11 @@ class RouterServer:
                         meter.chunk(chunk)
                         yield chunk
 
+    async def check_grammar(self, grammar: Grammar) -> None:
+        """Compiles a grammar, beside the event loop. Raises: InvalidRequestError."""
+        grammar.validate()
+        await asyncio.to_thread(self._grammars.compile, grammar)
+
     def _stopping_error(self) -> RouterStoppingError:
         return RouterStoppingError(f"router {self.router_id} is being stopped; ask another one")
 
@@ -360,7 +366,7 @@ class RouterServer:
             eos_token_ids=self.eos_token_ids,
         )
         if sampling.grammar is not None:
-            await asyncio.to_thread(self._grammars.compile, sampling.grammar)
+            await self.check_grammar(sampling.grammar)
         return request
 
     @contextmanager
