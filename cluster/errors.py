@@ -7,6 +7,7 @@
     ├── CheckpointError           model or drafter files on disk (names file and key)
     ├── DataError                 a file to learn or measure from (names file and line)
     ├── InvalidRequestError       a client's request (names the field)
+    │   └── ModelNotFoundError    it names a model that is not served here
     ├── QueueFullError            admission refused; carries when to retry
     ├── UnauthenticatedError      no API key, or one that is not known
     ├── PermissionDeniedError     known, but not allowed to do this
@@ -117,6 +118,10 @@ class InvalidRequestError(DsparkError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (InvalidRequestError, (self.field, self.message))
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The request names a model that is not served here."""
 
 
 class QueueFullError(DsparkError):

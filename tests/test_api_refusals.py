@@ -36,6 +36,7 @@ from cluster.errors import (
     ReplicaLostError,
 )
 from cluster.grammar import Grammar, GrammarKind
+from cluster.request import Priority
 from cluster.rpc.router import RouterServer
 from cluster.security.api_keys import hash_key
 from cluster.security.authenticator import Authenticator
@@ -412,6 +413,16 @@ def test_every_field_of_the_official_client_is_known(request_fields: Any, params
         except ValidationError as error:
             extra = {str(e["loc"][0]) for e in error.errors() if e["type"] == "extra_forbidden"}
             assert name not in extra or name in REFUSALS, name
+
+
+def test_priorities_are_names_or_vllm_s_numbers() -> None:
+    wanted = {"interactive": 1, "default": 2, "batch": 3, -7: 1, 0: 2, 4: 3}
+    for given, priority in wanted.items():
+        fields = CompletionRequest.model_validate({"prompt": "x", "priority": given})
+        assert fields.to_priority() == Priority(priority)
+    for wrong in ("urgent", 1.5, True):
+        with pytest.raises(ValidationError):
+            CompletionRequest.model_validate({"prompt": "x", "priority": wrong})
 
 
 def test_errors_have_statuses_and_tell_nothing_of_prompts() -> None:

@@ -13,7 +13,8 @@ import grpc
 import pytest
 from openai import OpenAI
 
-from cluster.errors import InvalidRequestError
+from cluster.errors import InvalidRequestError, ModelNotFoundError
+from cluster.rpc.client import Client
 from cluster.rpc.status import from_rpc_error
 from cluster.v1 import chat_pb2, common_pb2, inference_pb2, inference_pb2_grpc
 from tests.api_tools import ApiServer, serving
@@ -450,6 +451,30 @@ def test_what_is_wrong_is_named(stub: Any, fields: dict[str, Any], field: str) -
     error = from_rpc_error(caught.value)
     assert isinstance(error, InvalidRequestError)
     assert error.field == field
+
+
+def test_another_model_is_not_found(server: ApiServer, stub: Any) -> None:
+    sampling = common_pb2.SamplingParams(max_tokens=1)
+    for model in (MODEL, "other", ""):
+        generate = inference_pb2.GenerateRequest(text="x", model=model, sampling=sampling)
+        talk = inference_pb2.ChatRequest(
+            conversation=conversation(), model=model, sampling=sampling
+        )
+        for call, request in ((stub.Generate, generate), (stub.Chat, talk)):
+            if model == MODEL:
+                assert list(call(request, timeout=60))
+                continue
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(request, timeout=60))
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+            error = from_rpc_error(caught.value)
+            assert isinstance(error, ModelNotFoundError)
+            assert error.field == "model"
+            assert f"'{MODEL}' is" in str(error)
+    with Client(server.grpc_address) as client:
+        assert client.complete("x", max_tokens=1, model=MODEL)
+        with pytest.raises(ModelNotFoundError):
+            client.complete("x", max_tokens=1, model="other")
 
 
 def test_wrong_tokens_are_named(stub: Any) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from cluster.api.errors import ModelNotFoundError, to_client_field
+from cluster.api.errors import to_client_field
 from cluster.api.fields import GenerationFields
 from cluster.api.streaming import merged
 from cluster.errors import InvalidRequestError
@@ -110,12 +110,6 @@ class UsageCounter:
             length = self._stats.acceptance_length
             usage["speculation"] = {**vars(self._stats), "acceptance_length": round(length, 3)}
         return usage
-
-
-def check_model(router: RouterServer, model: str | None) -> None:
-    """Raises: ModelNotFoundError."""
-    if model is not None and model != router.model_name:
-        raise ModelNotFoundError("model", f"'{model}' is not served here; '{router.model_name}' is")
 
 
 async def generated(

@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 import cluster
-from cluster.api.answers import check_model
 from cluster.api.body import check_body
 from cluster.api.body_limit import BodyLimit
 from cluster.api.chat import ChatCompletionRequest, ChatCompletions
@@ -86,7 +85,7 @@ def _openai(router: RouterServer) -> APIRouter:
     @paths.get("/models/{name:path}")
     async def get_model(name: str) -> dict[str, Any]:
         """The model of that name."""
-        check_model(router, name)
+        router.check_model(name)
         return {**model, "max_model_len": router.max_model_len}
 
     @paths.post("/completions")

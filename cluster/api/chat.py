@@ -14,7 +14,6 @@ from cluster.api.answers import (
     ChoiceRecord,
     Envelope,
     UsageCounter,
-    check_model,
     client_fields,
     extensions,
     generated,
@@ -113,7 +112,7 @@ class ChatCompletions:
         cls, router: RouterServer, fields: ChatCompletionRequest, key: ApiKey
     ) -> ChatCompletions:
         """Checks, renders and tokenises. Raises: InvalidRequestError, ModelNotFoundError."""
-        check_model(router, fields.model)
+        router.check_model(fields.model)
         fields.check_together()
         if fields.top_logprobs is not None and not fields.logprobs:
             raise InvalidRequestError("top_logprobs", "needs logprobs: true")

@@ -13,7 +13,6 @@ from cluster.api.answers import (
     ChoiceRecord,
     Envelope,
     UsageCounter,
-    check_model,
     extensions,
     generated,
 )
@@ -83,7 +82,7 @@ class Completions:
     @classmethod
     async def of(cls, router: RouterServer, fields: CompletionRequest, key: ApiKey) -> Completions:
         """Checks and tokenises a request. Raises: InvalidRequestError, ModelNotFoundError."""
-        check_model(router, fields.model)
+        router.check_model(fields.model)
         fields.check_together()
         if fields.best_of is not None and fields.best_of < fields.n:
             raise InvalidRequestError("best_of", f"must be at least n ({fields.n})")

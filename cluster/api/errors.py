@@ -35,6 +35,7 @@ from cluster.errors import (
     DeadlineExceededError,
     DsparkError,
     InvalidRequestError,
+    ModelNotFoundError,
     PermissionDeniedError,
     QueueFullError,
     ReplicaLostError,
@@ -42,10 +43,6 @@ from cluster.errors import (
     UnauthenticatedError,
 )
 from cluster.rpc.status import client_message
-
-
-class ModelNotFoundError(InvalidRequestError):
-    """The request names a model that is not served here."""
 
 
 class RequestTooLargeError(DsparkError):

@@ -137,8 +137,9 @@ class GenerationFields(Fields):
     num_speculative_tokens: int | None = Field(
         default=None, description="most draft tokens of a round of this request; 0 is as off"
     )
-    priority: Literal["interactive", "default", "batch", 0] = Field(
-        default="default", description="who waits for whom; 0 is the default"
+    priority: Literal["interactive", "default", "batch"] | int = Field(
+        default="default",
+        description="who waits for whom; as vLLM's number: below 0, 0 and above it",
     )
     timeout_seconds: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="the request ends with 504 behind that time"
@@ -230,7 +231,11 @@ class GenerationFields(Fields):
 
     def to_priority(self) -> Priority:
         """Who waits for whom."""
-        return Priority[self.priority.upper()] if self.priority else Priority.DEFAULT
+        if isinstance(self.priority, str):
+            return Priority[self.priority.upper()]
+        if self.priority == 0:
+            return Priority.DEFAULT
+        return Priority.INTERACTIVE if self.priority < 0 else Priority.BATCH
 
     @property
     def grammar_field(self) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 
 from pydantic import Field
 
-from cluster.api.answers import check_model
 from cluster.chat.fields import Fields
 from cluster.chat.template import ChatFields, Message
 from cluster.chat.tools import AnyTool
@@ -46,7 +45,7 @@ class DetokenizeRequest(Fields):
 
 async def tokenize(router: RouterServer, fields: TokenizeRequest) -> dict[str, Any]:
     """Raises: InvalidRequestError, ModelNotFoundError."""
-    check_model(router, fields.model)
+    router.check_model(fields.model)
     if (fields.prompt is None) == (not fields.messages):
         raise InvalidRequestError("prompt", "either it or messages must be given")
     for name in _OF_MESSAGES if fields.prompt is not None else ():
@@ -77,5 +76,5 @@ async def tokenize(router: RouterServer, fields: TokenizeRequest) -> dict[str, A
 
 def detokenize(router: RouterServer, fields: DetokenizeRequest) -> dict[str, Any]:
     """Raises: InvalidRequestError, ModelNotFoundError."""
-    check_model(router, fields.model)
+    router.check_model(fields.model)
     return {"prompt": router.encoder.decode(fields.tokens, field="tokens")}

@@ -50,8 +50,9 @@ async def chat(
     Raises:
         DsparkError: as ``RouterServer.generate``; ``InvalidRequestError`` names the client's field.
     """
+    call = call_from_proto(request)
+    router.check_model(call.model)
     with conversation_fields():
-        call = call_from_proto(request)
         sampling = call.sampling
         if not request.sampling.HasField("max_tokens"):
             sampling = replace(sampling, max_tokens=router.max_model_len)

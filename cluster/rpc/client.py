@@ -79,9 +79,11 @@ class Client:
         request_id: unset: a random one.
         attempt: to be raised with each retry of the same request id.
         priority: who may wait for whom; see ``Priority``.
+        model: the one that must be served there; unset: whichever is.
 
     and raises:
         InvalidRequestError, QueueFullError, ReplicaLostError, DeadlineExceededError: the answer.
+        ModelNotFoundError: another model is served there.
         UnauthenticatedError: no API key, or an unknown one.
         ClusterStateError: no cluster answers at the address.
 
@@ -128,6 +130,7 @@ class Client:
         request_id: str = "",
         attempt: int = 0,
         priority: Priority = Priority.DEFAULT,
+        model: str | None = None,
         **sampling_fields: Any,
     ) -> Generator[Chunk, None, None]:
         """Streams the chunks of all choices. The request starts with the first ``next``; closing
@@ -142,6 +145,7 @@ class Client:
             request_id=request_id,
             attempt=attempt,
             priority=priority,
+            model=model,
         )
         resumption = Resumption(
             call, self._address, timeout_s=timeout_s, resume_timeout_s=self._resume_timeout_s
@@ -224,6 +228,7 @@ class AsyncClient:
         request_id: str = "",
         attempt: int = 0,
         priority: Priority = Priority.DEFAULT,
+        model: str | None = None,
         **sampling_fields: Any,
     ) -> AsyncGenerator[Chunk, None]:
         """Streams the chunks of all choices. The request starts with the first ``anext``; closing
@@ -238,6 +243,7 @@ class AsyncClient:
             request_id=request_id,
             attempt=attempt,
             priority=priority,
+            model=model,
         )
         resumption = Resumption(
             call, self._address, timeout_s=timeout_s, resume_timeout_s=self._resume_timeout_s

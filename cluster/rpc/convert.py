@@ -76,6 +76,7 @@ class GenerateCall:
         prompt: text or token ids.
         num_choices: n, 1..16.
         resume_token_ids: empty unless ``num_choices`` is 1.
+        model: its name, if the client gave one.
         truncate_prompt_tokens: as for ``cluster.rpc.prompt.kept_tokens``.
     """
 
@@ -88,6 +89,7 @@ class GenerateCall:
     attempt: int
     priority: Priority = Priority.DEFAULT
     truncate_prompt_tokens: int | None = None
+    model: str | None = None
 
 
 def generate_call_from_proto(message: inference_pb2.GenerateRequest) -> GenerateCall:
@@ -129,6 +131,7 @@ def call_from_proto(
         truncate_prompt_tokens=(
             message.truncate_prompt_tokens if message.HasField("truncate_prompt_tokens") else None
         ),
+        model=message.model if message.HasField("model") else None,
     )
 
 
@@ -154,6 +157,8 @@ def generate_call_to_proto(call: GenerateCall) -> inference_pb2.GenerateRequest:
     _assign(message, "priority", call.priority)
     if call.truncate_prompt_tokens is not None:
         _assign(message, "truncate_prompt_tokens", call.truncate_prompt_tokens)
+    if call.model is not None:
+        _assign(message, "model", call.model)
     return message
 
 

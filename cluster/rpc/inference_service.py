@@ -38,6 +38,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Streams the request's chunks."""
         try:
             call = generate_call_from_proto(request)
+            self._router.check_model(call.model)
             _take_place(context)
             headers = ((ROUTER_HEADER, self._router.router_id),)
             stream = self._router.generate(

@@ -19,6 +19,7 @@ from cluster.engine.grammar import GrammarCompiler
 from cluster.engine.vocabulary import Vocabulary
 from cluster.errors import (
     InvalidRequestError,
+    ModelNotFoundError,
     QueueFullError,
     RequestCancelledError,
     RouterStoppingError,
@@ -310,6 +311,13 @@ class RouterServer:
                         admitted.advance(chunk.choice_index, len(chunk.token_ids))
                         meter.chunk(chunk)
                         yield chunk
+
+    def check_model(self, model: str | None) -> None:
+        """Raises: ModelNotFoundError: it is given, and not the one that is served."""
+        if model is not None and model != self.model_name:
+            raise ModelNotFoundError(
+                "model", f"'{model}' is not served here; '{self.model_name}' is"
+            )
 
     async def check_grammar(self, grammar: Grammar) -> None:
         """Compiles a grammar, beside the event loop. Raises: InvalidRequestError."""

@@ -7,6 +7,7 @@ field is wrong), and a full queue carries ``google.rpc.RetryInfo``:
 error                   code                  reason
 ======================  ====================  ==================
 InvalidRequestError     INVALID_ARGUMENT      INVALID_REQUEST
+ModelNotFoundError      NOT_FOUND             MODEL_NOT_FOUND
 QueueFullError          RESOURCE_EXHAUSTED    QUEUE_FULL
 UnauthenticatedError    UNAUTHENTICATED       UNAUTHENTICATED
 PermissionDeniedError   PERMISSION_DENIED     PERMISSION_DENIED
@@ -38,6 +39,7 @@ from cluster.errors import (
     DeadlineExceededError,
     DsparkError,
     InvalidRequestError,
+    ModelNotFoundError,
     PermissionDeniedError,
     QueueFullError,
     ReplicaLostError,
@@ -60,6 +62,12 @@ class _Kind(NamedTuple):
 
 
 _KINDS = (
+    _Kind(  # before the class that it is one of
+        ModelNotFoundError,
+        grpc.StatusCode.NOT_FOUND,
+        "MODEL_NOT_FOUND",
+        lambda message, field, _: ModelNotFoundError(field, message.removeprefix(f"{field}: ")),
+    ),
     _Kind(
         InvalidRequestError,
         grpc.StatusCode.INVALID_ARGUMENT,
