@@ -110,7 +110,7 @@ def test_text_lengths_cut_the_text_by_token(client: Client) -> None:
         ([5_000_000], "prompt.token_ids", {}),
         (PROMPT, "sampling.temperature", {"temperature": float("nan")}),
         (PROMPT, "sampling.temperature", {"temperature": -1.0}),
-        (PROMPT, "sampling.max_tokens", {"max_tokens": 0}),
+        (PROMPT, "sampling.max_tokens", {"max_tokens": -5}),
     ],
 )
 def test_bad_input_names_the_field(
