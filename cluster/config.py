@@ -305,6 +305,10 @@ class RouterConfig(Section):
     chat_template: str | None = Field(
         default=None, description="a Jinja file; chatml, where the tokenizer has none; unset: its"
     )
+    trust_request_chat_template: bool = Field(
+        default=False,
+        description="render templates that clients send; they may take any time to render",
+    )
     max_metadata_kb: int = Field(default=16, ge=1, description="headers of one call")
     max_streams_per_connection: int = Field(
         default=1024, ge=1, description="further ones wait, or are refused"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import typing
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,8 +23,8 @@ from cluster.api.chat import ChatCompletionRequest
 from cluster.api.completions import CompletionRequest
 from cluster.api.errors import error_response
 from cluster.api.fields import StructuredOutputs
-from cluster.chat.fields import REFUSALS
-from cluster.chat.template import CHATML, ChatTemplate, read_template
+from cluster.chat.fields import NOT_SERVED, REFUSALS
+from cluster.chat.template import CHATML, ChatFields, ChatTemplate, read_template
 from cluster.chat.tool_calls import ToolCall, ToolCallReader
 from cluster.chat.tools import AllowedToolsChoice, FunctionTool, Tool, ToolUse, tool_use
 from cluster.engine.grammar import GrammarCompiler
@@ -50,6 +51,7 @@ async def door(
     authenticator: Authenticator | None = None,
     *,
     chat_template: str | None = None,
+    trust: bool = False,
     **app: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
     router = RouterServer(
@@ -60,6 +62,7 @@ async def door(
         wait_s=0.05,
         authenticator=authenticator,
         chat_template=chat_template,
+        trust_request_chat_template=trust,
     )
     transport = httpx.ASGITransport(app=create_app(router, **app), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
@@ -105,7 +108,13 @@ async def test_a_model_without_a_template_has_no_chat() -> None:
 
 def test_chatml_is_only_for_tokenizers_without_a_template(tmp_path: Path) -> None:
     tokenizer = small_tokenizer()
-    assert ChatTemplate(tokenizer, "chatml").calls_tools
+    fields = ChatFields.model_validate({"messages": MESSAGES})
+    chatml = ChatTemplate(tokenizer, "chatml")
+    assert chatml.calls_tools(fields)
+    assert chatml.stop(fields) == ("<|im_end|>",)
+    other = fields.model_copy(update={"chat_template": "{{ messages[0].content }}"})
+    assert not chatml.calls_tools(other)
+    assert chatml.stop(other) == ()
     tokenizer.chat_template = "{{ messages }}"
     with pytest.raises(ConfigError):
         ChatTemplate(tokenizer, "chatml")
@@ -378,6 +387,34 @@ async def test_what_asks_for_nothing_within_is_taken() -> None:
         assert (await client.post("/tokenize", json=plain)).is_success
 
 
+async def test_a_template_of_a_request_needs_trust() -> None:
+    body: dict[str, Any] = {
+        "messages": MESSAGES,
+        "chat_template": "{{ messages[0].content }}{{ y }}",
+    }
+    kwargs = {"chat_template_kwargs": {"y": "z"}}
+    paths = ("/v1/chat/completions", "/tokenize")
+    async with door(chat_template="chatml") as client:
+        for path in paths:
+            answer = await client.post(path, json=body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template")
+    async with door(trust=True) as client:  # the tokenizer has none
+        answer = await client.post("/tokenize", json={**body, **kwargs})
+        assert small_tokenizer().decode(answer.json()["tokens"]) == "xz"
+        for wrong in (
+            "{{",
+            "{{ messages.__class__.__mro__ }}",
+            "{% for x in range(10**9) %}{% endfor %}",
+        ):
+            answer = await client.post(
+                "/v1/chat/completions", json={**body, "chat_template": wrong}
+            )
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template")
+        for path in paths:
+            answer = await client.post(path, json={"messages": MESSAGES})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+
+
 async def test_a_minimum_beyond_the_context_says_so() -> None:
     async with door() as client:
         body = {"prompt": list(range(1, 42)), "min_tokens": 40, "max_tokens": 500}
@@ -413,6 +450,16 @@ def test_every_field_of_the_official_client_is_known(request_fields: Any, params
         except ValidationError as error:
             extra = {str(e["loc"][0]) for e in error.errors() if e["type"] == "extra_forbidden"}
             assert name not in extra or name in REFUSALS, name
+
+
+def test_the_documentation_lists_what_is_refused() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    table = text.split("Refused by name are")[1].split("\n\n")[1]
+    named = {
+        name for row in table.splitlines() for name in re.findall(r"`(\w+)[`:]", row.split("|")[1])
+    }
+    values = {"messages", "text", "auto", "default", "medium"}
+    assert named - values == {*NOT_SERVED, "chat_template"}
 
 
 def test_priorities_are_names_or_vllm_s_numbers() -> None:

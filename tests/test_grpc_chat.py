@@ -432,6 +432,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "tool_choice",
     ),
     ({"n": 17}, "n"),
+    ({"conversation": conversation(template="x")}, "conversation.template"),
     ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
     ({"sampling": {"temperature": -1}}, "sampling.temperature"),
     (

@@ -149,6 +149,7 @@ def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
         tokenizer_digest=tokenizer_digest(target.model),
         router_id=router_id,
         chat_template=read_template(config.router.chat_template),
+        trust_request_chat_template=config.router.trust_request_chat_template,
         max_queued_tokens=config.router.max_queued_tokens,
         queue_timeout_s=config.router.queue_timeout_s,
         policy=POLICIES[config.router.replica_choice],

@@ -16,6 +16,7 @@ _OF_MESSAGES = (
     "tools",
     "add_generation_prompt",
     "continue_final_message",
+    "chat_template",
     "chat_template_kwargs",
     "reasoning_effort",
 )

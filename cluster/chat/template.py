@@ -174,6 +174,11 @@ class ChatFields(Fields):
     reasoning_effort: str | None = Field(
         default=None, description="where the model's template knows it"
     )
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="instead of the model's, where router.trust_request_chat_template allows it",
+    )
 
 
 class ChatTemplate:
@@ -182,20 +187,29 @@ class ChatTemplate:
     Args:
         tokenizer: the target's.
         configured: ``chatml``, the text of a template, or ``None`` for the tokenizer's own.
+        trusts_requests: those that come with requests are rendered: in transformers' sandbox, but
+            in any time that they take.
 
     Raises:
         ConfigError: ``chatml`` is asked for, and the tokenizer has a template of its own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, configured: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        configured: str | None = None,
+        *,
+        trusts_requests: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
-        self.stop: tuple[str, ...] = ()
+        self._trusts_requests = trusts_requests
+        self._stop: tuple[str, ...] = ()
         own = tokenizer.chat_template
         if configured == "chatml":
             if own:
                 raise ConfigError("router.chat_template", "the tokenizer has one of its own")
             self._template: str | dict[str, str] | None = CHATML
-            self.stop = (_CHATML_END,)  # which the model need not know as a token
+            self._stop = (_CHATML_END,)  # which the model need not know as a token
         else:
             self._template = configured or own
 
@@ -204,15 +218,23 @@ class ChatTemplate:
         """Whether conversations can be rendered at all."""
         return self._template is not None
 
-    @property
-    def calls_tools(self) -> bool:
+    def stop(self, fields: ChatFields) -> tuple[str, ...]:
+        """Strings that end an answer."""
+        return self._stop if fields.chat_template is None else ()
+
+    def calls_tools(self, fields: ChatFields) -> bool:
         """Whether the template tells of tools, and of calls in the form that is read here."""
-        text = json.dumps(self._template)
+        text = json.dumps(fields.chat_template or self._template)
         return BEGIN in text and "tools" in text and not any(form in text for form in _OTHER_FORMS)
 
     async def render(self, fields: ChatFields, tools: Sequence[Tool | CustomTool] = ()) -> str:
         """The prompt. Raises: InvalidRequestError."""
-        if self._template is None:
+        if fields.chat_template is not None and not self._trusts_requests:
+            raise InvalidRequestError(
+                "chat_template", "is not served: router.trust_request_chat_template is not set"
+            )
+        template = fields.chat_template or self._template
+        if template is None:
             raise InvalidRequestError(
                 "messages",
                 "the model has no chat template: use /v1/completions, or configure "
@@ -227,7 +249,6 @@ class ChatTemplate:
             {"type": "function", "function": tool.definition.model_dump(exclude_unset=True)}
             for tool in tools
         ]
-        template = self._template
         if isinstance(template, dict):
             template = self._tokenizer.get_chat_template(None, described or None)
         variables = _variables(fields, settable_variables(template))
@@ -252,7 +273,8 @@ class ChatTemplate:
             TypeError,
             ValueError,
         ) as error:
-            raise InvalidRequestError("messages", f"the chat template refuses: {error}") from None
+            field = "messages" if fields.chat_template is None else "chat_template"
+            raise InvalidRequestError(field, f"the chat template refuses: {error}") from None
 
 
 def read_template(configured: str | None) -> str | None:

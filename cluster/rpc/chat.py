@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Fields of ``cluster.chat`` as our own clients write them.
 _FIELD_NAMES = {
+    "chat_template": "conversation.template",
     "chat_template_kwargs": "conversation.template_variables",
     "continue_final_message": "conversation.continue_final_message",
     "messages": "conversation.messages",

@@ -62,6 +62,8 @@ def conversation_from_proto(message: chat_pb2.Conversation) -> ChatFields:
         )
     if message.reasoning_effort:
         given["reasoning_effort"] = message.reasoning_effort
+    if message.HasField("template"):
+        given["chat_template"] = message.template
     try:
         return ChatFields(messages=[_message(entry) for entry in message.messages], **given)
     except ValidationError as error:

@@ -55,7 +55,7 @@ class ChatPrompt:
         template = router.chat_template
         use = tool_use(tools, tool_choice, may_repeat=parallel_tool_calls)
         if use is not None:
-            if not template.calls_tools:
+            if not template.calls_tools(fields):
                 raise InvalidRequestError(
                     "tools",
                     "the model's chat template has no tool calls in the form that is read here",
@@ -64,8 +64,7 @@ class ChatPrompt:
                 await router.check_grammar(sampling.grammar)  # by itself, for errors
                 use = replace(use, content=sampling.grammar)
             sampling = replace(sampling, grammar=use.to_grammar())
-        if template.stop:
-            sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
+        sampling = replace(sampling, stop=(*sampling.stop, *template.stop(fields)))
         text = await template.render(fields, tools if use is not None else ())
         token_ids = await router.encoder.encode(
             text, add_special_tokens=False, max_tokens=max_prompt_tokens

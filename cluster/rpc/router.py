@@ -72,6 +72,7 @@ class RouterServer:
         tokenizer_digest: hex SHA-256; replicas that name another are not used. Empty: all are.
         router_id: unique in the cluster; unset: a random one.
         chat_template: ``chatml``, the text of a template, or ``None`` for the tokenizer's own.
+        trust_request_chat_template: render templates that come with requests, in their time.
         max_queued_tokens: bound on admitted work (``Admission``).
         queue_timeout_s: a request that a replica has not begun after so long is refused; unset:
             never.
@@ -101,6 +102,7 @@ class RouterServer:
         tokenizer_digest: str = "",
         router_id: str | None = None,
         chat_template: str | None = None,
+        trust_request_chat_template: bool = False,
         max_queued_tokens: int = 1_000_000,
         queue_timeout_s: float | None = None,
         policy: ChoicePolicy | None = None,
@@ -121,7 +123,9 @@ class RouterServer:
         self.router_id = router_id or f"router-{uuid.uuid4().hex[:12]}"
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(tokenizer, max_model_len)
-        self.chat_template = ChatTemplate(tokenizer, chat_template)
+        self.chat_template = ChatTemplate(
+            tokenizer, chat_template, trusts_requests=trust_request_chat_template
+        )
         self.vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_ids)
         self.model_name = model_name
         self._grammars = GrammarCompiler(self.vocabulary, has_end=bool(eos_token_ids))
