@@ -124,6 +124,10 @@ class FakeEngineLoop:
         )
 
     @property
+    def active_ids(self) -> list[str]:
+        return list(self._active)
+
+    @property
     def num_active(self) -> int:
         return len(self._active)
 

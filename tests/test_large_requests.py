@@ -12,6 +12,7 @@ import pytest
 
 from cluster.api.app import create_app
 from cluster.errors import QueueFullError
+from cluster.request import Request
 from tests.rpc_tools import Cluster, expected, gather_chunks, running_cluster, until
 
 
@@ -90,6 +91,28 @@ async def test_many_prompts_over_http_go_through_piece_by_piece() -> None:
         assert [choice["index"] for choice in choices] == list(range(300))
         assert {choice["finish_reason"] for choice in choices} == {"length"}
         assert answer.json()["usage"]["completion_tokens"] == 300
+
+
+async def test_a_large_request_leaves_room_in_the_queues() -> None:
+    """What has a place in the queue waits there for one of the two in the batch."""
+    async with running_cluster(max_num_seqs=42, step_s=0.002) as cluster:
+        loop = cluster.replicas[0].loop
+        running: set[str] = set()
+
+        def is_queued(request: Request) -> bool:
+            running.intersection_update(loop.active_ids)
+            if request.request_id not in running and len(running) < 2:
+                running.add(request.request_id)
+            return request.request_id not in running
+
+        loop.is_queued = is_queued
+        ours = asyncio.create_task(complete(cluster, prompt=["a"] * 20, n=8, max_tokens=4))
+        await until(lambda: len(loop.submitted) > 100)
+        await until(lambda: loop.num_active <= 24)
+        await gather_chunks(cluster.client, [7], max_tokens=1)
+        assert loop.num_active <= 24
+        assert not ours.done()
+        assert (await ours).status_code == 200
 
 
 async def test_what_the_router_never_queues_is_no_matter_of_waiting() -> None:

@@ -197,7 +197,7 @@ class Choice:
             self.on_lost()
             return
         if len(delta.token_ids) > num_known or delta.finish_reason:
-            self._siblings.begun()
+            self._siblings.begun(self)
             self._add(delta, num_known)
         if delta.HasField("error"):
             error = from_request_error(delta.error)

@@ -6,6 +6,9 @@ import asyncio
 import random
 from typing import Protocol
 
+# A large request keeps so many in queues at least; more where half of what they took is more.
+_MIN_QUEUED = 4
+
 
 class Resubmittable(Protocol):
     """Something that can be sent to a replica again; hashable by identity."""
@@ -18,13 +21,16 @@ class Siblings:
     """Lets a request that is larger than the queues of the replicas through piece by piece.
 
     Guarantees: a choice that every queue refused waits here while another one of its request is
-    under way, or has been; it is sent again when one of them has ended, and every second or so.
-    So a request is refused for full queues only before anything of it has begun. What waits here is
-    under the request's admission, and costs no replica anything. Belongs to one event loop.
+    under way, or has been; it is sent again as others begin and end, and every second or so. So a
+    request is refused for full queues only before anything of it has begun. From the first refusal
+    on it keeps at most half of what the queues took, so that others find room in them. What waits
+    here is under the request's admission, and costs no replica anything. Belongs to one event loop.
     """
 
     def __init__(self) -> None:
         self._under_way: set[Resubmittable] = set()
+        self._queued: set[Resubmittable] = set()  # those under way of which nothing has come
+        self._max_queued = _MIN_QUEUED
         self._waiting: dict[Resubmittable, None] = {}  # in the order of refusals
         self._has_begun = False
         self._timer: asyncio.TimerHandle | None = None
@@ -32,16 +38,21 @@ class Siblings:
     def submitted(self, choice: Resubmittable) -> None:
         """It was sent to a replica."""
         self._under_way.add(choice)
+        self._queued.add(choice)
 
-    def begun(self) -> None:
-        """Something came of one of them."""
+    def begun(self, choice: Resubmittable) -> None:
+        """Something came of it."""
         self._has_begun = True
+        self._queued.discard(choice)
+        self._resubmit()
 
     def refused(self, choice: Resubmittable, retry_after_s: float) -> bool:
         """No queue had room for it. Returns whether it waits here; else it has failed."""
         self._under_way.discard(choice)
+        self._queued.discard(choice)
         if not self._under_way and not self._has_begun:
             return False
+        self._max_queued = max(_MIN_QUEUED, len(self._queued) // 2)
         self._waiting[choice] = None
         if self._timer is None:
             self._start_timer(retry_after_s)
@@ -50,11 +61,12 @@ class Siblings:
     def finished(self, choice: Resubmittable) -> None:
         """It is through: what it took is free for one that waits."""
         self.withdraw(choice)
-        self._resubmit_one()
+        self._resubmit()
 
     def withdraw(self, choice: Resubmittable) -> None:
         """It has failed or is wanted no longer."""
         self._under_way.discard(choice)
+        self._queued.discard(choice)
         self._waiting.pop(choice, None)
         if not self._waiting and self._timer is not None:
             self._timer.cancel()
@@ -69,13 +81,12 @@ class Siblings:
 
     def _on_timer(self, delay_s: float) -> None:
         self._timer = None
-        self._resubmit_one()
+        self._resubmit()
         if self._waiting:
             self._start_timer(delay_s)
 
-    def _resubmit_one(self) -> None:
-        if not self._waiting:
-            return
-        choice = next(iter(self._waiting))
-        del self._waiting[choice]
-        choice.resubmit()
+    def _resubmit(self) -> None:
+        for _ in range(min(len(self._waiting), self._max_queued - len(self._queued))):
+            choice = next(iter(self._waiting))
+            del self._waiting[choice]
+            choice.resubmit()
