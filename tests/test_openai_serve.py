@@ -20,6 +20,7 @@ from cluster.cli.running import RunningCluster
 from cluster.config import ClusterConfig
 from cluster.metrics.catalogue import METRICS
 from cluster.rpc.client import Client
+from tests.engine_tools import ALWAYS
 from tests.metrics_tools import free_port, samples, value
 from tests.models import DRAFTER, TARGET
 from tests.promql_tools import alerts, panel_expressions, selectors
@@ -41,6 +42,11 @@ ANSWERS: dict[str, dict[str, Any]] = {
 
 
 METRICS_PORT = free_port()
+# Nothing waits for so fast a device; what pacing exports is there.
+PACE = {
+    "profile": str(Path(__file__).resolve().parents[1] / "deployments/profiles/h100-8b-tp1.yaml"),
+    "time_scale": 0.001,
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +66,10 @@ def cluster(collector: Collector) -> Iterator[RunningCluster]:
                 "max_model_len": 512,
                 "kv_cache_memory_mb": 32,
                 "enforce_eager": True,
+                "pace": PACE,
             },
-            "speculative": {"model": DRAFTER},
-            "drafter": {"dtype": "float32", "enforce_eager": True},
+            "speculative": {"model": DRAFTER, "draft_timeout_ms": 20_000, **ALWAYS},
+            "drafter": {"dtype": "float32", "enforce_eager": True, "pace": PACE},
             "router": {
                 "port": 0,
                 "metrics_port": METRICS_PORT,
@@ -132,8 +139,14 @@ def test_chat_errors_and_grammars_come_through(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model=MODEL, prompt=PROMPT, temperature=-1)
     assert caught.value.param == "temperature"
-    with pytest.raises(openai.RateLimitError) as limited:
-        client.completions.create(model=MODEL, prompt=[PROMPT] * 40, max_tokens=490, n=16)
+    fields: dict[str, Any] = {"model": MODEL, "max_tokens": 490, "n": 16}
+    with pytest.raises(openai.BadRequestError) as never_fits:
+        client.completions.create(prompt=[PROMPT] * 40, **fields)
+    assert never_fits.value.param == "prompt"
+    with closing(client.completions.create(prompt=[PROMPT] * 2, stream=True, **fields)) as stream:
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError) as limited:
+            client.completions.create(prompt=PROMPT, **fields)
     assert int(limited.value.response.headers["Retry-After"]) >= 1
 
 
@@ -186,24 +199,20 @@ def test_a_scrape_of_the_cluster_has_what_rules_and_dashboards_read(
     cluster: RunningCluster, client: OpenAI
 ) -> None:
     """At HTTP's `/metrics`, and at the router's own port."""
-    client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=40)
     for url in (f"{cluster.http_url}/metrics", f"http://127.0.0.1:{METRICS_PORT}/metrics"):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while True:
             with urllib.request.urlopen(url, timeout=10) as answer:
                 found = samples(answer.read())
-            if value(found, "vllm:generation_tokens_total") >= 40:
+            # How far confidences are off is known after some hundred of them.
+            if any(name == "dspark:calibration_error" for name, _ in found):
                 break
             assert time.monotonic() < deadline
+            client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=200)
         names = {name for name, _ in found}
         expressions = [*panel_expressions().values(), *(a["expr"] for a in alerts().values())]
         read = {name for text in expressions for name, _ in selectors(text)}
-        # Nothing is paced here; and how far confidences are off shows only after many rounds.
-        assert read - names <= {
-            "dspark:paced_passes_total",
-            "dspark:paced_overruns_total",
-            "dspark:calibration_error",
-        }
+        assert read <= names
         assert names <= {name for metric in METRICS for name in metric.sample_names}
         assert value(found, "vllm:spec_decode_num_accepted_tokens_total") > 0
         assert value(found, "dspark:drafter_rounds_total", outcome="answered") > 0
@@ -211,42 +220,29 @@ def test_a_scrape_of_the_cluster_has_what_rules_and_dashboards_read(
 
 
 def test_a_request_is_one_trace_over_three_processes(client: OpenAI, collector: Collector) -> None:
-    """Of the router and the replica always; of the drafter too, where it was asked."""
-    span_id = "d" * 16
-    deadline = time.monotonic() + 120
-    for number in range(1, 100):
-        assert time.monotonic() < deadline, collector.spans
-        trace_id = f"{number:032x}"
-        client.completions.create(
-            model=MODEL,
-            prompt=PROMPT,
-            max_tokens=60,
-            extra_headers={"traceparent": f"00-{trace_id}-{span_id}-01"},
-        )
-        spans = wait_for_spans(collector, trace_id)
-        (router,), (replica,) = spans["dspark-router"], spans["dspark-replica"]
-        assert (router.name, router.parent_span_id.hex()) == ("request", span_id)
-        assert (replica.name, replica.parent_span_id) == ("replica", router.span_id)
-        drafts = spans.get("dspark-drafter", [])
-        assert all((d.name, d.parent_span_id) == ("draft", replica.span_id) for d in drafts)
-        if drafts:  # a replica may decode plainly, and then asks no drafter
-            break
+    trace_id, span_id = "c" * 32, "d" * 16
+    client.completions.create(
+        model=MODEL,
+        prompt=PROMPT,
+        max_tokens=60,
+        extra_headers={"traceparent": f"00-{trace_id}-{span_id}-01"},
+    )
+    spans = wait_for_spans(collector, trace_id, count=3)
+    router, replica = spans["dspark-router"], spans["dspark-replica"]
+    drafter = spans["dspark-drafter"]
+    assert (router.name, router.parent_span_id.hex()) == ("request", span_id)
+    assert (replica.name, replica.parent_span_id) == ("replica", router.span_id)
+    assert (drafter.name, drafter.parent_span_id) == ("draft", replica.span_id)
 
 
-def wait_for_spans(collector: Collector, trace_id: str) -> dict[str, list[Received]]:
-    """A trace's spans by process; each sends what it has every five seconds."""
-    deadline = time.monotonic() + 30
-    complete_at = None
+def wait_for_spans(collector: Collector, trace_id: str, count: int) -> dict[str, Received]:
+    """A trace's spans by process, one of each; a process sends what it has every five seconds."""
+    deadline = time.monotonic() + 60
     while True:
-        spans: dict[str, list[Received]] = {}
-        for span in list(collector.spans):
-            if span.trace_id.hex() == trace_id:
-                spans.setdefault(span.service, []).append(span)
-        if len(spans) == 3:
+        found = [span for span in list(collector.spans) if span.trace_id.hex() == trace_id]
+        if len(found) >= count:
+            spans = {span.service: span for span in found}
+            assert len(spans) == len(found) == count, found
             return spans
-        if complete_at is None and {"dspark-router", "dspark-replica"} <= spans.keys():
-            complete_at = time.monotonic()
-        if complete_at is not None and time.monotonic() > complete_at + 6:
-            return spans
-        assert time.monotonic() < deadline, spans
+        assert time.monotonic() < deadline, found
         time.sleep(0.2)
