@@ -310,11 +310,15 @@ async def test_a_router_serves_once_a_replica_has_been_ready() -> None:
         assert cluster.router.is_ready
         running = health.Watch(health_pb2.HealthCheckRequest())
         assert (await running.read()).status == serving
+        # It waits for a replica, so that the router is not gone at once.
+        waiting = asyncio.create_task(gather_chunks(cluster.client, [1], timeout_s=20.0))
+        await until(lambda: cluster.router.num_active_requests == 1)
         stopping = asyncio.create_task(cluster.router.stop(grace_s=1.0))
         assert (await running.read()).status == not_serving
         assert not cluster.router.is_ready
         running.cancel()
         await stopping
+        waiting.cancel()
 
 
 async def test_routers_share_a_port() -> None:

@@ -16,6 +16,9 @@ from cluster.rpc.replica_pool import ReplicaPool
 from cluster.rpc.siblings import Siblings
 from cluster.v1 import inference_pb2
 
+# gRPC ends a call by a clock of its own, which started a little before ours.
+_DEADLINE_SLACK_S = 0.05
+
 
 class Generation:
     """The choices of one request, run at the same time.
@@ -92,7 +95,7 @@ class Generation:
                 self._changed.clear()
         finally:
             deadline = self.request.deadline
-            late = deadline is not None and time.monotonic() >= deadline
+            late = deadline is not None and time.monotonic() >= deadline - _DEADLINE_SLACK_S
             for choice in self._choices:
                 choice.cancel("deadline" if late else "cancelled")
 
