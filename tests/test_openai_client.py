@@ -668,10 +668,8 @@ def test_content_follows_its_schema_where_tools_may_be_called(
     server: ApiServer, client: OpenAI, fields: dict[str, Any]
 ) -> None:
     """Its first token makes an answer one or the other."""
-    schema = {
-        "type": "json_schema",
-        "json_schema": {"name": "x", "schema": Person.model_json_schema()},
-    }
+    closed = Person.model_json_schema() | {"additionalProperties": False}
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": closed}}
     request = {**fields, "tools": [CITY_TOOL], "response_format": schema}
     for begin, calls in (("{", False), ("<", True)):
         first = post(server, "/tokenize", {"prompt": begin})[1]["tokens"][0]
