@@ -243,7 +243,7 @@ def test_an_engine_under_a_trace(tiny: OwnSettings, prompts: str) -> None:
 
 
 def test_requests_that_fail_fail_the_suite(tiny: OwnSettings, prompts: str) -> None:
-    arrivals = [Arrival(0.0, 5, 4), Arrival(0.0, 5, 0)]
+    arrivals = [Arrival(0.0, 5, 4), Arrival(0.0, 5, -1)]
     report = load.run_trace(load.ENGINE, tiny, arrivals=arrivals, data=prompts, temperature=0.0)
     assert not report.passed
     assert report.figures["rows"][0]["failed"] == 1

@@ -200,7 +200,13 @@ async def _router(failures: list[str]) -> AsyncGenerator[tuple[RouterServer, str
 @asynccontextmanager
 async def _http_server(router: RouterServer) -> AsyncGenerator[str]:
     """The router's HTTP API; yields its URL."""
-    config = uvicorn.Config(create_app(router), host="127.0.0.1", port=0, log_level="critical")
+    config = uvicorn.Config(
+        create_app(router),
+        host="127.0.0.1",
+        port=0,
+        log_level="critical",
+        timeout_keep_alive=600,  # none is closed while the next request is on its way
+    )
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     while not server.started:
@@ -272,6 +278,8 @@ async def _count(counts: LiveCounts, call: Awaitable[str], sent: bytes = b"") ->
         outcome = await call
     except TimeoutError:
         outcome = "TIMEOUT"
+    except aiohttp.ClientError as error:
+        outcome = f"INTERNAL: {error!r}"
     if outcome.startswith(("INTERNAL: ", "TIMEOUT")):
         counts.untyped.append(f"{outcome} {sent!r}")
     counts.outcomes[outcome.partition(":")[0]] += 1
