@@ -99,6 +99,7 @@ def test_a_delayed_link_keeps_order_and_delays_both_ways() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.timeout(300)
 def test_the_suite_runs() -> None:
     shape = PipelineShape(

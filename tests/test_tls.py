@@ -367,7 +367,7 @@ async def test_nothing_secret_is_logged_at_debug(tmp_path, caplog, capfd) -> Non
                     await client.complete(WORDS, max_tokens=5, request_id=f"r{index}")
             await asyncio.sleep(1.0)  # the rate allows the next one then
             with pytest.raises(InvalidRequestError, match="max_tokens"):
-                await client.complete(WORDS, max_tokens=0)
+                await client.complete(WORDS, max_tokens=-1)
         with pytest.raises(UnauthenticatedError):
             await complete(cluster.router_address, cluster.credentials(wrong))
         for stranger in (Credentials(KEY), cluster.credentials(ca_file=cluster.ours.ca_file)):
