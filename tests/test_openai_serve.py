@@ -41,7 +41,6 @@ ANSWERS: dict[str, dict[str, Any]] = {
 }
 
 
-METRICS_PORT = free_port()
 # Nothing waits for so fast a device; what pacing exports is there.
 PACE = {
     "profile": str(Path(__file__).resolve().parents[1] / "deployments/profiles/h100-8b-tp1.yaml"),
@@ -56,7 +55,12 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def cluster(collector: Collector) -> Iterator[RunningCluster]:
+def metrics_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def cluster(collector: Collector, metrics_port: int) -> Iterator[RunningCluster]:
     config = ClusterConfig.parse(
         {
             "target": {
@@ -72,7 +76,7 @@ def cluster(collector: Collector) -> Iterator[RunningCluster]:
             "drafter": {"dtype": "float32", "enforce_eager": True, "pace": PACE},
             "router": {
                 "port": 0,
-                "metrics_port": METRICS_PORT,
+                "metrics_port": metrics_port,
                 "chat_template": "chatml",
                 "max_queued_tokens": 20_000,
             },
@@ -196,10 +200,10 @@ def idle(client: Client) -> None:
 
 
 def test_a_scrape_of_the_cluster_has_what_rules_and_dashboards_read(
-    cluster: RunningCluster, client: OpenAI
+    cluster: RunningCluster, client: OpenAI, metrics_port: int
 ) -> None:
     """At HTTP's `/metrics`, and at the router's own port."""
-    for url in (f"{cluster.http_url}/metrics", f"http://127.0.0.1:{METRICS_PORT}/metrics"):
+    for url in (f"{cluster.http_url}/metrics", f"http://127.0.0.1:{metrics_port}/metrics"):
         deadline = time.monotonic() + 60
         while True:
             with urllib.request.urlopen(url, timeout=10) as answer:
