@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from cluster.config import ClusterConfig
 from cluster.errors import DeadlineExceededError, InvalidRequestError
 from cluster.rpc.client import Chunk, Client
 from cluster.rpc.cluster_status import ReplicaStatus
+from tests.actor_processes import actors
 from tests.engine_tools import ALWAYS, serve_document
 from tests.models import DRAFTER, TARGET
 
@@ -144,7 +145,7 @@ def test_a_killed_drafter_costs_no_token(
     lost = _replica(client).drafters[0].drafter_id
     with _Stream(client, max_tokens=200, **SEEDED) as stream:
         stream.wait_for_tokens(20)
-        os.kill(_actor("ServeReplica:dspark:Drafter"), signal.SIGKILL)
+        os.kill(actors("ServeReplica:dspark:Drafter")[0], signal.SIGKILL)
     assert stream.token_ids == expected
     _wait_until(lambda: lost not in {d.drafter_id for d in _replica(client).drafters})
     wait_ready(cluster.address, config, time.monotonic() + RECOVERY_S)
@@ -169,7 +170,7 @@ def test_a_lost_replica_is_replaced_and_streams_go_on(
     expected = client.complete(PROMPT, max_tokens=160, **SEEDED)[0].token_ids
     replica = _replica(client)
     shards = [shard.pid for shard in replica.shards]
-    pid = shards[1] if part == "shard" else _actor("ServeReplica:dspark:TargetReplica")
+    pid = shards[1] if part == "shard" else actors("ServeReplica:dspark:TargetReplica")[0]
     with _Stream(client, max_tokens=160, **SEEDED) as stream:
         stream.wait_for_tokens(20)
         os.kill(pid, number)
@@ -186,13 +187,13 @@ def test_a_shard_that_stops_while_it_starts_is_replaced(
     cluster: RunningCluster, config: ClusterConfig
 ) -> None:
     wait_ready(cluster.address, config, time.monotonic() + RECOVERY_S)
-    former = _actors("Shard")
+    former = actors("Shard")
     os.kill(former[0], signal.SIGKILL)
-    _wait_until(lambda: set(_actors("Shard.")) - set(former))
-    (stopped, *_) = set(_actors("Shard.")) - set(former)
+    _wait_until(lambda: set(actors("Shard.")) - set(former))
+    (stopped, *_) = set(actors("Shard.")) - set(former)
     os.kill(stopped, signal.SIGSTOP)
     wait_ready(cluster.address, config, time.monotonic() + MAX_START_SILENCE_S + RECOVERY_S)
-    assert stopped not in _actors("Shard")
+    assert stopped not in actors("Shard")
 
 
 class _Stream:
@@ -238,21 +239,6 @@ class _Stream:
 
 def _replica(client: Client) -> ReplicaStatus:
     return next(replica for replica in client.status().replicas if replica.state == "ready")
-
-
-def _actor(title: str) -> int:
-    """The process of the first actor whose title begins so."""
-    return _actors(title)[0]
-
-
-def _actors(title: str) -> list[int]:
-    found = []
-    for process in find_descendants(os.getpid()):
-        with suppress(OSError):  # it has ended meanwhile
-            command = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode(errors="replace")
-            if command.startswith(f"ray::{title}"):
-                found.append(process.pid)
-    return found
 
 
 def _wait_until(condition: Any, timeout_s: float = 60.0) -> None:

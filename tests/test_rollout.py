@@ -27,7 +27,9 @@ from cluster.config import ClusterConfig
 from cluster.errors import RouterStoppingError
 from cluster.rpc.client import Client
 from cluster.rpc.cluster_status import ClusterStatus
+from tests.actor_processes import actors
 from tests.engine_tools import ALWAYS
+from tests.metrics_tools import free_port
 from tests.models import DRAFTER, TARGET
 
 pytestmark = [
@@ -314,17 +316,6 @@ def wait_routers(address: str, count: int) -> None:
     wait_until(is_so)
 
 
-def actors(title: str) -> list[int]:
-    """Processes of the actors whose title begins so."""
-    found = []
-    for process in find_descendants(os.getpid()):
-        with contextlib.suppress(OSError):
-            command = Path(f"/proc/{process.pid}/cmdline").read_bytes().decode(errors="replace")
-            if command.startswith(f"ray::{title}"):
-                found.append(process.pid)
-    return found
-
-
 def process_of(program: str) -> int:
     for process in find_descendants(os.getpid()):
         command = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")[0]
@@ -337,12 +328,6 @@ def listens(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
         return True
     return False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:

@@ -21,10 +21,9 @@ from cluster.bench.chaos_faults import Faults
 from cluster.bench.chaos_load import ChaosAnswer, ChaosLoad, Outcome, Routers
 from cluster.bench.judge import judge_answers
 from cluster.bench.lab.lab_cluster import LabCluster, LabHost
-from cluster.bench.load_prompts import PromptSource
+from cluster.bench.load_prompts import take_prompts
 from cluster.bench.own_serving import OwnSettings
 from cluster.bench.report import Report
-from cluster.engine.worker import load_tokenizer
 from cluster.errors import DsparkError
 from cluster.request import SamplingParams
 
@@ -89,10 +88,7 @@ def run(
         ConfigError, CheckpointError, DataError: before anything was started.
         DsparkError: there is no lab on this machine, or the cluster does not start.
     """
-    source = PromptSource(
-        data, load_tokenizer(own.target), count=_NUM_PROMPTS, num_tokens=plan.prompt_tokens
-    )
-    prompts = [source.take() for _ in range(_NUM_PROMPTS)]
+    prompts = take_prompts(data, own.target, count=_NUM_PROMPTS, num_tokens=plan.prompt_tokens)
     note("starting a cluster on four hosts")
     with LabCluster(_HOSTS, chaos_settings(own, plan).document(), folder) as cluster:
         figures, answers = asyncio.run(_Chaos(cluster, plan, prompts, note).run())

@@ -18,12 +18,11 @@ from typing import Any
 from cluster.bench.chaos_faults import PARTS
 from cluster.bench.judge import judge_answers
 from cluster.bench.lab.lab_cluster import LabCluster, LabHost
-from cluster.bench.load_prompts import PromptSource
+from cluster.bench.load_prompts import take_prompts
 from cluster.bench.own_serving import OwnSettings
 from cluster.bench.paired import paired_ratio
 from cluster.bench.report import Report
 from cluster.bench.steady_load import Answer, SteadyLoad
-from cluster.engine.worker import load_tokenizer
 from cluster.errors import DsparkError
 from cluster.request import SamplingParams
 from cluster.rpc.client import AsyncClient
@@ -81,10 +80,7 @@ def run(
         DsparkError: there is no lab on this machine, the cluster does not start, or its drafters
             do not come back.
     """
-    source = PromptSource(
-        data, load_tokenizer(own.target), count=_NUM_PROMPTS, num_tokens=plan.prompt_tokens
-    )
-    prompts = [source.take() for _ in range(_NUM_PROMPTS)]
+    prompts = take_prompts(data, own.target, count=_NUM_PROMPTS, num_tokens=plan.prompt_tokens)
     note("starting a cluster on two hosts")
     with LabCluster(_HOSTS, _settings(own, plan).document(), folder) as cluster:
         figures, answers = asyncio.run(_DrafterLoss(cluster, plan, prompts, note).run())

@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from cluster.bench.prompt_sets import load_prompt_set
+from cluster.engine.worker import load_tokenizer
 from cluster.request import Request, SamplingParams
+
+
+def take_prompts(source: str, target: str, *, count: int, num_tokens: int) -> list[tuple[int, ...]]:
+    """So many prompts for the model in the folder ``target``, as ``PromptSource`` gives them.
+
+    Raises:
+        CheckpointError: the model has no tokenizer that can be read.
+        DataError: as ``PromptSource``.
+    """
+    prompts = PromptSource(source, load_tokenizer(target), count=count, num_tokens=num_tokens)
+    return [prompts.take() for _ in range(count)]
 
 
 class PromptSource:

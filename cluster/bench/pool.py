@@ -18,13 +18,12 @@ from typing import Any
 
 from cluster.actors.swap import RunningApplication
 from cluster.bench.judge import judge_answers
-from cluster.bench.load_prompts import PromptSource
+from cluster.bench.load_prompts import take_prompts
 from cluster.bench.own_serving import OwnCluster, OwnSettings
 from cluster.bench.paired import paired_ratio
 from cluster.bench.report import Report
 from cluster.bench.steady_load import Answer, SteadyLoad
 from cluster.engine.pace import PaceStats
-from cluster.engine.worker import load_tokenizer
 from cluster.errors import DsparkError
 from cluster.request import SamplingParams
 from cluster.rpc.client import AsyncClient
@@ -79,10 +78,7 @@ def run(
         ConfigError, CheckpointError, DataError: before anything was started.
         DsparkError: a cluster does not start, or does not get there in a minute.
     """
-    prompts = PromptSource(
-        data, load_tokenizer(own.target), count=_NUM_PROMPTS, num_tokens=plan.prompt_tokens
-    )
-    token_ids = [prompts.take() for _ in range(_NUM_PROMPTS)]
+    token_ids = take_prompts(data, own.target, count=_NUM_PROMPTS, num_tokens=plan.prompt_tokens)
     note("a pool that scales itself")
     scaled = _settings(own, plan, {"max_replicas": _MAX_DRAFTERS, "scaling": _scaling(plan)})
     with OwnCluster(scaled, folder) as cluster:

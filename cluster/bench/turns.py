@@ -15,14 +15,14 @@ from itertools import count, cycle
 from typing import Any
 
 from cluster.bench.drafter_process import DrafterProcess
-from cluster.bench.load_prompts import PromptSource
+from cluster.bench.load_prompts import take_prompts
 from cluster.config import ClusterConfig
 from cluster.engine.draft_client import DraftClient
 from cluster.engine.drafter_calibration import load_drafter_calibration
 from cluster.engine.engine import Engine
 from cluster.engine.local_drafter import LocalDraftClient
 from cluster.engine.pace import PaceStats
-from cluster.engine.worker import ShardWorker, load_tokenizer
+from cluster.engine.worker import ShardWorker
 from cluster.errors import DsparkError
 from cluster.request import Request, SamplingParams
 from cluster.rpc.drafter_client import GrpcDraftClient
@@ -50,10 +50,7 @@ class TurnShape:
 
     def prompts(self, target: str, count: int) -> list[tuple[int, ...]]:
         """So many prompts for the model in the folder ``target``. Raises: DataError."""
-        source = PromptSource(
-            self.data, load_tokenizer(target), count=count, num_tokens=self.prompt_tokens
-        )
-        return [source.take() for _ in range(count)]
+        return take_prompts(self.data, target, count=count, num_tokens=self.prompt_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
