@@ -45,6 +45,8 @@ def _check_resources(value: dict[str, float]) -> dict[str, float]:
 CustomResources = Annotated[dict[str, float], AfterValidator(_check_resources)]
 
 _HIGHEST_PORT = 65535
+# Draft tokens of a round at most, whatever a configuration or a drafter says.
+MAX_SPECULATIVE_TOKENS = 128
 
 # As in vLLM, where neither bound of prompt lookup is given.
 _DEFAULT_PROMPT_LOOKUP = 5
@@ -69,7 +71,7 @@ class TargetConfig(ReplicaRange):
     num_gpus: float = Field(default=0, ge=0, description="Ray GPUs reserved for each shard")
     resources: CustomResources = Field(
         default_factory=dict,
-        description="custom Ray resources reserved for each shard and the replica's front",
+        description="custom Ray resources reserved for each shard",
     )
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     max_model_len: int | None = Field(
@@ -131,7 +133,7 @@ class SpeculativeConfig(Section):
     num_speculative_tokens: int | None = Field(
         default=None,
         ge=0,
-        le=128,
+        le=MAX_SPECULATIVE_TOKENS,
         validate_default=True,
         description="most draft tokens a round; unset: the drafter's block (dspark, dflash)",
     )
@@ -299,9 +301,14 @@ class RouterConfig(Section):
         default=60.0, gt=0, description="longest wait on a replica before anything is computed"
     )
     replica_wait_s: float = Field(
-        default=60.0, ge=0, description="how long a request waits for a ready target replica"
+        default=60.0,
+        ge=0,
+        description="how long a request without a deadline waits for a target replica, ready or, "
+        "once it was accepted, with a place in its queue",
     )
-    max_message_mb: int = Field(default=16, ge=1)
+    max_message_mb: int = Field(
+        default=4, ge=1, description="what a client sends: a gRPC message, an HTTP body"
+    )
     chat_template: str | None = Field(
         default=None, description="a Jinja file; chatml, where the tokenizer has none; unset: its"
     )
@@ -397,6 +404,9 @@ class ClusterConfig(Section):
         scales = {pace.time_scale for pace in (self.target.pace, self.drafter.pace) if pace}
         if len(scales) > 1:
             raise ValueError("target.pace and drafter.pace must have the same time_scale")
+        target = self.target
+        if not any((target.num_cpus, target.num_gpus, *target.resources.values())):
+            raise ValueError("target.num_cpus must be above 0 where a shard reserves nothing else")
         return self._check_placement()
 
     def _check_placement(self) -> ClusterConfig:

@@ -7,7 +7,8 @@
     ├── CheckpointError           model or drafter files on disk (names file and key)
     ├── DataError                 a file to learn or measure from (names file and line)
     ├── InvalidRequestError       a client's request (names the field)
-    │   └── ModelNotFoundError    it names a model that is not served here
+    │   ├── ModelNotFoundError    it names a model that is not served here
+    │   └── ContextLengthError    its prompt leaves no room for an output
     ├── QueueFullError            admission refused; carries when to retry
     ├── UnauthenticatedError      no API key, or one that is not known
     ├── PermissionDeniedError     known, but not allowed to do this
@@ -122,6 +123,10 @@ class InvalidRequestError(DsparkError):
 
 class ModelNotFoundError(InvalidRequestError):
     """The request names a model that is not served here."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt leaves no room for an output in the model's context."""
 
 
 class QueueFullError(DsparkError):

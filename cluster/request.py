@@ -12,11 +12,13 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from cluster.errors import InvalidRequestError
+from cluster.errors import ContextLengthError, InvalidRequestError
 from cluster.grammar import Grammar
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
+MAX_STOP_TOKENS = 1024
+MAX_LOGIT_BIASES = 1024
 MAX_LOGPROBS = 20
 MAX_PROMPT_LOGPROBS = 200_000  # in all of one prompt
 MAX_CHOICES = 16
@@ -73,14 +75,14 @@ class SamplingParams:
         top_p: nucleus mass kept, in (0, 1].
         min_p: tokens under ``min_p`` times the best probability are dropped, in [0, 1].
         seed: makes the output reproducible (coupled verification); any int64.
-        stop_token_ids: tokens that end the output (they are its last token).
+        stop_token_ids: at most 1,024 tokens that end the output (they are its last token).
         stop: strings that end the output (not part of the text).
         max_tokens: most output tokens, >= 0; with 0 the prompt alone is computed, and its
             log-probabilities where they are asked for.
         min_tokens: no end-of-sequence or stop token before so many output tokens.
         presence_penalty, frequency_penalty: in [-2, 2], over the output so far.
         repetition_penalty: in [0.01, 100], over prompt and output.
-        logit_bias: token id -> added to its logit.
+        logit_bias: token id -> added to its logit; at most 1,024.
         ignore_eos: go on behind the end-of-sequence token.
         logprobs: number of top log-probabilities per token (0..20), or ``None`` for none at all.
         prompt_logprobs: as ``logprobs``, of each prompt token but the first.
@@ -165,13 +167,16 @@ class SamplingParams:
                 raise InvalidRequestError(
                     f"sampling.{name}", f"must be between 0 and {MAX_LOGPROBS}, got {value}"
                 )
+        _check_length("sampling.stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS)
         _check_token_ids("sampling.stop_token_ids", self.stop_token_ids, vocab_size)
+        _check_length("sampling.logit_bias", self.logit_bias, MAX_LOGIT_BIASES)
         _check_token_ids("sampling.logit_bias", self.logit_bias, vocab_size)
         for token_id, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
                 raise InvalidRequestError(
                     "sampling.logit_bias", f"bias of token {token_id} must be in [-100, 100]"
                 )
+        _check_length("sampling.allowed_token_ids", self.allowed_token_ids, vocab_size)
         _check_token_ids("sampling.allowed_token_ids", self.allowed_token_ids, vocab_size)
         _check_strings("sampling.stop", self.stop, MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS)
         _check_strings("sampling.bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
@@ -249,10 +254,12 @@ class Request:
             raise InvalidRequestError("prompt", "must not be empty")
         room = max_model_len - len(self.prompt_token_ids)
         if room < min(self.sampling.max_tokens, 1):
-            raise InvalidRequestError(
+            # In the words that gateways know, which then try a model with a longer context.
+            raise ContextLengthError(
                 "prompt",
-                f"has {len(self.prompt_token_ids)} tokens; the model's context is {max_model_len} "
-                "and must hold at least one output token, unless max_tokens is 0",
+                f"this model's maximum context length is {max_model_len} tokens, of which at least "
+                "one is for the output unless max_tokens is 0; the prompt has "
+                f"{len(self.prompt_token_ids)}",
             )
         if self.resume_token_ids and len(self.resume_token_ids) >= room:
             raise InvalidRequestError("resume_token_ids", "prompt and output fill the context")
@@ -394,6 +401,11 @@ def _check_token_ids(name: str, token_ids: Collection[int], vocab_size: int) -> 
             raise InvalidRequestError(
                 name, f"token id {token_id} is outside the vocabulary of {vocab_size}"
             )
+
+
+def _check_length(name: str, given: Collection[int], most: int) -> None:
+    if len(given) > most:
+        raise InvalidRequestError(name, f"at most {most}, got {len(given)}")
 
 
 def _check_strings(name: str, strings: Collection[str], max_strings: int, max_chars: int) -> None:

@@ -52,10 +52,10 @@ def parse_yaml(name: str, text: str | bytes) -> Any:
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise ConfigError(name, f"is not YAML: {error.problem}{where}") from None
-    except (yaml.YAMLError, ValueError):  # ValueError: dates and numbers that there are not
-        raise ConfigError(name, "is not YAML") from None
     except RecursionError:
         raise ConfigError(name, "is nested too deeply") from None
+    except Exception:  # dates, numbers and characters that there are not: PyYAML raises what comes
+        raise ConfigError(name, "is not YAML") from None
 
 
 def resolve_path(model: str, base_dir: Path) -> str:

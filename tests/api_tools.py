@@ -16,7 +16,7 @@ from cluster.api.app import create_app
 from cluster.config import ClusterConfig
 from cluster.engine.engine import Engine
 from cluster.engine.loop import EngineLoop
-from cluster.engine.worker import eos_token_ids
+from cluster.engine.target_config import eos_token_ids
 from cluster.rpc.replica_server import ReplicaServer
 from cluster.rpc.router import RouterServer
 from tests.engine_tools import make_engine

@@ -6,10 +6,11 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
@@ -34,6 +35,12 @@ if "DSPARK_CACHE_DIR" not in os.environ:
     _kernels = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark/kernels"
     _kernels.mkdir(parents=True, exist_ok=True)
     (Path(os.environ["DSPARK_CACHE_DIR"]) / "kernels").symlink_to(_kernels)
+
+# How long an example takes says how busy the machine is, not whether it holds.
+hypothesis.settings.register_profile(
+    "any-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any-machine")
 
 SHARED = Path(os.environ.get("DSPARK_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 
@@ -86,6 +93,19 @@ def _one_thread() -> None:
     """
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
+
+
+@pytest.fixture
+def whole_streams() -> Iterator[None]:
+    """Fails the test where a router sends a client tokens twice, or leaves some out.
+
+    The chunks that a client hands on do not show that: it takes none that does not fit.
+    """
+    from tests.raw_chunks import refused_chunks  # gRPC, which not every test process needs
+
+    with refused_chunks() as refused:
+        yield
+    assert not refused
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ _SHELL = ("", "sh", "bash", "console")
 _PROGRAMS = frozenset(
     shlex.split(
         "buildah 'c=$(buildah' curl debootstrap docker dspark git helm kubectl make pip python"
-        " ray serve"
+        " ray serve vllm"
     )
 )
 # Of an inline span: `dspark status` is a command, `dspark` itself and `make` a name.
@@ -52,11 +52,15 @@ def commands_of(page: Path) -> Iterator[Command]:
         if fence[2] not in _SHELL:
             continue
         first = text.count("\n", 0, fence.start(3)) + 1
+        found, others = [], []
         for offset, line in _logical_lines(fence[3]):
             for part in re.split(r"\s&&\s|\s\|\s", line):
-                words = _words(part)
-                if words and program(words[0]) in _PROGRAMS:
-                    yield Command(name, first + offset, words, False)
+                if words := _words(part):
+                    command = Command(name, first + offset, words, False)
+                    (found if program(words[0]) in _PROGRAMS else others).append(command)
+        # A block without a command is a drawing or output; one with commands has nothing else.
+        assert not (found and others), f"no program is known by this name: {others[0]}"
+        yield from found
     # Spans may go over a line's end; fences are blanked, so that lines keep their numbers.
     prose = _FENCE.sub(lambda fence: re.sub(r"[^\n]", " ", fence[0]), text)
     for span in _SPAN.finditer(prose):

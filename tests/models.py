@@ -16,6 +16,7 @@ from cluster.models.eagle3_checkpoint import save_eagle3
 MODELS = Path(__file__).parents[1] / "deployments" / "models"
 TARGET = str(MODELS / "stdlib-7m")
 DRAFTER = str(MODELS / "stdlib-7m-dspark")
+PROFILE = MODELS.parent / "profiles" / "h100-8b-tp1.yaml"  # of a device, to pace them by
 
 
 def save_tiny_target(folder: Path, *, seed: int = 0, scale: float = 1.0, **overrides: Any) -> str:

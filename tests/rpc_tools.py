@@ -12,6 +12,7 @@ from typing import Any
 from cluster.request import Request, SamplingParams
 from cluster.rpc.client import AsyncClient, Chunk
 from cluster.rpc.cluster_status import DrafterStatus, ReplicaParts, ShardStatus
+from cluster.rpc.credentials import Credentials
 from cluster.rpc.replica_server import ReplicaServer
 from cluster.rpc.router import RouterServer
 from tests.fakes import FakeEngineLoop, counted_tokens
@@ -84,7 +85,11 @@ class Cluster:
 
 @asynccontextmanager
 async def running_cluster(
-    num_replicas: int = 1, *, router: dict[str, Any] | None = None, **engine: Any
+    num_replicas: int = 1,
+    *,
+    router: dict[str, Any] | None = None,
+    key: str | None = None,
+    **engine: Any,
 ) -> AsyncIterator[Cluster]:
     tasks_before = asyncio.all_tasks()
     server = RouterServer(
@@ -96,7 +101,8 @@ async def running_cluster(
     )
     port = await server.start("127.0.0.1")
     address = f"127.0.0.1:{port}"
-    cluster = Cluster(server, address, AsyncClient(address))
+    credentials = None if key is None else Credentials(key)
+    cluster = Cluster(server, address, AsyncClient(address, credentials=credentials))
     try:
         for _ in range(num_replicas):
             await cluster.add_replica(**engine)

@@ -253,11 +253,12 @@ class _Rounds:
 
 @functools.cache
 def step_cost_model(num_requests: int) -> CostModel:
-    """A pass whose every token counts, in proportion to the step: planners must choose."""
-    seconds_by_tokens = {
-        n: 3 * num_requests + n for n in (1, num_requests * (NUM_DRAFT_TOKENS + 1))
-    }
-    return CostModel({size: float(seconds) for size, seconds in seconds_by_tokens.items()})
+    """A pass whose every token counts, in proportion to the step: planners must choose.
+
+    In milliseconds, since hundreds of thousands of requests may be in one step.
+    """
+    sizes = (1, num_requests * (NUM_DRAFT_TOKENS + 1))
+    return CostModel({size: (3 * num_requests + size) * 1e-3 for size in sizes})
 
 
 class RetrospectiveBudget:

@@ -23,7 +23,8 @@ from cluster.api.chat import ChatCompletionRequest
 from cluster.api.completions import CompletionRequest
 from cluster.api.errors import error_response
 from cluster.api.fields import StructuredOutputs
-from cluster.chat.fields import NOT_SERVED, REFUSALS
+from cluster.api.tokens import DetokenizeRequest, TokenizeRequest
+from cluster.chat.fields import NOT_SERVED, REFUSALS, Fields
 from cluster.chat.template import CHATML, ChatFields, ChatTemplate, read_template
 from cluster.chat.tool_calls import ToolCall, ToolCallReader
 from cluster.chat.tools import AllowedToolsChoice, FunctionTool, Tool, ToolUse, tool_use
@@ -41,6 +42,7 @@ from cluster.request import Priority
 from cluster.rpc.router import RouterServer
 from cluster.security.api_keys import hash_key
 from cluster.security.authenticator import Authenticator
+from tests.test_security import entry, write_keys
 from tests.test_text import small_tokenizer
 
 MESSAGES = [{"role": "user", "content": "x"}]
@@ -150,6 +152,84 @@ async def test_keys_are_asked_for_where_there_are_any(tmp_path: Path) -> None:
         assert answer.status_code == 429
 
 
+async def test_without_a_key_no_byte_of_a_body_is_read(tmp_path: Path) -> None:
+    keys = write_keys(tmp_path / "keys.yaml", entry("me", "secret"))
+    open_paths = {"/health", "/ready", "/version"}
+    num_read = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal num_read
+        num_read += 1
+        yield b"{bad json"
+
+    headers = {"Content-Type": "application/json"}
+    async with door(Authenticator(keys)) as client:
+        paths = (await client.get("/openapi.json")).json()["paths"]
+        asked = [
+            (method, path)
+            for path, methods in paths.items()
+            if path not in open_paths
+            for method in methods
+        ]
+        assert len(asked) >= 8
+        for method, path in asked:
+            answer = await client.request(method, path, content=body(), headers=headers)
+            assert answer.status_code == 401, path
+            assert num_read == 0, path
+        headers["Authorization"] = "Bearer secret"
+        answer = await client.post("/tokenize", content=body(), headers=headers)
+        assert (answer.status_code, num_read) == (400, 1)
+
+
+async def test_tokens_are_held_to_the_key_s_rate(tmp_path: Path) -> None:
+    limits = {"requests_per_second": 0.001}
+    keys = write_keys(tmp_path / "keys.yaml", entry("a", "a", **limits), entry("b", "b", **limits))
+    bodies: list[dict[str, Any]] = [{"prompt": "x"}, {"tokens": [1]}]
+    async with door(Authenticator(keys)) as client:
+        for key, path, body in zip("ab", ("/tokenize", "/detokenize"), bodies, strict=True):
+            headers = {"Authorization": f"Bearer {key}"}
+            for status in (200, 429):
+                answer = await client.post(path, headers=headers, json=body)
+                assert answer.status_code == status, path
+            assert int(answer.headers["Retry-After"]) > 900
+
+
+def test_of_very_many_errors_few_are_looked_for() -> None:
+    """Each would cost time of the event loop, and memory."""
+    many = 20_000
+    cases: list[tuple[type[Fields], dict[str, Any]]] = [
+        (CompletionRequest, {"prompt": [[None] * many]}),
+        (CompletionRequest, {"prompt": [[None]] * many}),
+        (CompletionRequest, {"prompt": [None] * many}),
+        (CompletionRequest, {"prompt": [1] + [None] * many}),
+        (CompletionRequest, {"prompt": "x", "stop_token_ids": [None] * many}),
+        (CompletionRequest, {"prompt": "x", "logit_bias": dict.fromkeys(map(str, range(many)))}),
+        (CompletionRequest, {"prompt": "x", "bad_words": [None] * many}),
+        (CompletionRequest, {"prompt": "x", "stop": [None] * many}),
+        (ChatCompletionRequest, {"messages": [None] * many}),
+        (ChatCompletionRequest, {"messages": MESSAGES, "tools": [None] * many}),
+        (TokenizeRequest, {"messages": [None] * many}),
+        (DetokenizeRequest, {"tokens": [None] * many}),
+    ]
+    for fields, body in cases:
+        with pytest.raises(ValidationError) as caught:
+            fields.model_validate(body)
+        assert caught.value.error_count() < 10, body.keys()
+
+
+async def test_a_body_of_very_many_fields_is_refused() -> None:
+    async with door() as client:
+        answer = await client.post("/tokenize", json={f"a{i}": 1 for i in range(300)})
+        assert answer.status_code == 400
+        assert "has 300 fields" in answer.json()["error"]["message"]
+        answer = await client.post("/v1/completions", json={"prompt": [[1]] * 257})
+        error = answer.json()["error"]
+        assert (error["param"], error["message"]) == (
+            "prompt",
+            "prompt: at most 256 prompts in one request",
+        )
+
+
 async def test_a_body_is_read_no_further_than_it_may_be() -> None:
     async def pieces() -> AsyncIterator[bytes]:
         yield b'{"prompt": "'
@@ -250,6 +330,24 @@ async def test_what_is_nested_too_deeply_is_refused() -> None:
                 assert answer.status_code in (400, 503), (depth, fields[:60], answer.text)
 
 
+async def test_lists_of_tokens_have_a_length_each() -> None:
+    """Not more than is documented, and so much is taken: then only a replica is missing."""
+    body = {"prompt": "x", "max_tokens": 2}
+    long: list[tuple[str, int, Any]] = [
+        ("stop_token_ids", 1024, lambda n: [1] * n),
+        ("logit_bias", 300, lambda n: {str(i): 1 for i in range(n)}),  # each token of the model
+        ("allowed_token_ids", 300, lambda n: [1] * n),
+    ]
+    async with door() as client:
+        for name, most, make in long:
+            answer = await client.post("/v1/completions", json={**body, name: make(most)})
+            assert answer.status_code == 503, answer.text
+            answer = await client.post("/v1/completions", json={**body, name: make(2000)})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, name)
+            assert error["message"].endswith("got 2000")
+
+
 async def test_an_unknown_field_is_told_where_it_belongs() -> None:
     chat, completion = {"messages": MESSAGES}, {"prompt": "x"}
     cases: list[tuple[str, dict[str, Any], str]] = [
@@ -277,6 +375,7 @@ async def test_an_unknown_field_is_told_where_it_belongs() -> None:
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 CALL_BEFORE = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALL_WITHOUT_ARGUMENTS = {"id": "1", "function": {"name": "f", "arguments": ""}}
 SCHEMA_FORMAT = {"name": "x", "schema": {"type": "object"}}
 # Messages without what their role needs.
 INCOMPLETE: list[dict[str, Any]] = [
@@ -354,6 +453,65 @@ NOT_IGNORED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+async def test_an_error_tells_of_what_was_meant() -> None:
+    """Of a value that may be of several kinds, by its place in the body."""
+    image = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("/v1/completions", {"prompt": [1, "x"]}, "prompt: Input should be a valid integer (at p"),
+        ("/v1/completions", {"prompt": 5}, "prompt: Input should be a valid string; or: Input sh"),
+        ("/v1/completions", {"priority": "high"}, "priority: Input should be 'interactive', 'de"),
+        ("/v1/chat/completions", {"tool_choice": "f"}, "tool_choice: Input should be 'none', 'au"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": image}]},
+            "messages: a part of type 'image_url' is not served: text only (at messages.0.conten",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages: Field required (at messages.0.content.0.text)",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]},
+            "messages: Field required (at messages.0.tool_calls.0.function.arguments)",
+        ),
+        (
+            "/v1/chat/completions",
+            {"tool_choice": {"type": "function", "name": "f"}},
+            "tool_choice: Field required (at tool_choice.function)",
+        ),
+        (
+            "/v1/chat/completions",
+            {"tools": [{"type": "function", "function": {}}]},
+            "tools: Field required (at tools.0.function.name)",
+        ),
+    ]
+    async with door(chat_template="chatml") as client:
+        for path, fields, message in cases:
+            base = {"messages": MESSAGES} if "chat" in path else {"prompt": "x"}
+            answer = await client.post(path, json=base | fields)
+            error = answer.json()["error"]
+            assert error["message"].startswith(message), error
+            assert "tagged-union" not in error["message"]
+            assert "literal[" not in error["message"]
+
+
+async def test_a_prompt_beyond_the_context_is_told_as_gateways_know_it() -> None:
+    """Which then try a model with a longer one."""
+    async with door(chat_template="chatml") as client:
+        for text in ("x " * 64, "x" * 100_000):
+            for path, field, prompt in (
+                ("/v1/completions", "prompt", text),
+                ("/v1/chat/completions", "messages", [{"role": "user", "content": text}]),
+            ):
+                answer = await client.post(path, json={field: prompt})
+                error = answer.json()["error"]
+                assert (answer.status_code, error["param"]) == (400, field)
+                assert error["code"] == "context_length_exceeded"
+                assert "this model's maximum context length is 64 tokens" in error["message"]
+
+
 async def test_nothing_is_ignored() -> None:
     bases: dict[str, dict[str, Any]] = {
         "/v1/completions": {"prompt": "x"},
@@ -374,6 +532,7 @@ async def test_what_asks_for_nothing_within_is_taken() -> None:
         {"role": "assistant", "content": "", "annotations": []},
         {"role": "assistant", "content": None, "tool_calls": [CALL_BEFORE]},
         {"role": "tool", "content": "", "tool_call_id": "1"},
+        {"role": "assistant", "tool_calls": [CALL_WITHOUT_ARGUMENTS]},
         {"role": "function", "content": None, "name": "f"},
     ]
     template = (
@@ -405,6 +564,7 @@ async def test_a_template_of_a_request_needs_trust() -> None:
             "{{",
             "{{ messages.__class__.__mro__ }}",
             "{% for x in range(10**9) %}{% endfor %}",
+            "{{ messages[-1e999] }}",  # Jinja makes a name of it that there is not (fuzzed)
         ):
             answer = await client.post(
                 "/v1/chat/completions", json={**body, "chat_template": wrong}
@@ -551,6 +711,33 @@ def test_a_text_goes_up_to_the_answer_s_end(size: int, end: str | None, tail: st
     else:
         assert json.loads(calls[1].arguments) == {"input": given}
         assert content == end
+
+
+def test_what_cannot_be_enforced_is_left_to_the_model_unless_the_tool_is_strict() -> None:
+    """As many tools' schemas hold it; what can be is enforced."""
+    words = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
+    either = {"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 1}]}
+    properties = {"a": {"type": "integer", "format": "odd"}, "words": words, "either": either}
+    schema = {"type": "object", "properties": properties, "not": {"required": ["b"]}}
+    tokenizer = small_tokenizer()
+    end = tokenizer.eos_token_id
+    compiler = GrammarCompiler(Vocabulary(tokenizer, 300, (end,)), has_end=True)
+
+    def grammar(**fields: Any) -> Grammar:
+        function = FunctionTool(name="f", parameters=schema, **fields)
+        return ToolUse([function], must_call=True, may_repeat=False).to_grammar()
+
+    for fields in ({}, {"strict": False}):
+        for arguments, fits in (
+            ('{"a": 1, "words": ["x", "x"], "either": "y"}', True),
+            ('{"a": "1"}', False),
+            ('{"words": [1]}', False),
+        ):
+            text = CALL.replace('{"a": 1}', arguments)
+            tokens = [*tokenizer.encode(text), end]
+            assert compiler.compile(grammar(**fields)).accept(tokens) == fits, arguments
+    with pytest.raises(InvalidRequestError):
+        compiler.compile(grammar(strict=True))
 
 
 TEXT = '<tool_call>\n{"name": "run"}\na+a'

@@ -10,6 +10,7 @@ from ray.serve import Application, Deployment
 from cluster.actors.app import build
 from cluster.actors.launch import _required_resources
 from cluster.config import ClusterConfig
+from cluster.errors import ConfigError
 
 
 def _deployments(args: dict[str, Any]) -> dict[str, Deployment]:
@@ -83,12 +84,25 @@ def test_parts_are_placed_by_their_resources() -> None:
             "router": {"resources": {"router-node": 0.5}},
         }
     )
-    asked = {name: bound.ray_actor_options["resources"] for name, bound in deployments.items()}
-    assert asked == {
-        "Router": {"router-node": 0.5},
-        "TargetReplica": {"target-node": 1},
-        "Drafter": {"drafter-node": 2},
-    }
+    for name, asked in (("Router", {"router-node": 0.5}), ("Drafter", {"drafter-node": 2})):
+        assert deployments[name].ray_actor_options["resources"] == asked
+
+
+def test_a_front_lives_with_the_first_shard() -> None:
+    """Else one more node's end would be the replica's."""
+    target = {"model": "m", "tensor_parallel_size": 2, "num_cpus": 3, "num_gpus": 0.5}
+    target |= {"resources": {"target-node": 1}, "placement_strategy": "STRICT_SPREAD"}
+    front = _deployments({"target": target})["TargetReplica"]
+    bundle = {"CPU": 3, "GPU": 0.5, "target-node": 1}
+    assert front._replica_config.placement_group_bundles == [bundle, bundle]
+    assert front._replica_config.placement_group_strategy == "STRICT_SPREAD"
+    assert front.ray_actor_options == {"num_cpus": 0}
+
+
+def test_a_shard_that_would_reserve_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"target\.num_cpus must be above 0"):
+        build({"target": {"model": "m", "num_cpus": 0}})
+    build({"target": {"model": "m", "num_cpus": 0, "resources": {"target-node": 1}}})
 
 
 def test_a_ray_that_is_started_here_is_every_pool() -> None:
@@ -104,4 +118,4 @@ def test_a_ray_that_is_started_here_is_every_pool() -> None:
             "drafter": {"num_replicas": 3, "resources": {"gpu-node": 0.25}},
         }
     )
-    assert _required_resources(config) == {"gpu-node": 6 + 1, "fast": 3}
+    assert _required_resources(config) == {"gpu-node": 4 + 1, "fast": 2}

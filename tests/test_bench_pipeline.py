@@ -13,6 +13,7 @@ from cluster.bench.delayed_link import serve_link
 from cluster.bench.pipeline import COLOCATED, FAR, FAR_UNGROUPED, NEAR, NEAR_TWO, PipelineShape
 from cluster.bench.turns import Turn
 from cluster.config import ClusterConfig
+from cluster.engine.pace import target_pace
 from cluster.errors import ConfigError
 from tests.models import DRAFTER, TARGET
 
@@ -37,7 +38,9 @@ def turns(throughput: float, mode: str = "grouped") -> list[Turn]:
 
 
 def test_figures_compare_turns_by_device_and_with_the_profiles_bound() -> None:
-    shape = PipelineShape(concurrencies=(16,), prompt_tokens=64, max_tokens=128)
+    shape = PipelineShape(
+        concurrencies=(16,), prompt_tokens=64, max_tokens=128, drafter_devices=(1.0, 0.2)
+    )
     found = pipeline.pipeline_figures(
         ClusterConfig.parse(values()),
         {
@@ -55,12 +58,18 @@ def test_figures_compare_turns_by_device_and_with_the_profiles_bound() -> None:
     assert found["delay_ratio"] == pytest.approx(0.95)
     assert found["grouping_ratio"] == pytest.approx(1.14)
     assert found["grouped_at"] == [16]
-    # Two groups of 32 tokens and 1,024 of context: 2 x (20.5 + 1.536) ms, and time x 2.
-    assert found["bound_ratio"] == pytest.approx(285.0 / (32 / (2 * 2 * 0.022036)), rel=1e-3)
-    one, two = found["per_device"]
+    # Two groups of 32 tokens and 1,024 of context: 2 x (20.5 + 1.536) ms, a prompt's 64 tokens more
+    # once for every 128 tokens, and time x 2.
+    paced = target_pace(ClusterConfig.parse(values()).target.pace, 1)
+    assert paced is not None
+    prompt_s = float(paced.curve.seconds(96, 1024) - paced.curve.seconds(32, 1024))
+    token_s = 2 * 2 * 0.022036 / 32 + prompt_s / 128
+    assert found["bound_ratio"] == pytest.approx(285.0 * token_s, rel=1e-3)
+    one, shared, two, _ = found["per_device"]
     assert (one["drafters"], one["remote"], one["colocated"]) == (1, 150.0, 200.0)
     assert one["chosen"] == "remote"  # 195 against 180 promised, and it was wrong
     assert one["chosen_share"] == pytest.approx(0.75)
+    assert (shared["drafter_devices"], shared["remote"]) == (0.2, 250.0)
     assert two["chosen"] == COLOCATED
     assert two["chosen_share"] == 1.0
 

@@ -18,6 +18,7 @@ from cluster.bench.routed_conversations import FleetShape, run_conversations
 from cluster.bench.router import RouterPlan, run
 from cluster.bench.timed_replica import PassTime, TimedReplica
 from cluster.config import TargetConfig
+from cluster.errors import ConfigError
 from cluster.routing.replica_choice import POLICIES
 
 SHAPE = ConversationShape(
@@ -123,3 +124,10 @@ def test_the_report_has_its_figures() -> None:
 
 def test_a_choice_takes_time_among_few_too() -> None:
     assert all(value > 0 for value in measure_picks(3, 20).values())
+
+
+def test_too_few_conversations_are_refused_by_option() -> None:
+    few = replace(SHAPE, num_conversations=2)
+    plan = RouterPlan(conversations=few, runs=1, pick_replicas=2, pick_prompts=2)
+    with pytest.raises(ConfigError, match="--conversations"):
+        run(plan, print)

@@ -145,3 +145,22 @@ def test_impossible_curves_are_refused(curve: dict[int, float]) -> None:
 def test_impossible_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         CostModel({1: 1.0}, **options)
+
+
+def test_host_work_is_learnt_and_no_hiccup_is() -> None:
+    model = CostModel({1: 0.01})
+    bare = float(model.pass_seconds(1, 0, draft_seconds=0.005, num_groups=1))
+    for _ in range(100):
+        model.observe_host(0.002, bare)
+    assert model.host_seconds == pytest.approx(0.002, rel=1e-3)
+    one, two = (
+        float(model.pass_seconds(1, 0, draft_seconds=0.005, num_groups=groups)) for groups in (1, 2)
+    )
+    assert one == pytest.approx(bare + model.host_seconds)
+    assert two == pytest.approx(0.01 + model.host_seconds)
+    assert float(model.verify_seconds(1)) == pytest.approx(0.01)
+    model.observe_host(10.0, bare)  # ten seconds of something else
+    assert model.host_seconds < 0.002 + 0.11 * bare
+    for _ in range(100):
+        model.observe_host(-0.004, bare)
+    assert model.host_seconds == 0.0

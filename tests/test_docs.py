@@ -11,18 +11,13 @@ import itertools
 import json
 import re
 import shlex
-import socket
-import subprocess
-import sys
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cluster import cli
-from cluster.cli.state import read_state
 from cluster.serve_config import load_serve_config
 from cluster.training.config import load_train_config
 from tests.doc_tools import (
@@ -31,7 +26,6 @@ from tests.doc_tools import (
     Command,
     blocks_of,
     commands,
-    commands_of,
     links_of,
     paths_named,
     program,
@@ -217,60 +211,3 @@ def alternatives(path: str) -> list[str]:
     if match is None:
         return [path]
     return [path[: match.start()] + one + path[match.end() :] for one in match[1].split(",")]
-
-
-# --------------------------------------------------------------------------- as a newcomer types it
-
-
-def run(words: tuple[str, ...]) -> str:
-    """What a command of the README prints, started where the README says."""
-    first = words[0].replace(".venv/bin/", f"{Path(sys.executable).parent}/")
-    done = subprocess.run(
-        [first, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.fixture
-def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Command]]:
-    """The README's commands, for a user of whose clusters nothing runs yet."""
-    for port in (8000, 50051):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                pytest.skip(f"port {port} of deployments/local.yaml is taken on this machine")
-    monkeypatch.setenv("DSPARK_STATE_DIR", str(tmp_path))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    yield [command for command in commands_of(ROOT / "README.md") if not command.is_inline]
-    if read_state() is not None:
-        subprocess.run([sys.executable, "-m", "cluster.cli", "down"], check=False)
-
-
-@pytest.mark.cluster
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_newcomer_streams_text_in_three_commands(readme: list[Command]) -> None:
-    names = [shlex.join(command.words[:2]) for command in readme]
-    start = names.index("make install")
-    install, up, stream, *others = (command.words for command in readme[start:])
-    # Whoever runs this has done it; that make knows how is what can be seen here.
-    assert (
-        subprocess.run(["make", "--dry-run", *install[1:]], cwd=ROOT, check=False).returncode == 0
-    )
-    assert "is ready" in run(up)
-    text = run(stream)
-    assert len(text) > 40
-    with urllib.request.urlopen("http://127.0.0.1:8000/console/state", timeout=30) as answer:
-        state = json.load(answer)
-    assert [router["address"] for router in state["routers"]] == ["127.0.0.1:50051"]
-    assert [router["router_id"] for router in state["routers"]] == [state["router_id"]]
-    assert state["replicas"][0]["num_output_tokens"] > 0
-    printed = {words[1]: run(words) for words in others[:3]}
-    # The first stream is greedy, and so is this.
-    assert printed["generate"].split() == text.split()
-    assert "shard 1" in printed["status"]
-    assert "stopped" in printed["down"]
-    assert read_state() is None

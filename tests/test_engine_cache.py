@@ -15,7 +15,7 @@ from cluster.bench.judge import Judgement, judge
 from cluster.engine.engine import Engine
 from cluster.engine.load import PrefixCacheStats
 from cluster.engine.profile import StepProbe
-from cluster.engine.worker import load_tokenizer
+from cluster.engine.target_config import load_tokenizer
 from cluster.request import Request, SamplingParams, SpeculationStats
 from tests.engine_tools import Completion, make_config, make_engine, run
 from tests.models import DRAFTER, TARGET, save_tiny_drafter, save_tiny_target

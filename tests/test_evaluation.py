@@ -26,7 +26,7 @@ from cluster.bench.evaluation import (
 from cluster.bench.plots import plot_positions, plot_reliability
 from cluster.bench.prompt_sets import PromptSet, load_prompt_set
 from cluster.cli import main
-from cluster.engine.worker import load_tokenizer
+from cluster.engine.target_config import load_tokenizer
 from cluster.errors import CheckpointError, ConfigError, DataError
 from cluster.models.calibration_file import (
     CalibrationEntry,

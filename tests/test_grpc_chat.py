@@ -423,6 +423,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
             {"input": common_pb2.Grammar(json_schema="{}")},
             {"input": common_pb2.Grammar(lark="start: nothing")},
             {"input": common_pb2.Grammar(), "parameters": "{}"},
+            {"input": common_pb2.Grammar(), "strict": True},
+            {"parameters": '{"uniqueItems": true}', "strict": True},
         )
     ),
     ({"tool_choice": chat_pb2.ToolChoice(mode=chat_pb2.ToolChoice.MODE_REQUIRED)}, "tool_choice"),

@@ -83,6 +83,20 @@ VALUES = [
 ]
 
 
+def _profile(name: str) -> Object:
+    values: Object = yaml.safe_load((CHART / "profiles" / f"{name}.yaml").read_text())
+    return values
+
+
+def _over(values: Object, others: Object) -> Object:
+    """As Helm puts one file of values over another."""
+    merged = {**values}
+    for key, value in others.items():
+        both = isinstance(value, dict) and isinstance(values.get(key), dict)
+        merged[key] = _over(values[key], value) if both else value
+    return merged
+
+
 @pytest.fixture(params=ENGINES)
 def helm(request: pytest.FixtureRequest) -> Helm:
     made: Helm = request.param()
@@ -188,6 +202,15 @@ def test_the_checks_find_what_is_wrong(shared_dir: Path) -> None:
                 "config": {"router": {"metrics_port": None}},
             },
             "config.router.metrics_port",
+        ),
+        # More than pods offer: four shards for one CPU, three replicas for one pod, and so on.
+        ({"config": {"target": {"tensor_parallel_size": 4}}}, "config.target"),
+        ({"config": {"target": {"device": "cuda", "num_gpus": 1}}}, "config.target"),
+        ({"config": {"drafter": {"num_cpus": 2}}}, "config.drafter"),
+        ({"config": {"router": {"num_cpus": 1, "num_replicas": 3}}}, "config.router.num_replicas"),
+        (
+            _over(_profile("one-node"), {"target": {"replicas": 2}}),
+            "config.target.num_replicas",
         ),
         ({"serveConfig": "none"}, "serveConfig"),
         ({"gcsFaultTolerance": {"enabled": True}}, "gcsFaultTolerance.redisAddress"),
@@ -345,10 +368,26 @@ def test_config_goes_over_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 def test_every_part_has_a_place(path: Path) -> None:
+    _check_places(yaml.safe_load(path.read_text()))
+
+
+def test_the_model_of_ones_own_on_the_page_has_a_place() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    (mine,) = re.findall(r"```yaml\n(# mine\.yaml, for: .+?)```", page, re.DOTALL)
+    assert "-f helm/dspark/profiles/one-node.yaml -f mine.yaml" in mine.splitlines()[0]
+    values = _over(_profile("one-node"), yaml.safe_load(mine))
+    config = _check_places(values)
+    assert config.target.num_shards == 4
+    assert (config.target.device, config.target.num_gpus) == ("cuda", 1)
+    assert config.router.chat_template is None  # the model has its own
+
+
+def _check_places(values: Object) -> ClusterConfig:
     """What Ray's own autoscaler reads from the pods covers what the parts ask of Ray."""
-    values = yaml.safe_load(path.read_text())
-    config = load_serve_config(ROOT / "deployments" / f"{values['serveConfig']}.yaml")[1]
-    cluster = one(render(values), "RayService")["spec"]["rayClusterConfig"]
+    service = one(render(values), "RayService")["spec"]
+    application = yaml.safe_load(service["serveConfigV2"])["applications"][0]
+    config = ClusterConfig.parse(application["args"])
+    cluster = service["rayClusterConfig"]
     types = node_types(cluster)
     assert types["headgroup"]["resources"]["CPU"] == 0
     assert not any(name.startswith("dspark-") for name in types["headgroup"]["resources"])
@@ -368,6 +407,23 @@ def test_every_part_has_a_place(path: Path) -> None:
         assert num_replicas <= types[pool]["max_workers"] // hosts[pool], pool
         # A target of several hosts fills them.
         assert num_actors > fit * (hosts[pool] - 1)
+    return config
+
+
+def test_what_a_pod_offers_may_be_any_quantity() -> None:
+    for amount in ("0.5", "500m"):  # a whole one to Ray
+        assert render({"target": {"rayResources": {"CPU": amount}}})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param({"speculative": None}, id="nothing"),
+        pytest.param({"speculative": {"method": "ngram", "model": None}}, id="ngram"),
+    ],
+)
+def test_drafters_that_are_not_there_need_no_place(values: Object) -> None:
+    assert render({"config": values, "drafter": {"replicas": 0, "rayResources": {"CPU": "0"}}})
 
 
 def test_a_new_chart_version_changes_no_pod(tmp_path: Path) -> None:
@@ -380,14 +436,15 @@ def test_a_new_chart_version_changes_no_pod(tmp_path: Path) -> None:
 
 def test_a_change_of_the_serve_configuration_changes_no_pod() -> None:
     """Though it is one of everything, but for the ports of routers."""
-    changed = yaml.safe_load((CHART / "serve" / "two-pools.yaml").read_text())["applications"][0]
+    pods = yaml.safe_load((CHART / "profiles" / "two-pools.yaml").read_text())
+    changed = yaml.safe_load((CHART / "serve" / "laptop.yaml").read_text())["applications"][0]
     config = changed["args"] | {
         "drain_timeout_s": 1,
         "tracing": {"endpoint": "http://collector:4317"},
         "security": {"api_keys_file": "/keys"},
     }
     config["drafter"] |= {"port": 26000, "num_ports": 8}
-    before, after = (one(render({"config": c}), "RayService")["spec"] for c in ({}, config))
+    before, after = (one(render(pods | {"config": c}), "RayService")["spec"] for c in ({}, config))
     assert before["serveConfigV2"] != after["serveConfigV2"]
     assert before["rayClusterConfig"] == after["rayClusterConfig"]
 
@@ -446,6 +503,33 @@ def test_names_leave_room_for_kuberays(release: str) -> None:
     found = objects("\n---\n".join(texts.values()))
     assert all(len(loaded["metadata"]["name"]) <= 63 for loaded in found)
     assert len(one(found, "RayService")["metadata"]["name"]) <= 40
+
+
+@pytest.mark.shared
+def test_names_that_yaml_reads_otherwise_stay_names(shared_dir: Path) -> None:
+    import helm_python
+
+    names = {"existingSecret", "existingClaim", "storageClassName", "serviceAccountName"}
+    names |= {"priorityClassName", "runtimeClassName", "serverName", "hostname", "caConfigMap"}
+    names |= {"key", "passwordKey", "nameOverride"}
+
+    def renamed(values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: "no" if key in names else renamed(value) for key, value in values.items()}
+
+    with helm_python.Chart.load(CHART) as chart:
+        texts = chart.render(renamed(ALL_ON), name="on")
+    texts.pop("dspark/templates/NOTES.txt")
+    for loaded in objects("\n---\n".join(texts.values())):
+        assert loaded["metadata"]["labels"]["app.kubernetes.io/instance"] == "on"
+        assert not core_problems(loaded, "1.37")
+        if loaded["kind"] not in WITHOUT_SCHEMA:
+            assert not custom_problems(loaded, shared_dir / "k8s" / "crds")
+
+
+def test_a_chart_around_this_one_has_values_for_all() -> None:
+    assert render({"global": {"imageRegistry": "mine", "labels": {"a": 1}}}) == render({})
 
 
 @pytest.mark.parametrize("rendered", VALUES, indirect=True)

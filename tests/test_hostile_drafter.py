@@ -44,9 +44,12 @@ Asked = drafter_pb2.DraftRequest.Sequence
 class HostileDrafter(drafter_pb2_grpc.DrafterServiceServicer):
     """Welcomes everybody, and answers rounds with what ``answer`` makes of them."""
 
-    def __init__(self, answer: Callable[[Any], list[Response]]) -> None:
+    def __init__(
+        self, answer: Callable[[Any], list[Response]], block_size: int = BLOCK_SIZE
+    ) -> None:
         self.num_rounds = 0
         self._answer = answer
+        self._block_size = block_size
 
     async def Draft(self, request_iterator: Any, context: Any) -> None:
         await context.read()
@@ -54,7 +57,7 @@ class HostileDrafter(drafter_pb2_grpc.DrafterServiceServicer):
             drafter_id="enemy",
             protocol_version=PROTOCOL_VERSION,
             digests=encode_digests(DIGESTS),
-            block_size=BLOCK_SIZE,
+            block_size=self._block_size,
             vocab_size=VOCAB_SIZE,
         )
         await context.write(Response(welcome=welcome))
@@ -211,9 +214,15 @@ def make_requests() -> list[Request]:
 
 @contextmanager
 def hostile(
-    loop: LoopThread, config: ClusterConfig, answer: Callable[[Any], list[Response]]
+    loop: LoopThread,
+    config: ClusterConfig,
+    answer: Callable[[Any], list[Response]],
+    *,
+    block_size: int = BLOCK_SIZE,
+    state: str = "ready",
 ) -> Iterator[tuple[HostileDrafter, GrpcDraftClient]]:
-    enemy = HostileDrafter(answer)
+    """A replica's client of such a drafter, once it is in this state."""
+    enemy = HostileDrafter(answer, block_size)
 
     async def start() -> tuple[aio.Server, int]:
         server = aio.server(options=server_options(256 << 20))
@@ -232,7 +241,7 @@ def hostile(
     )
     try:
         client.set_drafters([("enemy", f"127.0.0.1:{port}")])
-        assert wait_for(client.is_ready)
+        assert wait_for(lambda: [drafter.state for drafter in client.status()] == [state])
         yield enemy, client
     finally:
         client.close()
@@ -278,6 +287,27 @@ def test_broken_protocol_changes_no_output(
         check(run(engine, make_requests()), expected)
         stats = client.stats
         assert stats.num_malformed + stats.num_lost + stats.num_late > 0
+
+
+@pytest.mark.parametrize("size", [-1, 0, 129, 20_000, 2**31 - 1])
+def test_an_impossible_block_is_refused_and_costs_nothing(
+    loop: LoopThread, config: ClusterConfig, expected: dict[str, list[int]], size: int
+) -> None:
+    liar = LIARS["random tokens"]
+    with hostile(loop, config, liar, block_size=size, state="quarantined") as (enemy, client):
+        assert "block_size must be from 1 to 128" in client.status()[0].reason
+        assert client.block_size == 0
+        check(run(make_engine(config, client), make_requests()), expected)
+        assert enemy.num_rounds == 0
+
+
+def test_the_largest_block_stops_no_request(
+    loop: LoopThread, config: ClusterConfig, expected: dict[str, list[int]]
+) -> None:
+    with hostile(loop, config, LIARS["random tokens"], block_size=128) as (enemy, client):
+        assert client.block_size == 128
+        check(run(make_engine(config, client), make_requests()), expected)
+        assert enemy.num_rounds > 0
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from tests.metrics_tools import Samples, running_parts, samples, value
 from tests.models import save_tiny_drafter, save_tiny_target
 from tests.rpc_tools import MAX_MODEL_LEN, TOKENIZER, VOCAB_SIZE, running_cluster, until
 
-# As vLLM's documentation lists them; the others that it has are of things that are not here.
+# As vLLM's documentation lists them, those that its own dashboards show among them.
 VLLM_NAMES = {
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
@@ -48,6 +48,10 @@ VLLM_NAMES = {
     "vllm:inter_token_latency_seconds_bucket",
     "vllm:e2e_request_latency_seconds_bucket",
     "vllm:request_queue_time_seconds_bucket",
+    "vllm:request_prefill_time_seconds_bucket",
+    "vllm:request_decode_time_seconds_bucket",
+    "vllm:request_time_per_output_token_seconds_bucket",
+    "vllm:request_max_num_generation_tokens_bucket",
     "vllm:request_prompt_tokens_bucket",
     "vllm:request_generation_tokens_bucket",
 }
@@ -80,17 +84,21 @@ def test_a_request_is_measured_from_its_beginning_to_the_end_of_each_choice() ->
         clock.now = 0.1
         meter.chunk(GenerateResponse(choice_index=0, token_ids=[1, 2]))
         clock.now = 3.0
-        usage = Usage(prompt_tokens=7, completion_tokens=3, queue_seconds=0.4)
-        meter.chunk(GenerateResponse(choice_index=0, finish_reason=2, usage=usage))
-        meter.chunk(GenerateResponse(choice_index=1, finish_reason=1, usage=usage))
+        for index, num_tokens, reason in ((0, 3, 2), (1, 1, 1)):
+            usage = Usage(prompt_tokens=7, completion_tokens=num_tokens, queue_seconds=0.04)
+            meter.chunk(GenerateResponse(choice_index=index, finish_reason=reason, usage=usage))
     found = samples(metrics.text())
     for name, count, total in (
         ("vllm:time_to_first_token_seconds", 2, 0.16),
         ("vllm:inter_token_latency_seconds", 1, 0.03),
         ("vllm:e2e_request_latency_seconds", 2, 6.0),
-        ("vllm:request_queue_time_seconds", 2, 0.8),
+        ("vllm:request_queue_time_seconds", 2, 0.08),
+        ("vllm:request_prefill_time_seconds", 2, 0.03 + 0.05),
+        ("vllm:request_decode_time_seconds", 2, 0.03),
+        ("vllm:request_time_per_output_token_seconds", 1, 0.015),
         ("vllm:request_prompt_tokens", 2, 14),
-        ("vllm:request_generation_tokens", 2, 6),
+        ("vllm:request_generation_tokens", 2, 4),
+        ("vllm:request_max_num_generation_tokens", 1, 3),
     ):
         assert value(found, f"{name}_count") == count, name
         assert value(found, f"{name}_sum") == pytest.approx(total), name

@@ -53,6 +53,7 @@ CITY_TOOL: Any = {
 }
 NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
 CLOCK_TOOL: Any = {"type": "function", "function": {"name": "get_time"}}
+SET_SCHEMA = {"type": "array", "uniqueItems": True}
 
 
 class Person(BaseModel):
@@ -800,6 +801,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"bad_words": ["x"] * 129}, "bad_words"),
     ({"allowed_token_ids": [5_000_000]}, "allowed_token_ids"),
     ({"n": 3, "best_of": 2}, "best_of"),
+    ({"n": 0, "best_of": 2}, "n"),
+    ({"n": -1, "best_of": 3, "echo": True}, "n"),
     ({"best_of": 17}, "best_of"),
     ({"suffix": "end"}, "suffix"),
     ({"prompt_logprobs": 21}, "prompt_logprobs"),
@@ -810,6 +813,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": {"text": "x"}}, "prompt"),
     ({"prompt": "word " * 5000}, "prompt"),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": 2**70}, "truncate_prompt_tokens"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"temprature": 1}, "temprature"),
     ({"use_beam_search": True}, "use_beam_search"),
@@ -842,6 +846,18 @@ REFUSED_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"functions": [{"name": "f"}], "tools": [CITY_TOOL]}, "functions"),
     ({"function_call": {"name": "f"}}, "function_call"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens"),
+    (
+        {
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {"name": "f", "strict": True, "parameters": SET_SCHEMA},
+                }
+            ]
+        },
+        "tools",
+    ),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
     ({"tools": [CITY_TOOL, CITY_TOOL]}, "tools"),
     (
@@ -933,6 +949,22 @@ def test_bad_input_names_its_field(server: ApiServer) -> None:
     assert server.engine_loop.load().num_running == 0
     misspelt = post(server, "/v1/completions", {"prompt": "x", "temprature": 1})[1]["error"]
     assert "did you mean 'temperature'?" in misspelt["message"]
+
+
+def test_a_wrong_tool_is_told_among_many(server: ApiServer) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"strict": True, "parameters": SET_SCHEMA}, 'Unimplemented keys: ["uniqueItems"]'),
+        ({"parameters": {"type": "string", "pattern": "^(?!x)"}}, "look-around"),
+    ]
+    for fields, why in cases:
+        wrong = {"type": "function", "function": {"name": "wrong", **fields}}
+        body = {"messages": MESSAGES, "tools": [CLOCK_TOOL, wrong, CITY_TOOL]}
+        status, answer, _ = post(server, "/v1/chat/completions", body)
+        message = answer["error"]["message"]
+        assert (status, answer["error"]["param"]) == (400, "tools")
+        assert message.startswith("tools: 'wrong': failed to compile JSON schema")
+        assert why in message
+        assert "tool_call" not in message
 
 
 def test_what_asks_for_nothing_is_taken(server: ApiServer) -> None:

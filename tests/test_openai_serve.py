@@ -22,7 +22,7 @@ from cluster.metrics.catalogue import METRICS
 from cluster.rpc.client import Client
 from tests.engine_tools import ALWAYS
 from tests.metrics_tools import free_port, samples, value
-from tests.models import DRAFTER, TARGET
+from tests.models import DRAFTER, PROFILE, TARGET
 from tests.promql_tools import alerts, panel_expressions, selectors
 from tests.trace_tools import Collector, Received, collecting
 
@@ -43,7 +43,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
 
 # Nothing waits for so fast a device; what pacing exports is there.
 PACE = {
-    "profile": str(Path(__file__).resolve().parents[1] / "deployments/profiles/h100-8b-tp1.yaml"),
+    "profile": str(PROFILE),
     "time_scale": 0.001,
 }
 

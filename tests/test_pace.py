@@ -228,7 +228,7 @@ def test_status_messages_carry_the_pace() -> None:
     assert pace_from_proto(drafter_to_proto(unpaced)) is None
 
 
-@pytest.mark.parametrize("name", ["h100-8b-tp1", "h100-8b-a10", "h100-70b-tp8"])
+@pytest.mark.parametrize("name", ["h100-8b-tp1", "h100-8b-a10", "h100-70b-tp8", "a100-70b-w4"])
 def test_a_configuration_names_the_profiles_that_are_shipped(name: str) -> None:
     values = {
         "target": {"model": "m", "pace": {"profile": name, "time_scale": 2}},
@@ -247,9 +247,13 @@ def test_a_configuration_names_the_profiles_that_are_shipped(name: str) -> None:
 
 
 # Of NVIDIA's data sheets, with the shares of them that docs/pace.md takes.
-_BYTES_PER_S, _FLOPS_PER_S, _LINK_BYTES_PER_S = 0.8 * 3.35e12, 0.6 * 989e12, 0.8 * 450e9
-_H100, _A10 = (_BYTES_PER_S, _FLOPS_PER_S), (0.8 * 600e9, 0.6 * 125e12)
+_LINK_BYTES_PER_S = 0.8 * 450e9
+_H100, _A100, _A10 = (
+    (0.8 * bytes_per_s, 0.6 * flops_per_s)
+    for bytes_per_s, flops_per_s in ((3.35e12, 989e12), (2.039e12, 312e12), (600e9, 125e12))
+)
 _8B = {
+    "device": _H100,
     "weights": 7.505e9,
     "gpus": 1,
     "hidden": 4096,
@@ -257,17 +261,34 @@ _8B = {
     "launch_s": 4e-4,
     "drafter": 2 * 218.1e6 + 525.3e6,
 }
+_70B = {
+    "device": _H100,
+    "weights": 69.50e9,
+    "gpus": 8,
+    "hidden": 8192,
+    "layers": 80,
+    "launch_s": 8e-4,
+    "drafter": 2 * 855.6e6 + 1050.7e6,
+}
+# 4 bits and a 16-bit scale for each 128 weights, but for the output head.
+_70B_W4 = {
+    **_70B,
+    "device": _A100,
+    "gpus": 1,
+    "bytes": (69.50e9 - 1050.7e6) * (0.5 + 2 / 128) + 2 * 1050.7e6,
+}
 
 
 def _target_seconds(shape: dict[str, Any], tokens: float, context: float) -> float:
     weights, gpus = shape["weights"], shape["gpus"]
-    read_s = 2 * weights / gpus / _BYTES_PER_S
-    compute_s = 2 * weights * tokens / gpus / _FLOPS_PER_S
+    bytes_per_s, flops_per_s = shape["device"]
+    read_s = shape.get("bytes", 2 * weights) / gpus / bytes_per_s
+    compute_s = 2 * weights * tokens / gpus / flops_per_s
     link_bytes = tokens * shape["hidden"] * 2 * 2 * (gpus - 1) / gpus
     reduce_s = 0.0
     if gpus > 1:
         reduce_s = 2 * shape["layers"] * (12e-6 + link_bytes / _LINK_BYTES_PER_S)
-    cache_s = context * shape["layers"] * 8 * 128 * 2 * 2 / gpus / _BYTES_PER_S
+    cache_s = context * shape["layers"] * 8 * 128 * 2 * 2 / gpus / bytes_per_s
     return float(shape["launch_s"] + max(read_s, compute_s) + reduce_s + cache_s)
 
 
@@ -276,18 +297,8 @@ def _target_seconds(shape: dict[str, Any], tokens: float, context: float) -> flo
     [
         ("h100-8b-tp1", _H100, _8B),
         ("h100-8b-a10", _A10, _8B),
-        (
-            "h100-70b-tp8",
-            _H100,
-            {
-                "weights": 69.50e9,
-                "gpus": 8,
-                "hidden": 8192,
-                "layers": 80,
-                "launch_s": 8e-4,
-                "drafter": 2 * 855.6e6 + 1050.7e6,
-            },
-        ),
+        ("h100-70b-tp8", _H100, _70B),
+        ("a100-70b-w4", _A100, _70B_W4),
     ],
 )
 def test_derived_profiles_are_what_their_derivation_says(
@@ -334,7 +345,7 @@ def test_pace_brings_the_curve_and_one_scale() -> None:
             "drafter: {sessions: [1], seconds: [0]}",
             "drafter.seconds: must be positive",
         ),
-        ("a: [", "cannot be parsed"),
+        ("a: [", "is not YAML"),
     ],
 )
 def test_a_broken_profile_is_refused_with_its_file(tmp_path: Path, text: str, message: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.bench import parity
-from cluster.engine.worker import load_tokenizer
+from cluster.engine.target_config import load_tokenizer
 from cluster.request import Request, SamplingParams
 from tests.engine_tools import make_config, make_engine, run
 from tests.models import DRAFTER, TARGET

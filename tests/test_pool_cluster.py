@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import yaml
 from cluster.cli.running import RunningCluster
 from cluster.rpc.client import Client, Completion
 from cluster.serve_config import load_serve_config
-from tests.models import DRAFTER, TARGET
+from tests.models import DRAFTER, PROFILE, TARGET
 
 pytestmark = [
     pytest.mark.full,  # drafters come when they pay, by a device's paced time: run it alone
@@ -24,7 +23,7 @@ pytestmark = [
 ]
 
 PACE = {
-    "profile": str(Path(__file__).resolve().parents[1] / "deployments/profiles/h100-8b-tp1.yaml"),
+    "profile": str(PROFILE),
     "time_scale": 20.0,
 }
 SAMPLING: dict[str, Any] = {"temperature": 0.8, "seed": 3, "max_tokens": 60, "ignore_eos": True}

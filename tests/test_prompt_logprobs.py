@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cluster.api.logprobs import completion_logprobs
 from cluster.config import ClusterConfig
 from cluster.engine import scheduler
 from cluster.errors import InvalidRequestError
-from cluster.request import PositionLogprobs, Request, SamplingParams
+from cluster.request import PositionLogprobs, Request, SamplingParams, TokenLogprob
 from tests.engine_tools import make_config, make_engine
 from tests.models import DRAFTER, TARGET
 
@@ -121,3 +123,18 @@ def test_what_is_asked_for_is_bounded() -> None:
     assert caught.value.field == "sampling.prompt_logprobs"
     with pytest.raises(InvalidRequestError):
         SamplingParams(prompt_logprobs=21).validate(10)
+
+
+def test_a_long_echo_holds_the_router_no_longer_by_token() -> None:
+    """Its offsets were sums of all before them: minutes, in which no other stream goes on."""
+
+    class Texts:
+        def text(self, token_id: int) -> str:
+            return "ab"
+
+    num_tokens = 100_000
+    position = PositionLogprobs(TokenLogprob(1, -0.5))
+    started = time.process_time()
+    shaped = completion_logprobs([position] * num_tokens, [2] * num_tokens, 7, cast(Any, Texts()))
+    assert time.process_time() - started < 5
+    assert shaped["text_offset"] == list(range(7, 7 + 2 * num_tokens, 2))

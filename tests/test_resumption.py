@@ -28,6 +28,7 @@ from cluster.rpc.resumption import ROUTER_HEADER, Resumption
 from cluster.rpc.router import RouterServer
 from cluster.rpc.status import to_status
 from cluster.v1 import common_pb2, inference_pb2
+from tests.raw_chunks import refused_chunks
 from tests.router_process import RouterProcess
 from tests.rpc_tools import (
     MAX_MODEL_LEN,
@@ -59,7 +60,6 @@ async def second_router(cluster: Cluster, port: int = 0) -> AsyncIterator[tuple[
 def assert_unbroken(chunks: list[Chunk], prompt: list[int], max_tokens: int) -> None:
     tokens: list[int] = []
     for chunk in chunks:
-        assert chunk.offset == len(tokens)
         tokens += chunk.token_ids
     assert tokens == expected(prompt, max_tokens)
     assert chunks[-1].finish_reason is not None
@@ -67,6 +67,7 @@ def assert_unbroken(chunks: list[Chunk], prompt: list[int], max_tokens: int) -> 
     assert attempts == sorted(attempts)
 
 
+@pytest.mark.usefixtures("whole_streams")
 @pytest.mark.parametrize("same_port", [True, False], ids=["one port", "two ports"])
 async def test_streams_go_on_when_their_router_is_killed(same_port: bool) -> None:
     async with running_cluster(2, step_s=0.01) as cluster:
@@ -113,6 +114,7 @@ async def seen_routers(client: AsyncClient, count: int) -> set[str]:
     return seen
 
 
+@pytest.mark.usefixtures("whole_streams")
 async def test_the_only_router_is_killed_and_comes_back() -> None:
     async with running_cluster(step_s=0.01) as cluster:
         async with RouterProcess(cluster.replicas) as first:
@@ -134,6 +136,7 @@ def read_all(client: Client, prompt: list[int], max_tokens: int) -> list[Chunk]:
     return list(client.generate(prompt, max_tokens=max_tokens))
 
 
+@pytest.mark.usefixtures("whole_streams")
 async def test_streams_that_outlast_the_drain_go_on_elsewhere() -> None:
     async with running_cluster(step_s=0.01) as cluster, second_router(cluster) as (_, other):
         async with AsyncClient(f"{cluster.address},{other}") as client:
@@ -228,9 +231,9 @@ def generate_call(**fields: Any) -> GenerateCall:
     return GenerateCall(**{**defaults, **fields})
 
 
-def resumption(**fields: Any) -> Resumption:
+def resumption(timeout_s: float | None = None, **fields: Any) -> Resumption:
     call = generate_call(**fields)
-    return Resumption(call, "here:1", timeout_s=None, resume_timeout_s=60.0)
+    return Resumption(call, "here:1", timeout_s=timeout_s, resume_timeout_s=60.0)
 
 
 def chunk(offset: int, *token_ids: int, finish: int = 0) -> inference_pb2.GenerateResponse:
@@ -246,8 +249,11 @@ def chunk(offset: int, *token_ids: int, finish: int = 0) -> inference_pb2.Genera
 def test_chunks_that_repeat_or_skip_are_not_taken(offset: int) -> None:
     call = resumption()
     assert call.request().attempt == 0
-    assert call.take(chunk(0, 5, 6)) is not None
-    assert call.take(chunk(offset, 7)) is None
+    with refused_chunks() as refused:
+        assert call.take(chunk(0, 5, 6)) is not None
+        assert not refused
+        assert call.take(chunk(offset, 7)) is None
+        assert len(refused) == 1
     assert call.next_delay_s() > 0
     again = call.request()
     assert list(again.resume_token_ids.ids) == [5, 6]
@@ -264,6 +270,28 @@ def test_what_was_resumed_before_counts() -> None:
     again = call.request()
     assert (list(again.resume_token_ids.ids), again.attempt) == ([3, 4, 5], 7)
     assert again.request_id == "mine"
+
+
+def test_the_prompts_logprobs_come_once() -> None:
+    call = resumption(sampling=SamplingParams(prompt_logprobs=1))
+
+    def with_logprobs(offset: int) -> inference_pb2.GenerateResponse:
+        message = chunk(offset, 5)
+        message.prompt_logprobs.add().chosen.token_id = 1
+        return message
+
+    call.failed(Broken(), ())
+    call.next_delay_s()
+    assert call.request().sampling.prompt_logprobs == 1  # they are missing still
+    first = call.take(with_logprobs(0))
+    assert first is not None
+    assert len(first.prompt_logprobs) == 1
+    call.failed(Broken(), ())
+    call.next_delay_s()
+    assert not call.request().sampling.HasField("prompt_logprobs")
+    second = call.take(with_logprobs(1))
+    assert second is not None
+    assert not second.prompt_logprobs
 
 
 def test_several_choices_begin_anew_only_before_they_have_begun() -> None:
@@ -316,8 +344,51 @@ def test_a_full_queue_ends_a_call_only_at_its_beginning() -> None:
 
 
 def refusal() -> Broken:
-    status = rpc_status.to_status(to_status(QueueFullError("full", 0.5)))
+    return ended_with(QueueFullError("full", 0.5))
+
+
+def ended_with(error: Exception) -> Broken:
+    status = rpc_status.to_status(to_status(error))
     return Broken(status.code, status.details, status.trailing_metadata)
+
+
+def test_routers_that_stop_in_turn_cost_a_queued_call_no_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    call = resumption()
+    for _ in range(5):
+        call.failed(ended_with(RouterStoppingError("stops")), ((ROUTER_HEADER, "r"),))
+        assert call.next_delay_s() <= 0.075
+        now += 50.0
+    call.failed(ended_with(RouterStoppingError("stops")), ())  # before it took the call
+    call.next_delay_s()
+    now += 61.0
+    call.failed(ended_with(RouterStoppingError("stops")), ())
+    with pytest.raises(RouterStoppingError):
+        call.next_delay_s()
+
+
+@pytest.mark.parametrize("has_deadline", [True, False])
+def test_a_call_that_was_taken_waits_for_a_place_until_its_deadline(
+    has_deadline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    call = resumption(timeout_s=300.0 if has_deadline else None)
+    call.failed(Broken(), ((ROUTER_HEADER, "r"),))
+    call.next_delay_s()
+    now += 200.0
+    call.failed(refusal(), ())
+    if has_deadline:
+        assert call.next_delay_s() > 0
+        now += 101.0
+        with pytest.raises(DeadlineExceededError):
+            call.timeout_s()
+    else:
+        with pytest.raises(ReplicaLostError):
+            call.next_delay_s()
 
 
 def test_several_addresses_must_be_known() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import Any
 
+import grpc
 import pytest
 from grpc import aio
 
@@ -13,14 +14,16 @@ from cluster.errors import (
     ClusterStateError,
     DeadlineExceededError,
     InvalidRequestError,
+    QueueFullError,
     ReplicaLostError,
 )
 from cluster.request import Request, SamplingParams
 from cluster.rpc.channels import PROTOCOL_VERSION
 from cluster.rpc.choice import Choice
 from cluster.rpc.client import AsyncClient
+from cluster.rpc.convert import generate_call_from_proto
 from cluster.rpc.replica_pool import ReplicaPool
-from cluster.v1 import common_pb2, replica_pb2, replica_pb2_grpc
+from cluster.v1 import common_pb2, inference_pb2, replica_pb2, replica_pb2_grpc
 from tests.rpc_tools import (
     TOKENIZER,
     VOCAB_SIZE,
@@ -30,6 +33,8 @@ from tests.rpc_tools import (
     running_cluster,
     until,
 )
+
+pytestmark = pytest.mark.usefixtures("whole_streams")
 
 
 @pytest.mark.parametrize("how", ["killed", "drained", "engine"])
@@ -92,6 +97,25 @@ async def test_no_replica() -> None:
         await asyncio.sleep(0.05)
         await cluster.add_replica()
         assert [t for chunk in await waiting for t in chunk.token_ids] == expected([1], 5)
+
+
+async def test_what_has_a_deadline_waits_for_a_replica_until_then() -> None:
+    async with running_cluster(router={"wait_s": 0.1}, step_s=0.01) as cluster:
+        stream = cluster.client.generate([1], max_tokens=50, timeout_s=20.0)
+        got = list((await anext(stream)).token_ids)
+        rest = asyncio.create_task(collect(stream, got))
+        await cluster.replicas[0].stop()
+        late = cluster.router.generate(
+            generate_call_from_proto(inference_pb2.GenerateRequest(text="a")), timeout_s=0.5
+        )
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceededError, match="deadline passed: no target replica"):
+            await anext(late)
+        assert 0.4 < time.monotonic() - started < 5
+        assert not rest.done()
+        await cluster.add_replica()
+        await rest
+        assert got == expected([1], 50)
 
 
 async def test_replica_lost_without_another() -> None:
@@ -161,7 +185,7 @@ async def test_replica_with_another_tokenizer_is_not_used() -> None:
         stranger = await cluster.add_replica(digests={"tokenizer": "b" * 64})
         reason = f"replica-0 has tokenizer {'b' * 12}, the router has {'a' * 12}"
         with pytest.raises(ReplicaLostError, match=reason):
-            await gather_chunks(cluster.client, [1], timeout_s=10)
+            await gather_chunks(cluster.client, [1])
         (status,) = (await cluster.client.status()).replicas
         assert (status.state, status.reason) == ("mismatched", reason.removeprefix("replica-0 "))
         await cluster.add_replica(digests={"tokenizer": "a" * 64})
@@ -302,6 +326,58 @@ async def test_nothing_repeated_or_skipped_is_passed_on() -> None:
         await server.stop(0)
 
 
+class GarblingReplica:
+    """Sends bytes that are no message: on one stream behind the welcome of a router, or in its
+    place; welcomes on the others, and serves none."""
+
+    def __init__(self, *garbled: str) -> None:
+        self.garbled = list(garbled)
+        self.num_streams = 0
+
+    async def start(self) -> str:
+        handler = grpc.stream_stream_rpc_method_handler(self.connect)
+        service = grpc.method_handlers_generic_handler(
+            "cluster.v1.ReplicaService", {"Connect": handler}
+        )
+        self.server = aio.server()
+        self.server.add_generic_rpc_handlers((service,))
+        port = self.server.add_insecure_port("127.0.0.1:0")
+        await self.server.start()
+        return f"127.0.0.1:{port}"
+
+    async def connect(self, _messages: Any, context: aio.ServicerContext) -> None:
+        self.num_streams += 1
+        await context.read()
+        how = self.garbled.pop(0) if self.garbled else ""
+        welcome = replica_pb2.ConnectResponse.Welcome(
+            protocol_version=PROTOCOL_VERSION, max_model_len=64, vocab_size=VOCAB_SIZE
+        )
+        message = replica_pb2.ConnectResponse(welcome=welcome).SerializeToString()
+        await context.write(b"\xff\xff\xff" if how == "welcome" else message)
+        if how == "step":
+            await context.read()  # a submission
+            await context.write(b"\xff\xff\xff")
+        await asyncio.sleep(60)
+
+
+async def test_a_message_that_cannot_be_read_costs_its_stream_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    garbling = GarblingReplica("welcome", "step", "welcome", "welcome")
+    async with running_cluster(0) as cluster:
+        cluster.router.set_replicas([("garbling", await garbling.start())])
+        await until(lambda: cluster.router.is_ready)
+        task = asyncio.create_task(gather_chunks(cluster.client, [1], max_tokens=10))
+        await until(lambda: garbling.num_streams == 5)
+        await until(lambda: cluster.router._pool.statuses()[0].state == "ready")
+        cluster.router.set_replicas([])
+        await cluster.add_replica()
+        await garbling.server.stop(0)
+        assert [t for chunk in await task for t in chunk.token_ids] == expected([1], 10)
+        faults = [r for r in caplog.records if "broke its stream" in r.getMessage()]
+        assert [record.levelname for record in faults] == ["ERROR"] * 3  # the fourth is the third
+
+
 class Wire:
     """A TCP connection in between, that can be cut without a word."""
 
@@ -356,3 +432,74 @@ async def test_cut_wire() -> None:
             tokens[chunk.choice_index] += chunk.token_ids
         assert tokens == {index: expected([3], 50, index) for index in (0, 1)}
         assert len(replica.loop.submitted) == 4
+
+
+async def test_replicas_that_drain_in_turn_lose_no_queued_request() -> None:
+    async with running_cluster(5) as cluster:
+        for replica in cluster.replicas:
+            replica.loop.is_queued = lambda request: True
+        task = asyncio.create_task(gather_chunks(cluster.client, [3], max_tokens=5))
+        for grace_s in (0.05, 0.0, 0.05, 0.0):
+            await until(lambda: any(r.loop.num_active for r in cluster.replicas) or task.done())
+            assert not task.done()
+            await next(r for r in cluster.replicas if r.loop.num_active).stop(grace_s)
+            await until(lambda: not all(r.loop.num_active for r in cluster.replicas if r.stopped))
+        for replica in cluster.replicas:
+            replica.loop.is_queued = lambda request: False
+        assert [t for chunk in await task for t in chunk.token_ids] == expected([3], 5)
+
+
+@pytest.mark.parametrize("timeout_s", [20.0, None], ids=["deadline", "no deadline"])
+async def test_a_queued_request_waits_for_a_place_when_its_replica_is_lost(
+    timeout_s: float | None,
+) -> None:
+    router = {"wait_s": 20.0, "queue_timeout_s": 20.0}
+    async with running_cluster(router=router) as cluster:
+        first = cluster.replicas[0]
+        first.loop.is_queued = lambda request: True
+        call = gather_chunks(cluster.client, [3], max_tokens=5, timeout_s=timeout_s)
+        task = asyncio.create_task(call)
+        await until(lambda: first.loop.num_active == 1)
+        full = (await cluster.add_replica(max_num_seqs=0)).loop
+        await cluster.wait_ready(2)
+        await first.stop()
+        await until(lambda: len(full.submitted) >= 2 or task.done())
+        assert not task.done()
+        full.max_num_seqs = 1
+        assert [t for chunk in await task for t in chunk.token_ids] == expected([3], 5)
+        # It is not to be refused for its time in that queue, where it has a deadline.
+        has_queue_deadline = [request.queue_deadline is not None for request in full.submitted]
+        assert has_queue_deadline == [timeout_s is None] * len(full.submitted)
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "error"), [(1.0, DeadlineExceededError), (None, QueueFullError)]
+)
+async def test_the_wait_for_a_place_is_bounded(
+    timeout_s: float | None, error: type[Exception]
+) -> None:
+    async with running_cluster(router={"wait_s": 1.0}) as cluster:
+        first = cluster.replicas[0]
+        first.loop.is_queued = lambda request: True
+        started = time.monotonic()
+        call = gather_chunks(cluster.client, [3], max_tokens=5, timeout_s=timeout_s)
+        task = asyncio.create_task(call)
+        await until(lambda: first.loop.num_active == 1)
+        await cluster.add_replica(max_num_seqs=0)
+        await cluster.wait_ready(2)
+        await first.stop()
+        with pytest.raises(error):
+            await task
+        assert 0.9 < time.monotonic() - started < 10
+
+
+async def test_who_waited_for_a_replica_waits_for_a_place_there_too() -> None:
+    async with running_cluster(0) as cluster:
+        tasks = [
+            asyncio.create_task(gather_chunks(cluster.client, [number], max_tokens=5))
+            for number in range(4)
+        ]
+        await until(lambda: cluster.router.num_active_requests == 4)
+        await cluster.add_replica(max_num_seqs=1)
+        for number, task in enumerate(tasks):
+            assert [t for chunk in await task for t in chunk.token_ids] == expected([number], 5)

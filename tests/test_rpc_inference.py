@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from cluster.errors import (
     ClusterStateError,
     DeadlineExceededError,
     InvalidRequestError,
+    QueueFullError,
     RequestCancelledError,
 )
 from cluster.request import (
@@ -28,7 +30,10 @@ from cluster.request import (
 )
 from cluster.rpc.client import AsyncClient, Client
 from cluster.rpc.cluster_status import ShardStatus
+from cluster.rpc.credentials import Credentials
 from cluster.rpc.router import RouterServer
+from cluster.rpc.status import from_rpc_error
+from cluster.security.authenticator import Authenticator
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 from tests.rpc_tools import (
     MAX_MODEL_LEN,
@@ -39,6 +44,7 @@ from tests.rpc_tools import (
     running_cluster,
     until,
 )
+from tests.test_security import entry, write_keys
 
 
 async def test_stream_is_ordered_and_complete() -> None:
@@ -206,6 +212,43 @@ async def test_retry_takes_over_its_request() -> None:
         assert {chunk.attempt for chunk in chunks} == {1}
         with pytest.raises(RequestCancelledError):
             await old
+
+
+async def test_nobody_s_request_id_is_another_one_s(tmp_path: Path) -> None:
+    keys = write_keys(tmp_path / "keys.yaml", entry("alice", "a"), entry("bob", "b"))
+    router = {"authenticator": Authenticator(keys)}
+    async with running_cluster(step_s=0.01, router=router, key="a") as cluster:
+        stream = asyncio.create_task(gather_chunks(cluster.client, [1], request_id="job"))
+        await until(lambda: cluster.replicas[0].loop.num_active == 1)
+        bob = AsyncClient(cluster.address, credentials=Credentials("b"))
+        for attempt in (0, 9):
+            [other] = await bob.complete([2], max_tokens=2, request_id="job", attempt=attempt)
+            assert list(other.token_ids) == expected([2], 2)
+        await bob.close()
+        assert not stream.done()
+        chunks = await stream
+        assert [t for chunk in chunks for t in chunk.token_ids] == expected([1], 256)
+
+
+async def test_tokens_are_held_to_the_key_s_rate(tmp_path: Path) -> None:
+    limits = {"requests_per_second": 0.001}
+    keys = write_keys(tmp_path / "keys.yaml", entry("a", "a", **limits), entry("b", "b", **limits))
+    router = {"authenticator": Authenticator(keys)}
+    async with (
+        running_cluster(router=router, key="a") as cluster,
+        aio.insecure_channel(cluster.address) as channel,
+    ):
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        calls = (
+            (stub.Tokenize, inference_pb2.TokenizeRequest(text="x"), "a"),
+            (stub.Detokenize, inference_pb2.DetokenizeRequest(token_ids=[1]), "b"),
+        )
+        for method, request, key in calls:
+            metadata = (("authorization", f"Bearer {key}"),)
+            await method(request, metadata=metadata)
+            with pytest.raises(aio.AioRpcError) as caught:
+                await method(request, metadata=metadata)
+            assert isinstance(from_rpc_error(caught.value), QueueFullError)
 
 
 async def test_status() -> None:

@@ -21,6 +21,7 @@ from cluster.errors import (
     RequestCancelledError,
 )
 from cluster.request import Request, SpeculationParams
+from cluster.rpc.status import to_status
 from cluster.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tests.rpc_tools import (
     MAX_MODEL_LEN,
@@ -63,6 +64,9 @@ BAD_INPUT: list[tuple[Any, dict[str, Any], str]] = [
     ([1], {"stop_token_ids": [VOCAB_SIZE]}, "sampling.stop_token_ids"),
     ([1], {"logit_bias": {VOCAB_SIZE: 1.0}}, "sampling.logit_bias"),
     ([1], {"logit_bias": {1: 101.0}}, "sampling.logit_bias"),
+    ([1], {"stop_token_ids": [1] * 1025}, "sampling.stop_token_ids"),
+    ([1], {"logit_bias": dict.fromkeys(range(1025), 1.0)}, "sampling.logit_bias"),
+    ([1], {"allowed_token_ids": [1] * (VOCAB_SIZE + 1)}, "sampling.allowed_token_ids"),
     ([1], {"stop": [""]}, "sampling.stop"),
     ([1], {"stop": ["x"] * 17}, "sampling.stop"),
     ([1], {"n": 0}, "n"),
@@ -233,10 +237,20 @@ async def test_deadline_reaches_the_engine() -> None:
         loop = cluster.replicas[0].loop
         started = time.monotonic()
         got: list[int] = []
-        with pytest.raises(DeadlineExceededError):
+        with pytest.raises(DeadlineExceededError, match=r"^the request's deadline passed$"):
             await collect(cluster.client.generate([1], max_tokens=400, timeout_s=0.4), got)
         assert 0.35 < time.monotonic() - started < 0.7
         assert len(got) > 5
         await until(lambda: len(loop.cancelled) == 1)
         assert loop.cancelled[0][2] - started < 0.6
         assert isinstance(loop.cancelled[0][1], DeadlineExceededError)
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "😀"])
+def test_what_quotes_a_client_at_length_fits_the_headers(letter: str) -> None:
+    status = to_status(InvalidRequestError(letter * 9000, letter * 9000))
+    assert len(status.message.encode()) <= 1003
+    assert status.message.endswith("…")
+    assert len(status.SerializeToString()) < 2500
+    short = to_status(InvalidRequestError("prompt", f"must not be {letter}"))
+    assert short.message == f"prompt: must not be {letter}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import pytest
 from grpc import aio
 
+from cluster.rpc import replica_server
 from cluster.rpc.channels import PROTOCOL_VERSION
 from cluster.v1 import common_pb2, replica_pb2, replica_pb2_grpc
 from tests.rpc_tools import MAX_MODEL_LEN, VOCAB_SIZE, expected, running_cluster, until
@@ -27,6 +30,19 @@ async def test_replica_refuses_what_is_no_router() -> None:
             with pytest.raises(aio.AioRpcError) as caught:
                 await call.read()
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_who_says_no_hello_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_server, "HELLO_TIMEOUT_S", 0.2)
+    async with (
+        running_cluster() as cluster,
+        aio.insecure_channel(cluster.replicas[0].address) as channel,
+    ):
+        call = replica_pb2_grpc.ReplicaServiceStub(channel).Connect()
+        async with asyncio.timeout(20):
+            with pytest.raises(aio.AioRpcError, match="hello: did not come within") as caught:
+                await call.read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_two_routers_may_choose_the_same_ids() -> None:

@@ -201,6 +201,34 @@ def test_limits_over_all_routers_are_within_their_bound(num_routers) -> None:
     assert num_tokens > 1000 - 7 * num_routers
 
 
+def fill(router: KeyLimits, key: ApiKey) -> int:
+    """Begins as many calls as the router allows."""
+    num_running = 0
+    with suppress(QueueFullError):
+        while True:
+            router.begin(key).__enter__()
+            num_running += 1
+    return num_running
+
+
+def test_what_runs_comes_on_top_when_routers_change() -> None:
+    """As docs/security.md says, with these numbers."""
+    key = limited(max_concurrent_requests=100)
+
+    def routers(number: int, known: int) -> list[KeyLimits]:
+        made = [KeyLimits() for _ in range(number)]
+        for router in made:
+            router.set_num_routers(known)
+        return made
+
+    draining, new = routers(2, 2), routers(2, 2)
+    assert sum(fill(router, key) for router in draining + new) == 200
+    (first,), added = routers(1, 1), routers(3, 4)
+    num_running = fill(first, key)
+    first.set_num_routers(4)
+    assert num_running + sum(fill(router, key) for router in (first, *added)) == 175
+
+
 @pytest.mark.parametrize("num_routers", [1, 2, 5])
 def test_the_rate_over_all_routers_is_within_its_bound(num_routers) -> None:
     key = limited(requests_per_second=4)
@@ -220,6 +248,18 @@ def test_the_rate_over_all_routers_is_within_its_bound(num_routers) -> None:
     assert 0 < longest_s <= num_routers / 4
     assert 4 * seconds <= num_begun + num_routers  # no less than the limit, but for the rounding
     assert num_begun <= 4 * seconds + max(4, num_routers)
+
+
+def test_a_call_that_holds_nothing_is_held_to_the_rate() -> None:
+    key = limited(requests_per_second=2, max_concurrent_requests=1)
+    clock = Clock()
+    limits = KeyLimits(clock=clock)
+    with limits.begin(key):
+        limits.count(key)  # no place is asked for
+        with pytest.raises(QueueFullError, match="requests a second"):
+            limits.count(key)
+    clock.now += 0.51
+    limits.count(key)
 
 
 def test_the_delay_of_a_refusal_is_long_enough() -> None:

@@ -121,6 +121,16 @@ def test_stretches_change_little() -> None:
     )
 
 
+def test_a_long_stretch_brings_what_its_passes_do_one_by_one() -> None:
+    # Requests are alike: there are too few of them to even out.
+    fleet = make_fleet(acceptance={"request_spread": 0.0}, speculative={"grouping": "off"})
+    loop = ClosedLoop(2, 20, 3000, 60.0, 2.0)
+    exact = simulate(fleet, loop)
+    together = simulate(fleet, loop, Detail(stretch_s=30.0))
+    for name in ("throughput", "acceptance_length", "budget"):
+        assert together[name] == pytest.approx(exact[name], rel=0.05)
+
+
 def test_the_pool_follows_a_step_of_load() -> None:
     slow = DeviceProfile(
         name="slow drafter",

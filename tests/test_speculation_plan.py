@@ -21,18 +21,26 @@ def profile_of(*survival: float) -> SurvivalProfile:
     return profile
 
 
-def load_of(num_requests: int, num_drafting: int | None = None) -> PassLoad:
+def load_of(
+    num_requests: int, num_drafting: int | None = None, num_prompt_tokens: int = 0
+) -> PassLoad:
     return PassLoad(
         num_requests=num_requests,
         num_drafting=num_requests if num_drafting is None else num_drafting,
-        num_base_tokens=num_requests,
+        num_base_tokens=num_requests + num_prompt_tokens,
         num_context_tokens=0,
     )
 
 
-def plan(num_requests: int, draft_s: float, num_groups: int = 1, cost_model: CostModel = KNEE):  # type: ignore[no-untyped-def]
+def plan(  # type: ignore[no-untyped-def]
+    num_requests: int,
+    draft_s: float,
+    num_groups: int = 1,
+    cost_model: CostModel = KNEE,
+    num_prompt_tokens: int = 0,
+):
     return plan_speculation(
-        load_of(num_requests),
+        load_of(num_requests, num_prompt_tokens=num_prompt_tokens),
         profile=profile_of(0.8, 0.6, 0.4, 0.2),
         cost_model=cost_model,
         draft_seconds=lambda sessions, tokens: draft_s,
@@ -72,11 +80,44 @@ def test_tokens_that_are_slow_to_draft_are_not_asked_for() -> None:
     assert best.num_draft_tokens == 1
 
 
+def test_chunks_of_prompts_favour_no_way_to_decode() -> None:
+    linear = CostModel({1: 0.11, 1001: 10.11})
+    alone, beside = plan(16, 0.02, 1, linear), plan(16, 0.02, 1, linear, num_prompt_tokens=400)
+    assert beside.goodput == pytest.approx(alone.goodput)
+    assert beside.num_draft_tokens == alone.num_draft_tokens
+    assert beside.pass_seconds == pytest.approx(alone.pass_seconds + 4.0)  # they take their time
+    plain = plain_goodput(load_of(16), linear)
+    assert plain_goodput(load_of(16, num_prompt_tokens=400), linear) == pytest.approx(plain)
+    # With them a pass is behind the knee of its curve, where guesses cost time.
+    assert plan(8, 0.1, num_prompt_tokens=64).goodput < plan(8, 0.1).goodput
+
+
 def test_groups_hide_drafting_where_passes_are_not_flat() -> None:
     linear = CostModel({1: 0.1, 100: 10.0})
     assert plan(16, 1.0, 2, linear).goodput > 1.1 * plan(16, 1.0, 1, linear).goodput
     # On a flat curve two passes cost twice as much as one.
     assert plan(4, 0.5, 2).goodput < plan(4, 0.5, 1).goodput
+
+
+def test_three_sequences_are_not_drafted_for_as_four() -> None:
+    flat = CostModel({1: 1.0})
+    one, two = (plan(3, 1.0, groups, flat).goodput for groups in (1, 2))
+    assert two == pytest.approx(
+        one
+    )  # a round as long as a pass: two groups hide it all, for nothing
+
+
+@pytest.mark.parametrize("block", [1, 16, 17, 128])
+def test_the_longest_draft_is_among_those_to_choose_from(block: int) -> None:
+    best = plan_speculation(
+        load_of(1),
+        profile=profile_of(*[0.99] * block),
+        cost_model=CostModel({1: 1.0, 256: 1.0}),
+        draft_seconds=lambda sessions, tokens: 0.1,
+        max_draft_tokens=block,
+        num_groups=1,
+    )
+    assert best.num_draft_tokens == block
 
 
 def test_unknown_positions_are_expected_to_be_like_the_others() -> None:

@@ -17,13 +17,20 @@ BLOCK = 4
 class Machine:
     """A policy, and the time."""
 
-    def __init__(self, round_s: float, switching: str = "auto") -> None:
+    def __init__(
+        self,
+        round_s: float,
+        *,
+        switching: str = "auto",
+        grouping: str = "off",
+        curve: dict[int, float] = FLAT,
+    ) -> None:
         self.policy = SpeculationPolicy(
-            cost_model=CostModel(FLAT),
+            cost_model=CostModel(curve),
             profile=SurvivalProfile(),
             predict_round=lambda sessions, tokens, *, added_drafters=0: round_s,
             switching=switching,
-            grouping="off",
+            grouping=grouping,
         )
         self.now = 0.0
 
@@ -85,3 +92,48 @@ def test_a_promise_is_of_the_round_that_was_sent() -> None:
     )
     assert plain.mode is SpeculationMode.PLAIN
     assert math.isclose(plain.seconds, 0.01)
+    assert promise.is_typical
+    assert plain.is_typical
+
+
+def test_guesses_of_another_time_say_nothing_of_plain_passes() -> None:
+    machine = Machine(0.001)
+    machine.announce(2)
+    left = machine.policy.promise(
+        1, num_requests=2, num_tokens=6, num_context_tokens=0, expected_accepted=3.0
+    )
+    assert not left.is_typical
+    for _ in range(50):
+        machine.policy.delivered(left, 5, 0.04, machine.now)
+    correction = machine.policy.switch.correction(SpeculationMode.PLAIN, machine.now)
+    assert correction == 1.0
+
+
+def _run_with_host_work(host_s: float) -> Machine:
+    """Eight sequences whose passes take 10 ms, half of them 7.5, and rounds as long as that."""
+    machine = Machine(
+        0.0075, switching="always", grouping="auto", curve={1: 0.005, 20: 0.0075, 40: 0.01}
+    )
+    for number in range(400):
+        machine.announce(8)
+        group = number % machine.policy.num_groups
+        num_requests = 8 // machine.policy.num_groups
+        machine.policy.sent(group, num_requests, BLOCK)
+        machine.policy.prepare(group)
+        promise = machine.policy.promise(
+            group,
+            num_requests=num_requests,
+            num_tokens=5 * num_requests,
+            num_context_tokens=0,
+            expected_accepted=2 * num_requests,
+        )
+        took_s = promise.seconds - promise.host_seconds + host_s
+        machine.policy.delivered(promise, 3 * num_requests, took_s, machine.now)
+    return machine
+
+
+def test_host_work_counts_for_each_pass() -> None:
+    free, busy = _run_with_host_work(0.0), _run_with_host_work(0.004)
+    # For all eight: 15 ms in two groups, 17.5 in one; with host work 23 and 21.5.
+    assert free.policy.mode is SpeculationMode.GROUPED
+    assert busy.policy.mode is SpeculationMode.SPECULATIVE

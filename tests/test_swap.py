@@ -204,8 +204,6 @@ class Streams:
             tokens: list[int] = []
             try:
                 for chunk in self._client.generate(PROMPT, max_tokens=STREAM_TOKENS, **sampling):
-                    if chunk.offset != len(tokens):
-                        self.failures.append(f"{name}: {chunk.offset} behind {len(tokens)}")
                     tokens += chunk.token_ids
             except Exception as error:
                 self.failures.append(f"{name}: {error!r}")
@@ -246,6 +244,7 @@ def running(tmp_path: Path, state_dir: Path) -> Iterator[dict[str, Any]]:
         assert _dspark("down").returncode == 0
 
 
+@pytest.mark.usefixtures("whole_streams")
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(900)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
@@ -41,6 +42,7 @@ class Machine:
             promised = self.promised[made]
             self.switch.observe(
                 made,
+                num_requests=100,
                 tokens=self.delivered.get(made, promised) * STEP_S,
                 seconds=STEP_S,
                 promised_tokens=promised * STEP_S,
@@ -115,6 +117,25 @@ def test_a_mode_that_disappoints_is_left_and_costs_little() -> None:
     machine.delivered = {}  # whatever it was, it is over
     machine.run(120)
     assert machine.switch.mode is SPECULATIVE
+
+
+def test_the_luck_of_a_single_request_is_no_evidence() -> None:
+    """On a slow device a few passes are seconds; what each of them brings is chance."""
+    switch, luck, now = SpeculationSwitch(), random.Random(1), 0.0
+    for _ in range(2000):
+        now += 0.15
+        switch.decide({PLAIN: 10.0, SPECULATIVE: 11.5}, now)
+        switch.observe(
+            switch.mode,
+            num_requests=1,
+            tokens=luck.choice((1, 1, 2, 2, 3, 5)),
+            seconds=0.15,
+            promised_tokens=14 / 6,
+            promised_seconds=0.15,
+            now=now,
+        )
+    assert switch.mode is SPECULATIVE
+    assert switch.num_flips == 0
 
 
 def test_plain_passes_that_are_better_than_promised_are_found() -> None:
@@ -214,7 +235,15 @@ def test_time_in_each_mode_adds_up() -> None:
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
 def test_impossible_times_teach_nothing(seconds: float) -> None:
     switch = SpeculationSwitch()
-    switch.observe(PLAIN, tokens=1, seconds=seconds, promised_tokens=1, promised_seconds=1, now=0.0)
+    switch.observe(
+        PLAIN,
+        num_requests=1,
+        tokens=1,
+        seconds=seconds,
+        promised_tokens=1,
+        promised_seconds=1,
+        now=0.0,
+    )
     assert switch.correction(PLAIN, 0.0) == 1.0
 
 
@@ -224,6 +253,7 @@ def test_a_hiccup_does_not_count_for_more_than_a_pass_twice_as_long() -> None:
         seconds = 2.0 if step == 100 else STEP_S
         switch.observe(
             PLAIN,
+            num_requests=100,
             tokens=1,
             seconds=seconds,
             promised_tokens=1,

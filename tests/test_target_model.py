@@ -22,7 +22,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from cluster.engine.target import TargetShard
-from cluster.engine.target_model import check_servable, load_text_config
+from cluster.engine.target_config import load_text_config
+from cluster.engine.target_model import check_servable
 from cluster.errors import CheckpointError, ConfigError
 from tests.engine_tools import make_config
 from tests.target_models import SMALL, TARGETS, save_target

@@ -92,6 +92,15 @@ def test_any_measurement_gives_a_monotone_curve_no_higher_than_it(
     assert np.all(np.diff(values, axis=1) >= -1e-9 * values.max())
 
 
+@given(tables, st.integers(0, 60), st.integers(0, 900))
+def test_a_size_alone_costs_what_it_does_among_others(
+    values: list[list[float]], tokens: int, context: int
+) -> None:
+    sizes, contexts = [2**k for k in range(len(values))], [100 * k for k in range(len(values[0]))]
+    curve = VerifyCurve.fit(sizes, contexts, values)
+    assert curve.seconds(tokens, context) == pytest.approx(curve.seconds([tokens], context)[0])
+
+
 def test_one_disturbed_measurement_moves_no_other_point() -> None:
     table = plane(np.array(TOKENS)[:, None], np.array(CONTEXTS))
     table[1, 0] *= 50
@@ -194,3 +203,8 @@ def test_identity_is_all_but_versions_and_time() -> None:
     assert later.identity == ORIGIN.identity
     for changes in ({"num_threads": 2}, {"tensor_parallel_size": 1}, {"processor": "another"}):
         assert dataclasses.replace(ORIGIN, **changes).identity != ORIGIN.identity
+
+
+def test_a_time_that_no_pass_takes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at most 86400"):
+        VerifyCurve.of_tokens({1: 1.0, 2: 1e300})

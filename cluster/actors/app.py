@@ -60,9 +60,10 @@ def build(args: dict[str, Any]) -> Application:
         TargetReplica,
         name=TARGET_REPLICA,
         **scaling_options(config, TARGET_REPLICA),
-        # The front has no model; its shards take what they need from their placement group. It
-        # lives where they may, so that no other node's end is the replica's.
-        ray_actor_options={"num_cpus": 0, "resources": config.target.resources},
+        # The front has no model: it lives with rank 0, in the first of its shards' bundles.
+        ray_actor_options={"num_cpus": 0},
+        placement_group_bundles=[_shard_bundle(config)] * config.target.num_shards,
+        placement_group_strategy=config.target.placement_strategy,
         **common,
     )
     parts.append(target.bind(config))
@@ -83,6 +84,11 @@ def build(args: dict[str, Any]) -> Application:
     # Serve takes for an application what is bound to its ingress. It stops the ingress first, so
     # the router drains while targets and drafters still serve.
     return router.bind(config, *parts)
+
+
+def _shard_bundle(config: ClusterConfig) -> dict[str, float]:
+    target = config.target
+    return {"CPU": target.num_cpus, "GPU": target.num_gpus, **target.resources}
 
 
 def _deployment(actor_class: type, **options: Any) -> Deployment:

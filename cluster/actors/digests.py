@@ -17,7 +17,7 @@ def read_digests(config: ClusterConfig) -> dict[str, str]:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    from cluster.engine.target_model import load_text_config
+    from cluster.engine.target_config import load_text_config
     from cluster.models import checkpoint
 
     target = config.target.model

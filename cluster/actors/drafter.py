@@ -13,6 +13,7 @@ from cluster.actors.drafter_choice import DrafterChoice, DrafterInUse, starting_
 from cluster.actors.own_thread import in_own_thread
 from cluster.actors.tracing import start_tracing
 from cluster.config import ClusterConfig, SpeculativeConfig
+from cluster.garbage import preload
 
 if TYPE_CHECKING:
     from cluster.engine.draft_engine import DraftEngine
@@ -95,6 +96,7 @@ class Drafter:
 def _load(
     config: ClusterConfig, speculative: SpeculativeConfig
 ) -> tuple[DraftEngine, dict[str, str]]:
+    preload("cluster.engine.draft_factory")
     import torch
 
     from cluster.engine.draft_factory import build_measured_draft_engine

@@ -197,7 +197,7 @@ def _required_resources(config: ClusterConfig) -> dict[str, float]:
     target = config.target
     required: Counter[str] = Counter()
     for resources, count in (
-        (target.resources, target.highest * (target.num_shards + 1)),  # a front beside them
+        (target.resources, target.highest * target.num_shards),
         (config.router.resources, 2 * config.router.num_replicas),
         (config.drafter.resources, config.drafter.highest if config.has_drafters else 0),
     ):

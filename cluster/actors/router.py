@@ -14,6 +14,7 @@ from cluster.actors.discovery import ReplicaAddress, is_being_stopped, watch_rep
 from cluster.actors.names import ROUTER, TARGET_REPLICA
 from cluster.actors.tracing import start_tracing
 from cluster.config import ClusterConfig
+from cluster.garbage import preload
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -126,9 +127,9 @@ class Router:
 
 def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
     # Imported here: whoever builds or starts the application needs neither torch nor gRPC.
+    preload("cluster.rpc.router")
     from cluster.chat.template import read_template
-    from cluster.engine.target_model import load_text_config
-    from cluster.engine.worker import eos_token_ids, load_tokenizer
+    from cluster.engine.target_config import eos_token_ids, load_text_config, load_tokenizer
     from cluster.models.checkpoint import tokenizer_digest
     from cluster.routing.replica_choice import POLICIES
     from cluster.rpc.router import RouterServer
@@ -148,6 +149,7 @@ def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
         eos_token_ids=eos_token_ids(target.model, trust_remote_code=trust),
         tokenizer_digest=tokenizer_digest(target.model),
         router_id=router_id,
+        num_routers=config.router.num_replicas,
         chat_template=read_template(config.router.chat_template),
         trust_request_chat_template=config.router.trust_request_chat_template,
         max_queued_tokens=config.router.max_queued_tokens,

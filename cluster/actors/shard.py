@@ -22,6 +22,7 @@ from cluster.actors.own_thread import in_own_thread
 from cluster.actors.tracing import start_tracing
 from cluster.config import ClusterConfig, SpeculativeConfig
 from cluster.errors import CheckpointError
+from cluster.garbage import preload
 from cluster.rpc.cluster_status import DrafterStatus, ReplicaParts, ShardStatus
 
 if TYPE_CHECKING:
@@ -264,6 +265,7 @@ class Shard:
 
     def _make_worker(self) -> ShardWorker:
         if self._worker is None:
+            preload("cluster.engine.worker")
             from cluster.engine.worker import ShardWorker
 
             self._worker = ShardWorker(self._config, self._rank)
@@ -283,7 +285,7 @@ class Shard:
     ) -> GrpcDraftClient | None:
         if config.speculative is None:
             return None
-        from cluster.engine.target_model import load_text_config
+        from cluster.engine.target_config import load_text_config
         from cluster.rpc.drafter_client import GrpcDraftClient
 
         target = config.target

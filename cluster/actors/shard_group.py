@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.actors.shard import Shard, ShardHealth
@@ -32,18 +31,20 @@ _logger = logging.getLogger(__name__)
 
 
 class ShardGroup:
-    """One placement group with one ``Shard`` actor in each of its bundles.
+    """One ``Shard`` actor in each bundle of the front's placement group.
 
-    Guarantees: a group starts once and is never mended; ``wait_broken`` returns as soon as one
-    shard is beyond repair; after ``kill`` no shard lives and the placement group is gone. Shards
-    also die with the process that holds this object, because it owns them. All shards go over to
-    another drafter between the same two steps, or none does.
+    Serve makes that group with the replica and takes it back with it; the front lives in the
+    bundle of rank 0, so that no other node's end is the replica's.
+
+    Guarantees: a group of shards starts once and is never mended; ``wait_broken`` returns as soon
+    as one shard is beyond repair; after ``kill`` no shard lives. Shards also die with the process
+    that holds this object, because it owns them. All shards go over to another drafter between the
+    same two steps, or none does.
     """
 
     def __init__(self, config: ClusterConfig, replica_id: str) -> None:
         self._config = config
         self._replica_id = replica_id
-        self._placement: PlacementGroup | None = None
         self._shards: list[Any] = []
         self._staged: ClusterConfig | None = None
         self._load: EngineLoad | None = None
@@ -60,11 +61,9 @@ class ShardGroup:
             DsparkError: a shard does not answer any more.
         """
         target = self._config.target
-        bundle = {"CPU": target.num_cpus, "GPU": target.num_gpus, **target.resources}
-        self._placement = placement_group(
-            [bundle] * target.num_shards, strategy=target.placement_strategy
-        )
-        await self._placement.ready()
+        placement = get_current_placement_group()
+        if placement is None:
+            raise RuntimeError("the front of a replica lives in no placement group")
         actor_class = ray.remote(
             num_cpus=target.num_cpus,
             num_gpus=target.num_gpus,
@@ -75,14 +74,15 @@ class ShardGroup:
         self._shards = [
             actor_class.options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._placement, placement_group_bundle_index=rank
+                    placement, placement_group_bundle_index=rank
                 )
             ).remote(self._config, self._replica_id, rank)
             for rank in range(target.num_shards)
         ]
         # Nobody else would notice: Serve waits for a start as long as it takes.
         silences = [
-            asyncio.ensure_future(self._wait_silent(rank)) for rank in range(len(self._shards))
+            asyncio.ensure_future(self._wait_silent(rank, MAX_START_SILENCE_S))
+            for rank in range(len(self._shards))
         ]
         starting = asyncio.ensure_future(self._start_shards())
         try:
@@ -139,10 +139,11 @@ class ShardGroup:
 
     async def wait_broken(self) -> str:
         """Returns why the group cannot go on, once that is so."""
-        watches = [
-            asyncio.ensure_future(self._wait_ended(rank)) for rank in range(len(self._shards))
-        ]
-        watches.append(asyncio.ensure_future(self._wait_stalled()))
+        ranks = range(len(self._shards))
+        reasons = [self._wait_stalled()]
+        reasons += [self._wait_ended(rank) for rank in ranks]
+        reasons += [self._wait_silent(rank, MAX_SILENCE_S) for rank in ranks]
+        watches = [asyncio.ensure_future(reason) for reason in reasons]
         try:
             done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
             return next(iter(done)).result()
@@ -151,27 +152,27 @@ class ShardGroup:
                 watch.cancel()
 
     async def drain(self, timeout_s: float) -> None:
-        """Takes no new requests, finishes the running ones within ``timeout_s``, stops the shards.
-
-        A shard that does not stop in time is left to ``kill``.
-        """
+        """Takes no new requests, and finishes the running ones within ``timeout_s``."""
         if not self._shards:
             return
         try:
             await self._shards[0].drain.remote(timeout_s)
+        except RayError as error:
+            _logger.warning("%s did not drain: %s", self._replica_id, error)
+
+    async def stop(self) -> None:
+        """Ends the shards; one that does not stop in time is left to ``kill``."""
+        try:
             stops = asyncio.gather(*(shard.stop.remote() for shard in self._shards))
             await asyncio.wait_for(stops, _STOP_TIMEOUT_S)
         except (RayError, TimeoutError) as error:
             _logger.warning("shards of %s did not stop by themselves: %s", self._replica_id, error)
 
     def kill(self) -> None:
-        """Kills every shard and gives the placement group back. Can be called again."""
+        """Kills every shard. Can be called again."""
         for shard in self._shards:
             ray.kill(shard)
         self._shards = []
-        if self._placement is not None:
-            remove_placement_group(self._placement)
-            self._placement = None
 
     async def _wait_ended(self, rank: int) -> str:
         try:
@@ -180,36 +181,28 @@ class ShardGroup:
             reason = str(error).partition("\n")[0]
         return f"shard {rank}: {reason}"
 
-    async def _wait_silent(self, rank: int) -> str:
-        """Returns when a shard that starts does not answer."""
+    async def _wait_silent(self, rank: int, limit_s: float) -> str:
+        """Returns when a shard does not answer for so long."""
         while True:
             answer = asyncio.ensure_future(_health(self._shards[rank]))
-            done, _silent = await asyncio.wait([answer], timeout=MAX_START_SILENCE_S)
+            done, _silent = await asyncio.wait([answer], timeout=limit_s)
             if not done:
                 answer.cancel()
-                limit = MAX_START_SILENCE_S
-                return f"shard {rank} has not answered for {limit:.0f} s while it started"
+                return f"shard {rank} has not answered for {limit_s:.0f} s"
             await asyncio.sleep(_CHECK_PERIOD_S)
 
     async def _wait_stalled(self) -> str:
-        """Returns when no step ends in time, or a shard does not answer."""
+        """Returns when no step ends in time, as where a shard stops inside a collective."""
         while True:
+            health = await _health(self._shards[0])
+            if health is not None:  # else it is dead, which is what _wait_ended is for
+                self._load = health.load
+                limit = max(MIN_STALL_S, STALL_FACTOR * health.predicted_step_s)
+                if health.idle_s > limit:
+                    return (
+                        f"no step has ended for {health.idle_s:.1f} s, the limit is {limit:.1f} s"
+                    )
             await asyncio.sleep(_CHECK_PERIOD_S)
-            asked = time.monotonic()
-            answers = [asyncio.ensure_future(_health(shard)) for shard in self._shards]
-            _done, silent = await asyncio.wait(answers, timeout=MAX_SILENCE_S)
-            for answer in silent:
-                answer.cancel()
-            if silent:
-                ranks = [rank for rank, answer in enumerate(answers) if answer in silent]
-                return f"shards {ranks} have not answered for {time.monotonic() - asked:.1f} s"
-            health = answers[0].result()
-            if health is None:
-                continue  # dead shards are what _wait_ended is for
-            self._load = health.load
-            limit = max(MIN_STALL_S, STALL_FACTOR * health.predicted_step_s)
-            if health.idle_s > limit:
-                return f"no step has ended for {health.idle_s:.1f} s, the limit is {limit:.1f} s"
 
 
 async def _health(shard: Any) -> ShardHealth | None:

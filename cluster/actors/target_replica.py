@@ -24,9 +24,9 @@ class TargetReplica:
 
     Guarantees: Serve calls this replica running only after every shard has loaded its part and
     rank 0 serves; the published address is then rank 0's and never changes. When a shard is beyond
-    repair, all shards are killed and this process ends, so that Serve starts a fresh replica: a
-    process group is never mended in place. Tokens never pass through here. A swap of the drafter
-    waits until some drafter is ready for it, and costs no request.
+    repair, while it drains too, all shards are killed and this process ends, so that Serve starts a
+    fresh replica: a process group is never mended in place. Tokens never pass through here. A swap
+    of the drafter waits until some drafter is ready for it, and costs no request.
     """
 
     # Serve awaits the constructor, the hooks and the destructor of a deployment.
@@ -38,10 +38,8 @@ class TargetReplica:
         self._shards = ShardGroup(started, context.replica_id.unique_id)
         self._address = await self._shards.start()
         self._choice = DrafterChoice(started, self._shards.use_drafter)
-        self._tasks = [
-            asyncio.create_task(self._end_when_broken()),
-            asyncio.create_task(self._choice.run()),
-        ]
+        self._watchdog = asyncio.create_task(self._end_when_broken())
+        self._tasks = [self._watchdog, asyncio.create_task(self._choice.run())]
         if config.has_drafters:  # else the application has none to be told of
             watch = watch_replicas(context.app_name, DRAFTER, self._on_drafters)
             self._tasks.append(asyncio.create_task(watch))
@@ -70,8 +68,12 @@ class TargetReplica:
 
     async def __del__(self) -> None:
         for task in self._tasks:
-            task.cancel()
+            if task is not self._watchdog:
+                task.cancel()
+        # A shard that fails now would hold up its streams until the end of the drain.
         await self._shards.drain(self._config.drain_timeout_s)
+        self._watchdog.cancel()
+        await self._shards.stop()
         self._shards.kill()
 
     def _on_drafters(self, drafters: list[ReplicaAddress]) -> None:

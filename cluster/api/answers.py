@@ -169,7 +169,7 @@ def client_fields(names: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except InvalidRequestError as error:
-        raise InvalidRequestError(to_client_field(error.field, names), error.message) from None
+        raise type(error)(to_client_field(error.field, names), error.message) from None
 
 
 def extensions(fields: GenerationFields, piece: ChoiceRecord | Chunk) -> dict[str, Any]:

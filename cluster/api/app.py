@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 import cluster
@@ -18,12 +19,12 @@ from cluster.api.completions import CompletionRequest, Completions
 from cluster.api.console.routes import console_routes
 from cluster.api.errors import add_error_handlers, error_response
 from cluster.api.fields import GenerationFields
+from cluster.api.keyed_route import keyed_route
 from cluster.api.streaming import EventStream, unless_disconnected
 from cluster.api.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from cluster.chat.fields import REFUSALS, Fields
 from cluster.errors import ReplicaLostError
 from cluster.rpc.router import RouterServer
-from cluster.tracing import incoming_traceparent
 
 _MB = 1 << 20
 _BODIES: dict[str, type[Fields]] = {
@@ -34,7 +35,7 @@ _BODIES: dict[str, type[Fields]] = {
 }
 
 
-def create_app(router: RouterServer, *, max_body_bytes: int = 16 * _MB) -> FastAPI:
+def create_app(router: RouterServer, *, max_body_bytes: int = 4 * _MB) -> FastAPI:
     """The HTTP API of a router; to be served in the router's event loop.
 
     API keys are those of the router; probes need none.
@@ -52,22 +53,17 @@ def create_app(router: RouterServer, *, max_body_bytes: int = 16 * _MB) -> FastA
     )
     app.include_router(_probes(router))
 
-    async def authenticate(request: Request) -> None:
-        peer = request.client.host if request.client is not None else ""
-        header = request.headers.get("authorization")
-        incoming_traceparent.set(request.headers.get("traceparent", ""))
-        request.state.api_key = router.authenticator.authenticate(header, peer)
-
-    with_key = [Depends(authenticate), Depends(check_body)]
-    app.include_router(_openai(router), dependencies=with_key)
-    app.include_router(_tokens(router), dependencies=with_key)
-    app.include_router(_metrics(router), dependencies=with_key)
-    app.include_router(console_routes(router, authenticate))
+    keyed = keyed_route(router.authenticator)
+    checked = [Depends(check_body)]
+    app.include_router(_openai(router, keyed), dependencies=checked)
+    app.include_router(_tokens(router, keyed), dependencies=checked)
+    app.include_router(_metrics(router, keyed), dependencies=checked)
+    app.include_router(console_routes(router, keyed))
     return app
 
 
-def _openai(router: RouterServer) -> APIRouter:
-    paths = APIRouter(prefix="/v1")
+def _openai(router: RouterServer, keyed: type[APIRoute]) -> APIRouter:
+    paths = APIRouter(prefix="/v1", route_class=keyed)
     model = {
         "id": router.model_name,
         "object": "model",
@@ -103,8 +99,11 @@ def _openai(router: RouterServer) -> APIRouter:
     return paths
 
 
-def _tokens(router: RouterServer) -> APIRouter:
-    paths = APIRouter()
+def _tokens(router: RouterServer, keyed: type[APIRoute]) -> APIRouter:
+    async def count(request: Request) -> None:
+        router.key_limits.count(request.state.api_key)
+
+    paths = APIRouter(route_class=keyed, dependencies=[Depends(count)])
 
     @paths.post("/tokenize")
     async def tokenize_prompt(fields: TokenizeRequest) -> dict[str, Any]:
@@ -119,8 +118,8 @@ def _tokens(router: RouterServer) -> APIRouter:
     return paths
 
 
-def _metrics(router: RouterServer) -> APIRouter:
-    paths = APIRouter()
+def _metrics(router: RouterServer, keyed: type[APIRoute]) -> APIRouter:
+    paths = APIRouter(route_class=keyed)
 
     @paths.get("/metrics")
     async def metrics() -> Response:

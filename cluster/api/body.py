@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from typing import Any
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
@@ -12,6 +14,9 @@ from cluster.errors import InvalidRequestError
 
 # How a lone half of a surrogate pair can get into what was parsed: escaped, raw, or as UTF-16.
 _MAY_HOLD_SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
+
+# Far more than any body has; of an unknown one each would be told.
+_MAX_NAMES = 256
 
 
 async def check_body(request: Request) -> None:
@@ -31,10 +36,17 @@ async def check_body(request: Request) -> None:
     body = await request.json()  # what was parsed already
     if not isinstance(body, dict):
         raise InvalidRequestError("", "the body is JSON, but not a JSON object")
+    if len(body) > _MAX_NAMES:
+        raise InvalidRequestError("", f"the body has {len(body)} fields; there are not so many")
     if _MAY_HOLD_SURROGATES.search(data):
-        for name, value in body.items():
-            check_text(name, name.encode(errors="backslashreplace").decode())
-            check_text(value, name)
+        # Beside the event loop: of millions of values it takes seconds.
+        await asyncio.to_thread(_check_texts, body)
+
+
+def _check_texts(body: dict[str, Any]) -> None:
+    for name, value in body.items():
+        check_text(name, name.encode(errors="backslashreplace").decode())
+        check_text(value, name or "''")
 
 
 def _check_content_type(given: str) -> None:

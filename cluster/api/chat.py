@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -53,10 +53,12 @@ class ChatCompletionRequest(GenerationFields, ChatFields):
     max_tokens: int | None = Field(default=None, description="former name of max_completion_tokens")
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, description="0 to 20; needs logprobs: true")
-    tools: list[AnyTool] = Field(default_factory=list)
+    tools: Annotated[list[AnyTool], Field(fail_fast=True)] = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
-    functions: list[FunctionTool] = Field(default_factory=list, description="former form of tools")
+    functions: Annotated[list[FunctionTool], Field(fail_fast=True)] = Field(
+        default_factory=list, description="former form of tools"
+    )
     function_call: Literal["none", "auto"] | NamedFunction | None = Field(
         default=None, description="former form of tool_choice"
     )
@@ -280,8 +282,13 @@ def _reason(fields: ChatCompletionRequest) -> str:
 
 
 def _max_tokens(fields: ChatCompletionRequest, max_model_len: int) -> int:
-    """What was asked for; the router cuts it to what the context leaves."""
-    for value in (fields.max_completion_tokens, fields.max_tokens):
-        if value is not None:
-            return value
-    return max_model_len
+    """What was asked for; the router cuts it to what the context leaves.
+
+    Raises:
+        InvalidRequestError: it has two values.
+    """
+    limits = (fields.max_completion_tokens, fields.max_tokens)
+    given = {limit for limit in limits if limit is not None}
+    if len(given) > 1:
+        raise InvalidRequestError("max_tokens", "is another one than max_completion_tokens")
+    return given.pop() if given else max_model_len

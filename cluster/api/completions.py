@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from cluster.api.answers import (
     ChoiceRecord,
@@ -16,7 +16,7 @@ from cluster.api.answers import (
     extensions,
     generated,
 )
-from cluster.api.fields import GenerationFields
+from cluster.api.fields import GenerationFields, Texts, TokenIds
 from cluster.api.logprobs import (
     TokenTexts,
     completion_logprobs,
@@ -32,15 +32,23 @@ from cluster.security.api_keys import ApiKey
 
 MAX_PROMPTS = 256
 
+_TokenIdLists = Annotated[list[TokenIds], Field(fail_fast=True)]
 _FIELD_NAMES = {"prompt.token_ids": "prompt"}
 _BEST_OF_NAMES = {**_FIELD_NAMES, "n": "best_of"}
+
+
+def _check_number(prompt: object) -> object:
+    """Before each of very many is looked at, which takes seconds."""
+    if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
+        raise ValueError(f"at most {MAX_PROMPTS} prompts in one request")
+    return prompt
 
 
 class CompletionRequest(GenerationFields):
     """The body of ``/v1/completions``."""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(
-        description=f"text or token ids, or up to {MAX_PROMPTS} of either"
+    prompt: Annotated[str | TokenIds | Texts | _TokenIdLists, BeforeValidator(_check_number)] = (
+        Field(description=f"text or token ids, or up to {MAX_PROMPTS} of either")
     )
     max_tokens: int = 16
     logprobs: int | None = Field(default=None, description="top log-probabilities a token, 0 to 20")
@@ -84,6 +92,8 @@ class Completions:
         """Checks and tokenises a request. Raises: InvalidRequestError, ModelNotFoundError."""
         router.check_model(fields.model)
         fields.check_together()
+        if fields.n < 1:  # the engine sees best_of, where it is given
+            raise InvalidRequestError("n", "must be at least 1")
         if fields.best_of is not None and fields.best_of < fields.n:
             raise InvalidRequestError("best_of", f"must be at least n ({fields.n})")
         ranks = fields.best_of is not None and fields.best_of > fields.n
@@ -223,6 +233,4 @@ def _prompts(
         raise InvalidRequestError("prompt", "must not be empty")
     if isinstance(given[0], int):
         return [given]
-    if len(given) > MAX_PROMPTS:
-        raise InvalidRequestError("prompt", f"at most {MAX_PROMPTS} prompts in one request")
     return given

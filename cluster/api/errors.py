@@ -7,6 +7,7 @@ InvalidRequestError     400     invalid_request_error
 UnauthenticatedError    401     authentication_error
 PermissionDeniedError   403     permission_error
 ModelNotFoundError      404     invalid_request_error
+ContextLengthError      400     invalid_request_error
 RequestTooLargeError    413     invalid_request_error
 RequestCancelledError   499     cancelled_error
 QueueFullError          429     rate_limit_error
@@ -32,6 +33,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from cluster.errors import (
+    ContextLengthError,
     DeadlineExceededError,
     DsparkError,
     InvalidRequestError,
@@ -58,6 +60,7 @@ class _Kind(NamedTuple):
 
 _KINDS = (
     _Kind(ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
+    _Kind(ContextLengthError, 400, "invalid_request_error", "context_length_exceeded"),
     _Kind(InvalidRequestError, 400, "invalid_request_error", None),
     _Kind(UnauthenticatedError, 401, "authentication_error", "invalid_api_key"),
     _Kind(PermissionDeniedError, 403, "permission_error", "permission_denied"),
@@ -102,15 +105,18 @@ def add_error_handlers(
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        refused = _as_invalid_request(error.errors()[0])
+        told = _clearest(error.errors(), error.body)
+        refused = _as_invalid_request(told)
         if refused is None:
-            name = str(error.errors()[0]["loc"][1])
+            name = str(told["loc"][1])
             unknown = _why_unknown(name, request.scope["path"], known_fields)
-            refused = InvalidRequestError(name, refusals.get(name, unknown))
+            refused = InvalidRequestError(name or "''", refusals.get(name, unknown))
         return error_response(refused)
 
     async def on_http(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if (unread := _why_unread(error)) is not None:
+            return error_response(unread)
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
         body = _body(str(error.detail), kind, None, None)
         return JSONResponse(body, error.status_code, error.headers)
@@ -134,6 +140,40 @@ def to_client_field(field: str, names: dict[str, str]) -> str:
     return name if section in ("sampling", "speculation") and name else section
 
 
+def _clearest(errors: Sequence[Mapping[str, Any]], body: Any) -> Mapping[str, Any]:
+    """The error to tell of: the deepest one within the field that the first is in.
+
+    Of a value that may be of several kinds pydantic tells what each of them lacks. The kind that
+    goes furthest is the one that was meant; those that end at the same place are told together.
+    """
+    if errors[0]["type"] == "json_invalid":
+        return errors[0]
+    field = errors[0]["loc"][:2]
+    found = [
+        {**error, "loc": ("body", *_path(error, body))}
+        for error in errors
+        if error["loc"][:2] == field
+    ]
+    deepest = max(found, key=lambda error: len(error["loc"]))
+    messages = [error["msg"] for error in found if error["loc"] == deepest["loc"]]
+    return {**deepest, "msg": "; or: ".join(dict.fromkeys(messages))}
+
+
+def _path(error: Mapping[str, Any], body: Any) -> list[Any]:
+    """Where in ``body`` the error is: its location without the names of a value's kinds."""
+    path: list[Any] = []
+    for part in error["loc"][1:]:
+        is_item = isinstance(body, list) and isinstance(part, int)
+        if is_item or (isinstance(body, dict) and part in body):
+            body = body[part]
+        elif isinstance(body, dict) and error["type"] == "missing" and part == error["loc"][-1]:
+            body = None
+        else:
+            continue
+        path.append(part)
+    return path
+
+
 def _as_invalid_request(error: Mapping[str, Any]) -> InvalidRequestError | None:
     """What pydantic found, by the path of the field in the body; ``None``: an unknown field."""
     location: Sequence[Any] = error["loc"][1:]  # behind "body"
@@ -149,6 +189,18 @@ def _as_invalid_request(error: Mapping[str, Any]) -> InvalidRequestError | None:
     message = "is not known here" if is_unknown else error["msg"].removeprefix("Value error, ")
     path = ".".join(str(part) for part in location)
     return InvalidRequestError(name, message if path == name else f"{message} (at {path})")
+
+
+def _why_unread(error: HTTPException) -> InvalidRequestError | None:
+    """Of a body that is no JSON in another way than its grammar; FastAPI says nothing of it."""
+    match error.__cause__:
+        case UnicodeDecodeError():
+            return InvalidRequestError("", "the body is not JSON: its bytes are not UTF-8")
+        case RecursionError():
+            return InvalidRequestError("", "the body is nested too deeply")
+        case ValueError():  # the one that Python's int has
+            return InvalidRequestError("", "the body is not JSON: a number has too many digits")
+    return None
 
 
 def _why_unknown(name: str, path: str, known: Mapping[str, Collection[str]]) -> str:

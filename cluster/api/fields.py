@@ -5,18 +5,35 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from cluster.chat.fields import NOT_SERVED, WITHOUT_EFFECT, Fields
 from cluster.errors import InvalidRequestError
 from cluster.grammar import JSON_OBJECT, Grammar, GrammarKind
 from cluster.request import (
+    MAX_LOGIT_BIASES,
+    MAX_STOP_TOKENS,
     Priority,
     SamplingParams,
     SpeculationMode,
     SpeculationParams,
 )
 from cluster.rpc.prompt import kept_tokens
+
+# With the first error the rest is not looked at: of millions of them each would be told.
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
+def _at_most(most: int) -> BeforeValidator:
+    """Refuses what has more entries before any of them is looked at."""
+
+    def check(given: object) -> object:
+        if isinstance(given, list | dict) and len(given) > most:
+            raise ValueError(f"at most {most}, got {len(given)}")
+        return given
+
+    return BeforeValidator(check)
 
 
 class StreamOptions(Fields):
@@ -61,7 +78,7 @@ class StructuredOutputs(Fields):
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Texts | None = None
     grammar: str | None = Field(default=None, description="llguidance's form of Lark")
 
     def to_grammar(self) -> Grammar:
@@ -105,14 +122,16 @@ class GenerationFields(Fields):
     seed: int | None = Field(
         default=None, description="makes the output reproducible, with and without speculation"
     )
-    stop: str | list[str] = Field(default_factory=list)
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop: str | Texts = Field(default_factory=list)
+    stop_token_ids: Annotated[TokenIds, _at_most(MAX_STOP_TOKENS)] = Field(default_factory=list)
     min_tokens: int = 0
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: dict[str, float] = Field(default_factory=dict, description="by token id")
+    logit_bias: Annotated[dict[str, float], _at_most(MAX_LOGIT_BIASES)] = Field(
+        default_factory=dict, description="by token id"
+    )
     prompt_logprobs: int | None = Field(
         default=None, description="top log-probabilities of a prompt token, 0 to 20"
     )
@@ -122,10 +141,10 @@ class GenerationFields(Fields):
     include_stop_str_in_output: bool = Field(
         default=False, description="the text ends behind a stop string, not in front of it"
     )
-    allowed_token_ids: Annotated[list[int], Field(min_length=1)] | None = Field(
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = Field(
         default=None, description="the only tokens of an answer, its end included"
     )
-    bad_words: list[str] = Field(
+    bad_words: Texts = Field(
         default_factory=list,
         description="no answer holds these as the tokenizer writes them; at most 128",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from cluster.engine.vocabulary import Vocabulary
@@ -49,7 +50,7 @@ def completion_logprobs(
         text_lengths: characters of the text that each token made final.
         first_offset: where the first token's text begins in the choice's text.
     """
-    offsets = [first_offset + sum(text_lengths[:index]) for index in range(len(positions))]
+    offsets = list(accumulate(text_lengths, initial=first_offset))[: len(positions)]
     return {
         "tokens": [texts.text(position.chosen.token_id) for position in positions],
         "token_logprobs": [_finite(position.chosen.logprob) for position in positions],

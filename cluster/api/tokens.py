@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from cluster.api.fields import TokenIds
 from cluster.chat.fields import Fields
 from cluster.chat.template import ChatFields, Message
 from cluster.chat.tools import AnyTool
@@ -27,8 +28,8 @@ class TokenizeRequest(ChatFields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] = Field(default_factory=list)
-    tools: list[AnyTool] = Field(
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(default_factory=list)
+    tools: Annotated[list[AnyTool], Field(fail_fast=True)] = Field(
         default_factory=list, description="with messages, as a chat has them"
     )
     add_special_tokens: bool | None = Field(
@@ -41,7 +42,7 @@ class DetokenizeRequest(Fields):
     """The body of ``/detokenize``."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: TokenIds
 
 
 async def tokenize(router: RouterServer, fields: TokenizeRequest) -> dict[str, Any]:

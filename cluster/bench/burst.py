@@ -20,7 +20,7 @@ from cluster.bench.report import Report
 from cluster.bench.turns import engines, pace_label
 from cluster.config import ClusterConfig
 from cluster.engine.engine import Engine
-from cluster.engine.worker import load_tokenizer
+from cluster.engine.target_config import load_tokenizer
 from cluster.errors import DsparkError, QueueFullError
 from cluster.request import Request, RequestOutput, SamplingParams
 from cluster.speculation.switch import SpeculationMode
@@ -85,7 +85,7 @@ class BurstRun:
     Attributes:
         token_p95_s, gap_p95_s: of requests sent in the burst.
         rate_before, rate_after: tokens a second of a user under light load, medians.
-        went_off: whether it decoded plainly in the burst.
+        went_off: whether it decoded plainly in the burst, or while what it left was served.
         back_on_s: from the moment when nothing waited any more until it speculated again.
         flips, failed, refused: counts.
     """
@@ -169,6 +169,7 @@ def _run_once(
     burst = load.run(shape.burst * capacity, shape.burst_s)
     went_off = load.was_plain
     load.run(shape.light * capacity, until=lambda: engine.load().num_waiting == 0)
+    went_off |= load.was_plain
     calm = time.monotonic()
     load.back_on = None if _is_plain(engine) else calm
     load.run(shape.light * capacity, shape.after_s / 2)

@@ -21,7 +21,7 @@ from cluster.bench.evaluation import (
 from cluster.bench.mis_scaled import mis_scaled_figures
 from cluster.bench.prompt_sets import check_prompt_source, load_prompt_set
 from cluster.bench.report import Report
-from cluster.engine.worker import load_tokenizer
+from cluster.engine.target_config import load_tokenizer
 from cluster.errors import ConfigError, DataError
 from cluster.models.calibration_file import CalibrationEntry, save_calibration
 from cluster.speculation.calibration import Calibration, LogitScaling

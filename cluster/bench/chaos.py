@@ -41,9 +41,9 @@ _FINISHED_BAR = 0.5
 # Replicas and drafters have a host to spare each; a replica's shards are on one of them.
 _HOSTS = (
     LabHost("alpha", {"dspark-router": 1, "dspark-drafter": 1}),
-    LabHost("bravo", {"dspark-target": 4, "dspark-drafter": 1, "dspark-router": 1}),
-    LabHost("charlie", {"dspark-target": 4, "dspark-drafter": 1}),
-    LabHost("delta", {"dspark-target": 4, "dspark-drafter": 1, "dspark-router": 1}),
+    LabHost("bravo", {"dspark-target": 2, "dspark-drafter": 1, "dspark-router": 1}),
+    LabHost("charlie", {"dspark-target": 2, "dspark-drafter": 1}),
+    LabHost("delta", {"dspark-target": 2, "dspark-drafter": 1, "dspark-router": 1}),
 )
 
 
@@ -143,7 +143,6 @@ def chaos_settings(own: OwnSettings, plan: ChaosPlan) -> OwnSettings:
                 "resources": {"dspark-router": 1},
                 "host": "0.0.0.0",
                 "port": _ROUTER_PORT,
-                "replica_wait_s": plan.deadline_s,
             },
         },
     )

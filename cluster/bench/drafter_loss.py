@@ -37,7 +37,7 @@ _WAIT_S = 300.0
 _POLL_S = 0.2
 _TARGETS, _DRAFTERS = "alpha", "bravo"
 _HOSTS = (
-    LabHost(_TARGETS, {"dspark-router": 1, "dspark-target": 2}),
+    LabHost(_TARGETS, {"dspark-router": 1, "dspark-target": 1}),
     # Starting again they must not take the targets' cores, which on another machine they could not.
     LabHost(_DRAFTERS, {"dspark-drafter": _NUM_DRAFTERS}, nice=19),
 )

@@ -11,7 +11,7 @@ from cluster.bench.evaluation import DrafterRunner, Evaluation, Settings, check_
 from cluster.bench.prompt_sets import check_prompt_source, dataset_name, load_prompt_set
 from cluster.bench.report import Report
 from cluster.engine.drafter_calibration import load_drafter_calibration
-from cluster.engine.worker import load_tokenizer
+from cluster.engine.target_config import load_tokenizer
 from cluster.errors import ConfigError
 from cluster.speculation.reliability import length_difference
 

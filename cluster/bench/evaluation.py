@@ -19,7 +19,7 @@ from cluster.bench.local_engine import build_local_engine, local_config, run_req
 from cluster.bench.prompt_sets import PromptSet
 from cluster.config import ClusterConfig
 from cluster.engine.drafter_calibration import block_size_of, load_drafter_calibration
-from cluster.engine.target_model import load_text_config
+from cluster.engine.target_config import load_text_config
 from cluster.errors import ConfigError
 from cluster.models.drafter_check import check_drafter
 from cluster.models.hub import local_folder

@@ -23,6 +23,7 @@ ADAPTIVE = "adaptive"
 PLAIN = "plain"
 _FIXED_BAR = 0.97
 _PLAIN_BAR = 0.98
+_LEAST_PROMPTS = 64  # what a few requests are about would decide it all
 _DIGITS = 4
 
 
@@ -55,7 +56,8 @@ def run(values: dict[str, Any], shape: FrontierShape, note: Callable[[str], None
     config = ClusterConfig.parse(values)
     if config.speculative is None:
         raise ValueError("there is nothing to draft with")
-    prompts = shape.prompts(config.target.model, 2 * max(shape.concurrencies))
+    count = max(2 * max(shape.concurrencies), _LEAST_PROMPTS)
+    prompts = shape.prompts(config.target.model, count)
     rows = []
     with engines(config, values, num_speculating=2) as (adaptive, fixed, plain):
         for concurrency in shape.concurrencies:

@@ -14,14 +14,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.bench.report import Report
 from cluster.errors import ConfigError
 
-LIVE_SURFACES = ("client", "http", "drafter")
-_MAX_MEMORY_GROWTH_MB = 200.0
+# A configuration comes from a file: there is nothing to send it to.
+WITHOUT_PORT = frozenset({"config"})
 
 
 def run(
@@ -29,8 +31,10 @@ def run(
     surfaces: Sequence[str],
     num_messages: int,
     num_live_messages: int,
+    num_engine_messages: int = 0,
     seed: int = 1,
     max_seconds: int = 3600,
+    num_at_once: int = 2,
     note: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Runs the suite.
@@ -38,8 +42,10 @@ def run(
     Args:
         surfaces: of ``SURFACES``.
         num_messages: of each surface in its process.
-        num_live_messages: of each of ``LIVE_SURFACES`` among them, through sockets.
+        num_live_messages: of each surface that has a port, through sockets.
+        num_engine_messages: of drafters to an engine, which has to ask for each.
         max_seconds: of each process.
+        num_at_once: processes.
         note: takes a line of progress.
 
     Raises:
@@ -48,22 +54,22 @@ def run(
     for package in ("atheris", "coverage"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(package, "is not installed; it is one of the extra `dev`, for Linux")
-    rows, live_rows = [], []
+    tasks: list[Callable[[], dict[str, Any]]] = []
     for name in surfaces:
-        rows.append(_explore(name, num_messages, seed, max_seconds))
-        note(f"{name}: {rows[-1]}")
-    for name in surfaces:
-        if name in LIVE_SURFACES and num_live_messages:
-            # Here, since it imports the engine.
-            from cluster.bench.fuzz_sockets import fuzz_sockets
-
-            live = fuzz_sockets(name, num_live_messages, seed)
-            if live["memory_growth_mb"] > _MAX_MEMORY_GROWTH_MB:
-                live["failures"].append(f"memory grew by {live['memory_growth_mb']} MB")
-            live_rows.append(live)
-            note(f"{name}, live: {live_rows[-1]}")
+        tasks.append(partial(_explore, name, num_messages, seed, max_seconds))
+        if num_live_messages:
+            tasks.append(partial(_send_live, name, num_live_messages, seed, max_seconds))
+        if name == "proposals" and num_engine_messages:
+            tasks.append(partial(_send_live, "engine", num_engine_messages, seed, max_seconds))
+    rows = []
+    with ThreadPoolExecutor(num_at_once) as pool:
+        for row in pool.map(lambda task: task(), tasks):
+            note(str(row))
+            rows.append(row)
+    live_rows = [row for row in rows if row["through"] == "sockets"]
+    rows = [row for row in rows if row["through"] == "functions"]
     figures = {
-        "messages": sum(row["messages"] for row in (*rows, *live_rows)),
+        "messages": sum(row["messages"] for row in (*rows, *live_rows) if row["messages"] != "n/a"),
         "failures": sum(len(row["failures"]) for row in (*rows, *live_rows)),
         "in_process": rows,
         "live": live_rows,
@@ -95,6 +101,7 @@ def _explore(name: str, num_messages: int, seed: int, max_seconds: int) -> dict[
             covered = json.loads(replayed.stdout)
         return {
             "surface": name,
+            "through": "functions",
             "messages": int(statistics.get("number_of_executed_units", 0)),
             "outcomes": json.loads(counts.read_text()) if counts.exists() else {},
             **covered,
@@ -103,11 +110,29 @@ def _explore(name: str, num_messages: int, seed: int, max_seconds: int) -> dict[
         }
 
 
-def _child(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cluster.bench.fuzz_child", *arguments],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+def _send_live(name: str, num_messages: int, seed: int, max_seconds: int) -> dict[str, Any]:
+    """One surface through sockets, its server and its clients in one process."""
+    row = {"surface": name, "through": "sockets", "messages": "n/a", "failures": []}
+    if name in WITHOUT_PORT:
+        return row
+    sent = _child("live", name, str(num_messages), str(seed), timeout_s=max_seconds)
+    if sent.returncode != 0:
+        failure = f"ended with {sent.returncode}: {sent.stderr[-2000:]}"
+        return {**row, "messages": 0, "failures": [failure]}
+    return {**row, **json.loads(sent.stdout.splitlines()[-1])}
+
+
+def _child(*arguments: str, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Its output, and status 124 where it took longer than ``timeout_s``."""
+    command = [sys.executable, "-m", "cluster.bench.fuzz_child", *arguments]
+    try:
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"not through in {timeout_s} s")

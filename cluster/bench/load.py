@@ -18,7 +18,7 @@ from cluster.bench.openai_client import OpenAIClient
 from cluster.bench.own_serving import OwnSettings
 from cluster.bench.report import Report
 from cluster.config import ClusterConfig
-from cluster.engine.worker import load_tokenizer
+from cluster.engine.target_config import load_tokenizer
 from cluster.errors import ConfigError
 from cluster.models.checkpoint import target_digest
 

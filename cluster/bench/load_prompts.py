@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from cluster.bench.prompt_sets import load_prompt_set
-from cluster.engine.worker import load_tokenizer
+from cluster.engine.target_config import load_tokenizer
 from cluster.request import Request, SamplingParams
 
 

@@ -22,7 +22,7 @@ from cluster.bench.paired import paired_ratio
 from cluster.bench.report import Report
 from cluster.bench.served_load import measure
 from cluster.config import ClusterConfig
-from cluster.engine.worker import load_tokenizer
+from cluster.engine.target_config import load_tokenizer
 from cluster.request import Request
 
 _THROUGHPUT_BAR = 0.95

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from cluster.bench.judge import Judgement, judge
 from cluster.bench.local_engine import build_local_engine, local_config, run_together
 from cluster.bench.report import Report
-from cluster.engine.worker import load_tokenizer
+from cluster.engine.target_config import load_tokenizer
 from cluster.request import Request, SamplingParams, SpeculationMode, SpeculationParams
 from cluster.rpc.client import AsyncClient
 from cluster.training.corpus import load_documents

@@ -31,7 +31,7 @@ from cluster.config import ClusterConfig
 from cluster.engine.draft_factory import build_draft_engine
 from cluster.engine.local_drafter import LocalDraftClient
 from cluster.engine.pace import draft_pace, target_pace
-from cluster.engine.target_model import load_text_config
+from cluster.engine.target_config import load_text_config
 from cluster.errors import ConfigError
 
 NEAR, FAR, FAR_UNGROUPED, NEAR_TWO, COLOCATED = (
@@ -59,13 +59,14 @@ class PipelineShape(TurnShape):
         concurrencies: requests under way at any time.
         compared_at: the one of them at which the delay is judged.
         round_trip_s: of the delayed network, in the profile's time.
-        drafter_devices: devices of a drafter, as a share of a target replica's.
+        drafter_devices: what of a drafter's devices is one replica's, as shares of a replica's own
+            devices: less than 1 where they are smaller ones, or serve several replicas.
     """
 
     concurrencies: tuple[int, ...] = (1, 4, 16, 32)
     compared_at: int = 16
     round_trip_s: float = 0.010
-    drafter_devices: float = 1.0
+    drafter_devices: tuple[float, ...] = (1.0, 0.1)
 
 
 def run(values: dict[str, Any], shape: PipelineShape, note: Callable[[str], None]) -> Report:
@@ -137,9 +138,10 @@ def pipeline_figures(
         "grouping_ratio_low": None if worst is None else worst["ratio_low"],
         "grouped_at": list(grouped),
         "per_device": [
-            _device_row(concurrency, number, of, goodputs[concurrency], shape.drafter_devices)
+            _device_row(concurrency, number, of, goodputs[concurrency], weight)
             for concurrency, of in turns.items()
             for number in (1, 2)
+            for weight in shape.drafter_devices
         ],
         "rows": [
             {
@@ -176,6 +178,7 @@ def _device_row(
     return {
         "concurrency": concurrency,
         "drafters": drafters,
+        "drafter_devices": weight,
         **{placement: round(value, _DIGITS) for placement, value in measured.items()},
         "chosen": chosen,
         "chosen_share": round(measured[chosen] / max(measured.values()), _DIGITS),
@@ -187,7 +190,7 @@ def _bounds(config: ClusterConfig, shape: PipelineShape, turns: list[Turn]) -> l
 
     For the tokens that each turn verified and made: in one group a cycle is a pass and its round,
     in two groups two passes of half the size, or one and the round where that is longer; a plain
-    turn's is a pass.
+    turn's is a pass. Each request's prompt makes one pass larger.
     """
     target = target_pace(config.target.pace, config.target.pipeline_parallel_size)
     drafter = draft_pace(config.drafter.pace)
@@ -197,20 +200,20 @@ def _bounds(config: ClusterConfig, shape: PipelineShape, turns: list[Turn]) -> l
     context = requests * (shape.prompt_tokens + shape.max_tokens / 2)
     delay_s = shape.round_trip_s * config.target.pace.time_scale
 
-    def verify_s(turn: Turn, groups: int) -> float:
-        tokens = requests * (1 + turn.budget)
-        return float(target.curve.seconds(tokens / groups, context / groups))
+    def verify_s(turn: Turn, groups: int, prompt_tokens: int = 0) -> float:
+        tokens = requests * (1 + turn.budget) / groups + prompt_tokens
+        return float(target.curve.seconds(tokens, context / groups))
 
     def drafted_s(turn: Turn, groups: int) -> float:
         round_s = float(drafter.curve.seconds(requests / groups)) + delay_s
         return max(groups * verify_s(turn, groups), verify_s(turn, groups) + round_s)
 
-    def cycle_s(turn: Turn) -> float:
-        if turn.mode == "plain":
-            return verify_s(turn, 1)
-        return min(drafted_s(turn, 1), drafted_s(turn, 2))
+    def token_s(turn: Turn, groups: int) -> float:
+        cycle_s = verify_s(turn, 1) if turn.mode == "plain" else drafted_s(turn, groups)
+        prompt_s = verify_s(turn, groups, shape.prompt_tokens) - verify_s(turn, groups)
+        return cycle_s / (requests * turn.tokens_per_pass) + prompt_s / shape.max_tokens
 
-    return [requests * turn.tokens_per_pass / cycle_s(turn) for turn in turns]
+    return [1 / min(token_s(turn, groups) for groups in (1, 2)) for turn in turns]
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from cluster.bench.paired import paired_ratio
 from cluster.bench.pick_time import measure_picks
 from cluster.bench.report import Report
 from cluster.bench.routed_conversations import FleetShape, RoutedRun, run_conversations
+from cluster.errors import ConfigError
 from cluster.routing.replica_choice import POLICIES
 
 MAX_PICK_US = 100.0
@@ -55,7 +56,7 @@ class RouterPlan:
 
 
 def run(plan: RouterPlan, note: Callable[[str], None]) -> Report:
-    """Runs the suite. Raises: DataError."""
+    """Runs the suite. Raises: DataError; ConfigError: too few conversations."""
     picks = measure_picks(plan.pick_replicas, plan.pick_prompts)
     lengths = (
         read_trace(str(plan.trace), _TRACE_REQUESTS)
@@ -67,6 +68,12 @@ def run(plan: RouterPlan, note: Callable[[str], None]) -> Report:
     def one(fleet: FleetShape, policy: str, seed: int) -> RoutedRun:
         conversations = make_conversations(plan.conversations, lengths, seed)
         result = run_conversations(conversations, fleet, POLICIES[policy], seed)
+        if not result.queue_s or not result.first_token_s:
+            raise ConfigError(
+                "--conversations",
+                f"must be more: none of their turns came after {fleet.warm_up_s:g} s and before "
+                "the last of them began, and only those are counted",
+            )
         row = {
             "policy": policy,
             "pages": fleet.num_pages,

@@ -31,7 +31,7 @@ from cluster.bench.served_load import (
     measure_in_turn,
     peer_servers,
 )
-from cluster.engine.worker import load_tokenizer
+from cluster.engine.target_config import load_tokenizer
 from cluster.errors import DsparkError
 
 PARTS = ("steps", "throughput", "formula")

@@ -27,8 +27,8 @@ from cluster.bench.widen_checkpoint import (
     write_target,
 )
 from cluster.bench.widen_shape import Shape
+from cluster.engine.target_config import load_tokenizer
 from cluster.engine.target_model import load_model
-from cluster.engine.worker import load_tokenizer
 from cluster.errors import ConfigError
 from cluster.models.checkpoint import load_drafter
 from cluster.models.hub import local_folder

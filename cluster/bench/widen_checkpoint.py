@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.bench.widen_shape import Shape, Widening
 from cluster.bench.widen_weights import widen_drafter, widen_target
-from cluster.engine.target_model import load_text_config
+from cluster.engine.target_config import load_text_config
 from cluster.errors import CheckpointError, ConfigError
 from cluster.models.calibration_file import (
     FILE_NAME,

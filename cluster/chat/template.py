@@ -8,8 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from jinja2 import TemplateError
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from transformers import PreTrainedTokenizerFast
 
 from cluster.chat.fields import Fields
@@ -73,7 +72,17 @@ class RefusalPart(Fields):
         return self.refusal
 
 
-Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+def _check_is_text(part: Any) -> Any:
+    """Refuses images, audio and files by what they are."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind not in ("text", "refusal"):
+        raise ValueError(f"a part of type '{kind[:64]}' is not served: text only")
+    return part
+
+
+Part = Annotated[
+    TextPart | RefusalPart, Field(discriminator="type"), BeforeValidator(_check_is_text)
+]
 
 
 class CalledFunction(Fields):
@@ -161,7 +170,7 @@ class Message(Fields):
 class ChatFields(Fields):
     """The part of a request that becomes the prompt."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     add_generation_prompt: bool = Field(
         default=True, description="end the prompt where an answer begins"
     )
@@ -264,15 +273,7 @@ class ChatTemplate:
                 tokenize=False,
                 **variables,
             )
-        except (
-            TemplateError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:  # a template is a program, and can fail in every way
             field = "messages" if fields.chat_template is None else "chat_template"
             raise InvalidRequestError(field, f"the chat template refuses: {error}") from None
 
@@ -318,7 +319,8 @@ def _call_for_template(call: EarlierCall | EarlierCustomCall) -> dict[str, Any]:
         given = {"name": call.custom.name, "arguments": {CUSTOM_INPUT: call.custom.input}}
         return {"id": call.id, "type": "function", "function": given}
     try:
-        arguments = json.loads(call.function.arguments)
+        # Empty, as clients send it of a call that has none.
+        arguments = json.loads(call.function.arguments.strip() or "{}")
     except (ValueError, RecursionError):
         raise InvalidRequestError(
             "messages", "the arguments of an earlier tool call are not JSON"

@@ -1,6 +1,6 @@
 """Tools, and the grammar that makes a model call them well.
 
-Arguments always follow the tool's schema, whether the model chooses to call or must.
+Arguments follow the tool's schema, whether the model chooses to call or must.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cluster.chat.tool_calls import (
     ToolCallReader,
     text_head,
 )
-from cluster.engine.grammar import JSON_OPTIONS, nested
+from cluster.engine.grammar import JSON_OPTIONS, LENIENT_JSON_OPTIONS, nested
 from cluster.errors import InvalidRequestError
 from cluster.grammar import Grammar, GrammarKind
 
@@ -33,12 +33,16 @@ _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 class FunctionTool(Fields):
-    """A function that may be called. Its schema is always enforced, whatever ``strict`` says."""
+    """A function that may be called. Its schema is enforced, as a whole if it is ``strict``."""
 
     name: str
     description: str = ""
     parameters: dict[str, Any] = Field(default_factory=lambda: dict(_ANY_OBJECT))
-    strict: bool = True
+    strict: bool = Field(
+        default=False,
+        description="refuse a schema with keywords that cannot be enforced; else they are left to "
+        "the model, and the rest of the schema is enforced",
+    )
 
 
 class Tool(Fields):
@@ -237,7 +241,8 @@ class ToolUse:
             head, tail = json.dumps(text_head(function.name)), json.dumps(TEXT_END)
             return "last", f"{head} %lark {{\n{text_grammar}\n}} {tail}?"
         head = f'\n{{"name": {json.dumps(function.name)}, "arguments": '
-        schema = json.dumps(function.parameters | {"x-guidance": JSON_OPTIONS})
+        options = JSON_OPTIONS if function.strict else LENIENT_JSON_OPTIONS
+        schema = json.dumps(function.parameters | {"x-guidance": options})
         tail = "}\n" + END
         return "call", f"{json.dumps(head)} %json {schema} {json.dumps(tail)}"
 

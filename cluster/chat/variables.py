@@ -37,6 +37,6 @@ def settable_variables(template: str) -> frozenset[str]:
     environment = Environment(extensions=[LoopControlExtension, _Generation])
     try:
         found = meta.find_undeclared_variables(environment.parse(template))
-    except TemplateError:
+    except (TemplateError, RecursionError):
         return frozenset()
     return frozenset(found) - _RESERVED

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.cli.drafters import note, positive
 from cluster.cli.load import add_own, check_plots, log_folder, own_of
+from cluster.config import SpeculativeConfig
 
 if TYPE_CHECKING:
-    from cluster.bench.frontier import FrontierShape
-    from cluster.bench.pipeline import PipelineShape
     from cluster.bench.report import Report
 
 _BURST_SEQS = 32
@@ -26,13 +25,20 @@ def add_frontier(parser: argparse.ArgumentParser) -> None:
 def add_pipeline(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``pipeline``."""
     _add_turns(parser, "1, 4, 16, 32; 16 is always among them")
-    for name, default, meaning in (
-        ("--round-trip-ms", 10.0, "of the delayed network, in the profile's time"),
-        ("--drafter-devices", 1.0, "devices of a drafter, as a share of a target replica's"),
-    ):
-        parser.add_argument(
-            name, type=float, default=default, metavar="X", help=f"{meaning} ({default:g})"
-        )
+    parser.add_argument(
+        "--round-trip-ms",
+        type=float,
+        default=10.0,
+        metavar="X",
+        help="of the delayed network, in the profile's time (10)",
+    )
+    parser.add_argument(
+        "--drafter-devices",
+        action="append",
+        type=float,
+        metavar="X",
+        help="a replica's part of a drafter's devices, as a share of its own; repeatable (1, 0.1)",
+    )
 
 
 def run_pipeline(args: argparse.Namespace) -> Report:
@@ -46,11 +52,11 @@ def run_pipeline(args: argparse.Namespace) -> Report:
             sorted({*(args.concurrency or shape.concurrencies), shape.compared_at})
         ),
         round_trip_s=args.round_trip_ms / 1e3,
-        drafter_devices=args.drafter_devices,
+        drafter_devices=tuple(args.drafter_devices or shape.drafter_devices),
         **_turns_of(args),
     )
     with log_folder(args.out) as folder:
-        return pipeline.run(_turn_values(args, folder, shape), shape, note)
+        return pipeline.run(_values(args, folder, max(shape.concurrencies)), shape, note)
 
 
 def _add_turns(parser: argparse.ArgumentParser, concurrencies: str) -> None:
@@ -87,7 +93,7 @@ def run_frontier(args: argparse.Namespace) -> Report:
         **_turns_of(args),
     )
     with log_folder(args.out) as folder:
-        report = frontier.run(_turn_values(args, folder, shape), shape, note)
+        report = frontier.run(_values(args, folder, max(shape.concurrencies)), shape, note)
     if args.out is not None:
         from cluster.bench.frontier_plot import plot_ways
 
@@ -105,15 +111,6 @@ def _turns_of(args: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": args.max_tokens,
         "data": args.data,
     }
-
-
-def _turn_values(
-    args: argparse.Namespace, folder: Path, shape: FrontierShape | PipelineShape
-) -> dict[str, Any]:
-    values = _values(args, folder, max(shape.concurrencies))
-    # All ways run the same requests: none is to find the prompts of the one before it.
-    values["target"]["enable_prefix_caching"] = False
-    return values
 
 
 def add_burst(parser: argparse.ArgumentParser) -> None:
@@ -181,5 +178,10 @@ def _values(args: argparse.Namespace, folder: Path, max_num_seqs: int) -> dict[s
         pace = {"profile": args.profile, "time_scale": args.time_scale}
         for part in ("target", "drafter"):
             values[part]["pace"] = pace
+        if values.get("speculative") is not None:  # what is slow on purpose is not late
+            late_ms = SpeculativeConfig.model_fields["draft_timeout_ms"].default
+            values["speculative"]["draft_timeout_ms"] = late_ms * args.time_scale
     values["drafter"]["max_sessions"] = 2 * max_num_seqs
+    # Prompts come again and again: none is to be found from the time before.
+    values["target"]["enable_prefix_caching"] = False
     return values

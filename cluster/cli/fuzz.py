@@ -10,7 +10,7 @@ from cluster.cli.drafters import note, positive
 if TYPE_CHECKING:
     from cluster.bench.report import Report
 
-_SURFACES = ("client", "http", "drafter", "config")
+_SURFACES = ("client", "http", "drafter", "proposals", "config")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="for each surface with a port, through sockets (2000)",
     )
+    parser.add_argument(
+        "--live-engine",
+        type=int,
+        default=0,
+        metavar="N",
+        help="from drafters to an engine, which has to ask for each (0)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="processes at once: one for each surface and way (2)",
+    )
     parser.add_argument("--seed", type=positive, default=1, metavar="N")
 
 
@@ -46,6 +60,8 @@ def run(args: argparse.Namespace) -> Report:
         surfaces=args.surface or _SURFACES,
         num_messages=args.messages,
         num_live_messages=args.live,
+        num_engine_messages=args.live_engine,
         seed=args.seed,
+        num_at_once=args.jobs,
         note=note,
     )

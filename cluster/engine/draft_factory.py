@@ -17,7 +17,7 @@ from cluster.engine.draft_method import DraftMethod
 from cluster.engine.draft_ngram import NgramMethod
 from cluster.engine.draft_profile import measure_draft_curve
 from cluster.engine.pace import draft_pace
-from cluster.engine.target_model import load_text_config
+from cluster.engine.target_config import load_text_config
 from cluster.errors import ConfigError
 from cluster.models.checkpoint import load_drafter
 from cluster.models.drafter_check import check_drafter

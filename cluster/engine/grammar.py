@@ -27,6 +27,8 @@ _WORD_BITS = 32
 # What is not enforced must not be accepted. And without a bound on white space, a model that likes
 # it could go on with it for ever.
 JSON_OPTIONS: Any = {"lenient": False, "whitespace_pattern": r"[ \t\n\r]{0,16}"}
+# For schemas that need not hold as a whole: what cannot be enforced is left out of them.
+LENIENT_JSON_OPTIONS: Any = {**JSON_OPTIONS, "lenient": True, "coerce_one_of": True}
 
 
 class GrammarMatcher:

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cluster.errors import ConfigError
+from cluster.section import parse_yaml
 from cluster.speculation.device_profile import DeviceProfile
 
 
@@ -18,12 +17,9 @@ def read_profile(path: str | Path) -> DeviceProfile:
     Raises:
         ConfigError: the file cannot be read, or a value in it is wrong; names both.
     """
+    values = _load(Path(path))
     try:
-        return DeviceProfile.from_dict(_load(Path(path)))
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(str(path), f"cannot be parsed: {error}") from None
+        return DeviceProfile.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.key}", error.message) from None
 
@@ -42,6 +38,13 @@ def write_profile(path: str | Path, profile: DeviceProfile) -> None:
 
 
 def _load(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
-    # Not all JSON numbers are numbers in YAML 1.1.
-    return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
+    if path.suffix != ".json":
+        return parse_yaml(str(path), text)
+    try:
+        return json.loads(text)  # not all JSON numbers are numbers in YAML 1.1
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(str(path), f"is not JSON: {error}") from None

@@ -27,13 +27,9 @@ from cluster.engine.sharding import (
     cut_tensor_parallel,
 )
 from cluster.engine.step_input import StepInput
+from cluster.engine.target_config import load_text_config
 from cluster.engine.target_features import TargetFeatures, feature_size, projection_digest
-from cluster.engine.target_model import (
-    LATENT_MODEL_TYPES,
-    check_servable,
-    load_model,
-    load_text_config,
-)
+from cluster.engine.target_model import LATENT_MODEL_TYPES, check_servable, load_model
 from cluster.errors import ConfigError
 from cluster.models.checkpoint import Projection
 

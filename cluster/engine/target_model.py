@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.engine.compressed_cache import COMPRESSED_LAYER_TYPES
 from cluster.errors import CheckpointError, ConfigError
@@ -18,22 +16,6 @@ from cluster.models.tensor_headers import read_headers
 LATENT_MODEL_TYPES = frozenset({"deepseek_v3"})
 _PAGED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _LOGIT_FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-
-
-def load_text_config(model: str, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's (text) configuration.
-
-    Raises:
-        CheckpointError: the folder has none, or it cannot be read.
-    """
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except StrictDataclassError as error:  # keys that contradict each other
-        message = " ".join(str(error).split())
-        raise CheckpointError(model, "config.json", message) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(model, "config.json", str(error).split("\n")[0]) from error
-    return config.get_text_config()
 
 
 def load_model(

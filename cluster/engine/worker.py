@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, GenerationConfig
 
 from cluster.config import ClusterConfig
 from cluster.engine.draft_client import DraftClient
@@ -22,8 +20,7 @@ from cluster.engine.mesh import Mesh, open_store
 from cluster.engine.pace import target_pace
 from cluster.engine.runner import Runner, follow
 from cluster.engine.target import TargetShard
-from cluster.engine.target_model import load_text_config
-from cluster.errors import CheckpointError
+from cluster.engine.target_config import eos_token_ids, load_text_config, load_tokenizer
 from cluster.models.checkpoint import Projection, load_projection
 from cluster.models.drafter_check import check_drafter
 from cluster.models.hub import local_folder
@@ -157,31 +154,6 @@ class ShardWorker:
         """Leaves the process group."""
         if self._mesh is not None:
             self._mesh.close()
-
-
-def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(model, "tokenizer.json", str(error).split("\n")[0]) from error
-
-
-def eos_token_ids(model: str, *, trust_remote_code: bool = False) -> tuple[int, ...]:
-    """Tokens that end an output: of the generation configuration, else of the model's."""
-    try:
-        value = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        value = None
-    if value is None:
-        value = load_text_config(model, trust_remote_code=trust_remote_code).eos_token_id
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def _load_projection(config: ClusterConfig) -> Projection | None:

@@ -69,6 +69,10 @@ def _histogram(name: str, text: str, *labels: str, bounds: tuple[float, ...] = (
 
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _SECONDS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+_TOKEN_SECONDS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
+    *(20, 40, 80),
+)
 
 # Of a replica, as it reports them.
 RUNNING = _gauge("vllm:num_requests_running", "Requests in the batch.", "replica")
@@ -216,10 +220,7 @@ TTFT = _histogram(
 ITL = _histogram(
     "vllm:inter_token_latency_seconds",
     "Between two pieces of a choice that follow each other; a piece has one token or several.",
-    bounds=(
-        *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
-        *(20, 40, 80),
-    ),
+    bounds=_TOKEN_SECONDS,
 )
 E2E = _histogram(
     "vllm:e2e_request_latency_seconds",
@@ -231,11 +232,31 @@ QUEUE_TIME = _histogram(
     "What a choice that finished had waited on its replica before anything was computed.",
     bounds=_SECONDS,
 )
+PREFILL_TIME = _histogram(
+    "vllm:request_prefill_time_seconds",
+    "Of a choice that finished: to its first token, less what it had waited on its replica.",
+    bounds=_SECONDS,
+)
+DECODE_TIME = _histogram(
+    "vllm:request_decode_time_seconds",
+    "Of a choice that finished: from its first token to its last.",
+    bounds=_SECONDS,
+)
+TIME_PER_TOKEN = _histogram(
+    "vllm:request_time_per_output_token_seconds",
+    "Of a choice that finished with two tokens or more: its decode time by token behind the first.",
+    bounds=_TOKEN_SECONDS,
+)
 REQUEST_PROMPT_TOKENS = _histogram(
     "vllm:request_prompt_tokens", "Of choices that finished.", bounds=_TOKENS
 )
 REQUEST_OUTPUT_TOKENS = _histogram(
     "vllm:request_generation_tokens", "Of choices that finished.", bounds=_TOKENS
+)
+MAX_OUTPUT_TOKENS = _histogram(
+    "vllm:request_max_num_generation_tokens",
+    "Of the longest choice of a request that finished.",
+    bounds=_TOKENS,
 )
 FAILED = _counter(
     "dspark:requests_failed",
@@ -248,7 +269,7 @@ RESTARTS = _counter(
 REFUSALS = _counter(
     "dspark:refusals",
     "What was refused before it was a request: handshake, no_key, unknown_key, wrong_peer, "
-    "request_rate, concurrency, queued_tokens, slow_reader.",
+    "request_rate, concurrency, queued_tokens, slow_reader, slow_sender.",
     "reason",
 )
 ACTIVE = _gauge("dspark:router_active_requests", "Requests that have not ended.")

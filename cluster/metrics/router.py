@@ -34,8 +34,12 @@ _HISTOGRAMS = (
     catalogue.ITL,
     catalogue.E2E,
     catalogue.QUEUE_TIME,
+    catalogue.PREFILL_TIME,
+    catalogue.DECODE_TIME,
+    catalogue.TIME_PER_TOKEN,
     catalogue.REQUEST_PROMPT_TOKENS,
     catalogue.REQUEST_OUTPUT_TOKENS,
+    catalogue.MAX_OUTPUT_TOKENS,
 )
 # ``FinishReason``'s values, and how vLLM writes the others.
 _FINISHED = {1: "stop", 2: "length"}
@@ -141,8 +145,10 @@ class RequestMeter:
         self._failed = failed
         self._clock = clock
         self._began = clock()
-        self._last: dict[int, float] = {}  # when each choice last had tokens
+        self._first: dict[int, float] = {}  # when each choice had its first tokens
+        self._last: dict[int, float] = {}  # and its last
         self._num_open = 0
+        self._max_output_tokens = 0
 
     def begin(self, num_choices: int) -> None:
         """The request was admitted."""
@@ -155,20 +161,35 @@ class RequestMeter:
             last = self._last.get(chunk.choice_index)
             if last is None:
                 self._histograms[catalogue.TTFT].observe(now - self._began)
+                self._first[chunk.choice_index] = now
             else:
                 self._histograms[catalogue.ITL].observe(now - last)
             self._last[chunk.choice_index] = now
         if chunk.finish_reason:
             self._num_open -= 1
             self._finished[_FINISHED[chunk.finish_reason]] += 1
-            usage = chunk.usage
-            for metric, value in (
-                (catalogue.E2E, now - self._began),
-                (catalogue.QUEUE_TIME, usage.queue_seconds),
-                (catalogue.REQUEST_PROMPT_TOKENS, usage.prompt_tokens),
-                (catalogue.REQUEST_OUTPUT_TOKENS, usage.completion_tokens),
-            ):
-                self._histograms[metric].observe(value)
+            self._finish(chunk, now)
+
+    def _finish(self, chunk: GenerateResponse, now: float) -> None:
+        """The last piece of a choice is there."""
+        usage, index = chunk.usage, chunk.choice_index
+        num_tokens = usage.completion_tokens
+        first, last = self._first.get(index, now), self._last.get(index, now)
+        for metric, value in (
+            (catalogue.E2E, now - self._began),
+            (catalogue.QUEUE_TIME, usage.queue_seconds),
+            # The router's clock and the replica's span: their difference may be below 0 by a bit.
+            (catalogue.PREFILL_TIME, max(first - self._began - usage.queue_seconds, 0.0)),
+            (catalogue.DECODE_TIME, last - first),
+            (catalogue.REQUEST_PROMPT_TOKENS, usage.prompt_tokens),
+            (catalogue.REQUEST_OUTPUT_TOKENS, num_tokens),
+        ):
+            self._histograms[metric].observe(value)
+        if num_tokens > 1:
+            self._histograms[catalogue.TIME_PER_TOKEN].observe((last - first) / (num_tokens - 1))
+        self._max_output_tokens = max(self._max_output_tokens, num_tokens)
+        if self._num_open == 0:
+            self._histograms[catalogue.MAX_OUTPUT_TOKENS].observe(self._max_output_tokens)
 
     def __enter__(self) -> Self:
         return self

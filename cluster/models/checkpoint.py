@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,23 +25,14 @@ from cluster.models.checkpoint_files import (
     write_checkpoint,
 )
 from cluster.models.deepseek_v4_config import DEEPSEEK_V4
-from cluster.models.deepseek_v4_dspark import DeepSeekV4DSparkDrafter
 from cluster.models.drafter_config import load_drafter_config
 from cluster.models.dspark import DSparkDrafter
 from cluster.models.dspark_config import GEMMA4, QWEN3, DSparkConfig
 from cluster.models.dspark_config import (
     check_drafter_matches_target as check_drafter_matches_target,
 )
-from cluster.models.gemma4_dspark import Gemma4DSparkDrafter
 from cluster.models.hub import local_folder
-from cluster.models.qwen3_dspark import Qwen3DSparkDrafter
 from cluster.models.tensor_headers import weight_files
-
-_NETWORKS: dict[str, Callable[[DSparkConfig], DSparkDrafter]] = {
-    QWEN3: Qwen3DSparkDrafter,
-    GEMMA4: Gemma4DSparkDrafter,
-    DEEPSEEK_V4: DeepSeekV4DSparkDrafter,
-}
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,21 @@ class Projection:
 
 def build_drafter(config: DSparkConfig) -> DSparkDrafter:
     """A drafter of the architecture that ``config`` names, with random weights."""
-    return _NETWORKS[config.architecture](config)
+    # Imported here: nothing else of this module needs the networks of transformers, which take
+    # seconds to import.
+    if config.architecture == QWEN3:
+        from cluster.models.qwen3_dspark import Qwen3DSparkDrafter
+
+        return Qwen3DSparkDrafter(config)
+    if config.architecture == GEMMA4:
+        from cluster.models.gemma4_dspark import Gemma4DSparkDrafter
+
+        return Gemma4DSparkDrafter(config)
+    if config.architecture == DEEPSEEK_V4:
+        from cluster.models.deepseek_v4_dspark import DeepSeekV4DSparkDrafter
+
+        return DeepSeekV4DSparkDrafter(config)
+    raise ValueError(f"there is no network of architecture {config.architecture}")
 
 
 def load_drafter(

@@ -56,9 +56,10 @@ def queued_tokens(reported: float, unreported: float, num_routers: int) -> float
     return reported + unreported * max(num_routers, 1)
 
 
-def missing_tokens(num_tokens: int, cached: npt.NDArray[np.int64]) -> Tokens:
-    """Tokens of a prompt that each replica would have to compute."""
-    return np.maximum(num_tokens - cached, 1.0)
+def missing_tokens(num_tokens: int, cached: npt.NDArray[np.int64] | int) -> Tokens:
+    """Tokens of a prompt that each replica would have to compute; one number for all of them where
+    they have equally many of it."""
+    return np.asarray(np.maximum(num_tokens - cached, 1.0))
 
 
 def has_room(free_tokens: Tokens, missing: Tokens) -> Mask:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class ReplicaLoads:
         self.queued = np.zeros(_FIRST_CAPACITY)
         self.free = np.zeros(_FIRST_CAPACITY)
         self._reports: list[ReplicaLoad] = []
+        self._reported: list[float] = []  # queued tokens, less what is known to be done since
         self._unreported: list[float] = []  # tokens sent since the last report
         self._unused: list[int] = []
 
@@ -58,6 +59,7 @@ class ReplicaLoads:
             return self._unused.pop()
         slot = len(self._reports)
         self._reports.append(ReplicaLoad())
+        self._reported.append(0.0)
         self._unreported.append(0.0)
         if slot == self.num_slots:
             for name in ("is_ready", "is_refusing", "queued", "free"):
@@ -74,7 +76,7 @@ class ReplicaLoads:
 
     def report(self, slot: int, load: ReplicaLoad) -> None:
         """Takes what a replica reports."""
-        self._reports[slot] = load
+        self._reports[slot], self._reported[slot] = load, load.num_queued_tokens
         self.is_refusing[slot] = False
         self._refresh(slot)
 
@@ -85,9 +87,7 @@ class ReplicaLoads:
 
     def change_reported(self, slot: int, num_tokens: float) -> None:
         """Corrects the last report by what is known since."""
-        load = self._reports[slot]
-        num_queued_tokens = max(load.num_queued_tokens + num_tokens, 0.0)
-        self._reports[slot] = replace(load, num_queued_tokens=num_queued_tokens)
+        self._reported[slot] = max(self._reported[slot] + num_tokens, 0.0)
         self._refresh(slot)
 
     def mean_output_tokens(self, slot: int) -> float:
@@ -96,5 +96,5 @@ class ReplicaLoads:
 
     def _refresh(self, slot: int) -> None:
         load, unreported = self._reports[slot], self._unreported[slot]
-        self.queued[slot] = queued_tokens(load.num_queued_tokens, unreported, load.num_routers)
+        self.queued[slot] = queued_tokens(self._reported[slot], unreported, load.num_routers)
         self.free[slot] = load.num_free_tokens - unreported * max(load.num_routers, 1)

@@ -168,7 +168,8 @@ class ReplicaPicker:
             among: only these may; unset: all.
         """
         loads = self._loads
-        missing = missing_tokens(len(prompt.token_ids), self.cached_tokens(prompt))
+        cached = self.cached_tokens(prompt) if self._indexes else 0
+        missing = missing_tokens(len(prompt.token_ids), cached)
         eligible = loads.is_ready
         if avoid or among is not None:
             eligible = eligible & self._allowed(avoid, among)

@@ -58,7 +58,9 @@ def channel_options(max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> Optio
 def server_options(
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     *,
+    max_sent_bytes: int | None = None,
     reuse_port: bool = False,
+    max_connection_idle_s: float | None = None,
     max_connection_age_s: float | None = None,
     max_connection_age_grace_s: float = 0.0,
     max_metadata_bytes: int | None = None,
@@ -67,8 +69,11 @@ def server_options(
     """Options of a server.
 
     Args:
-        max_message_bytes: the largest message sent or received.
+        max_message_bytes: the largest message received, and sent unless the next says otherwise.
+        max_sent_bytes: the largest message sent.
         reuse_port: let several servers of one machine bind the same port (SO_REUSEPORT).
+        max_connection_idle_s: a connection without any call is closed after so long; clients open
+            another one by themselves.
         max_connection_age_s: older connections take no new calls; clients then look the name up
             again, and find servers that are new. ``None``: they live as long as the client likes.
         max_connection_age_grace_s: when their running calls are cut off, after that.
@@ -77,6 +82,8 @@ def server_options(
             where it did not know of the limit yet. ``None``: any.
     """
     limits: Options = []
+    if max_connection_idle_s is not None:
+        limits.append(("grpc.max_connection_idle_ms", int(max_connection_idle_s * 1000)))
     if max_connection_age_s is not None:
         limits += [
             ("grpc.max_connection_age_ms", int(max_connection_age_s * 1000)),
@@ -93,7 +100,7 @@ def server_options(
     return [
         *limits,
         ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_TIMEOUT_S * 1000)),
-        *_common_options(max_message_bytes),
+        *_common_options(max_message_bytes, max_sent_bytes),
         ("grpc.keepalive_permit_without_calls", 1),
         # Clients ping as often as above; without this they are cut off for too many pings.
         ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_TIME_S * 500)),
@@ -137,11 +144,11 @@ def open_blocking_channel(
     return grpc.secure_channel(address, tls.credentials(), options=[*options, *tls.options()])
 
 
-def _common_options(max_message_bytes: int) -> Options:
+def _common_options(max_message_bytes: int, max_sent_bytes: int | None = None) -> Options:
     return [
         ("grpc.keepalive_time_ms", int(KEEPALIVE_TIME_S * 1000)),
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_sent_bytes or max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
     ]

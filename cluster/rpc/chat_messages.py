@@ -138,11 +138,13 @@ def _function(tool: chat_pb2.Tool) -> FunctionTool:
         given["description"] = tool.description
     if tool.parameters:
         given["parameters"] = _json_object(tool.parameters, "tools")
+    if tool.strict:
+        given["strict"] = True
     return FunctionTool(name=tool.name, **given)
 
 
 def _custom(tool: chat_pb2.Tool) -> CustomDefinition:
-    if tool.parameters:
+    if tool.parameters or tool.strict:
         raise InvalidRequestError("tools", "a custom tool has no parameters")
     syntax: Any = tool.input.WhichOneof("kind")
     if syntax not in (None, "regex", "lark"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -10,10 +11,15 @@ from cluster.chat.template import ChatFields
 from cluster.chat.tool_calls import AnswerReader
 from cluster.chat.tools import CustomTool, Tool, ToolChoice, ToolUse, tool_use
 from cluster.errors import InvalidRequestError
+from cluster.grammar import Grammar
 from cluster.request import SamplingParams
 
 if TYPE_CHECKING:
     from cluster.rpc.router import RouterServer
+
+
+# Where in the tools' common grammar the compiler was, which no client has written.
+_PLACE = re.compile(r"^at \d+\(\d+\): | \d+ \| .*")
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class ChatPrompt:
             if sampling.grammar is not None:
                 await router.check_grammar(sampling.grammar)  # by itself, for errors
                 use = replace(use, content=sampling.grammar)
-            sampling = replace(sampling, grammar=use.to_grammar())
+            sampling = replace(sampling, grammar=await _checked_grammar(router, use))
         sampling = replace(sampling, stop=(*sampling.stop, *template.stop(fields)))
         text = await template.render(fields, tools if use is not None else ())
         token_ids = await router.encoder.encode(
@@ -79,3 +85,20 @@ class ChatPrompt:
         skips = self.sampling.skip_special_tokens
         ends = {end: decode([end], skip_special_tokens=skips) for end in router.eos_token_ids}
         return AnswerReader(self.use.reader(), ends)
+
+
+async def _checked_grammar(router: RouterServer, use: ToolUse) -> Grammar:
+    """What tools ask of the answer. Raises: InvalidRequestError: it tells which is wrong."""
+    grammar = use.to_grammar()
+    try:
+        await router.check_grammar(grammar)
+    except InvalidRequestError as error:
+        for function in use.functions:
+            alone = replace(use, functions=[function], must_call=True)
+            try:
+                await router.check_grammar(alone.to_grammar())
+            except InvalidRequestError as found:
+                why = _PLACE.sub("", found.message)
+                raise InvalidRequestError("tools", f"'{function.name}': {why}") from None
+        raise InvalidRequestError("tools", error.message) from None
+    return grammar

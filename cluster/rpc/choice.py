@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 MAX_LOSSES_WITHOUT_PROGRESS = 3
 # Replicas that are asked before a client is told that all queues are full.
 MAX_REFUSALS = 3
+_CLOCK_SLACK_S = 0.001
 
 _submission_numbers = itertools.count()
 
@@ -40,11 +41,13 @@ class Choice:
 
     Guarantees: the client's tokens are a single unbroken sequence. When its replica is lost, the
     choice goes on elsewhere behind the tokens that were received, on the same target unless there
-    are none; the third loss in a row without a new token ends it. Where one replica's queue is
-    full, two others are tried; then it waits for its siblings, if there are any. Each submission
-    has an id of its own, and a token offset that repeats or skips anything is never passed on.
-    Holds at most one chunk for the client, whose tokens are merged while it does not read. The
-    speculation statistics at the end are those of the last replica alone.
+    are none; the third loss in a row without a new token ends it, where replicas that drained do
+    not count. Where one replica's queue is full, two others are tried; then it waits, if it has
+    siblings or was accepted before (``Siblings``): until its deadline, or without one for the
+    pool's ``wait_s`` in which nothing comes of them. Each submission has an id of its own, and a
+    token offset that repeats or skips anything is never passed on. Holds at most one chunk for the
+    client, whose tokens are merged while it does not read. The speculation statistics at the end
+    are those of the last replica alone.
 
     Args:
         request: the validated request; its id is the client's.
@@ -79,6 +82,8 @@ class Choice:
         self._prompt = prompt
         self._queue_timeout_s = queue_timeout_s
         self._queue_deadline: float | None = None
+        self._refusal: QueueFullError | None = None  # the last one
+        self._was_lost = False
         self._refused_by: list[ReplicaConnection] = []  # since the last new token
         self._siblings = siblings or Siblings()
         self._on_change = on_change
@@ -109,15 +114,24 @@ class Choice:
         """When it is to be placed, where others wait too."""
         return self._request.turn
 
+    @property
+    def deadline(self) -> float | None:
+        """How long it waits for a replica."""
+        return self._request.deadline
+
     def start(self) -> None:
         """Runs the choice on a replica, now or as soon as one is ready."""
-        self._pool.place(self)
+        if not self._pool.place(self):
+            self._siblings.accept()
 
     def resubmit(self) -> None:
         """Tries again what full queues refused."""
-        deadline = self._request.deadline
-        if deadline is not None and time.monotonic() >= deadline:
+        if self._is_late():
             self._fail(DeadlineExceededError("the request's deadline passed"))
+            return
+        stands_still = self.deadline is None and self._siblings.stand_still(self._pool.wait_s)
+        if stands_still and self._refusal is not None:
+            self._fail(self._refusal)
             return
         digest = self._target_digest(self._refused_by[-1])
         self._refused_by.clear()
@@ -142,6 +156,12 @@ class Choice:
         """Submits what is missing to a ready replica."""
         self._connection = connection
         self._siblings.submitted(self)
+        try:
+            self._submit_to(connection)
+        except Exception as error:  # ends this choice, and nothing that all choices share
+            self._fail(error)
+
+    def _submit_to(self, connection: ReplicaConnection) -> None:
         request = self._request
         if self._has_prompt_logprobs:  # of a replica that was lost
             request = replace(request, sampling=replace(request.sampling, prompt_logprobs=None))
@@ -161,7 +181,10 @@ class Choice:
 
     def on_unplaced(self, reason: str) -> None:
         """No replica was ready in time."""
-        self._fail(ReplicaLostError(reason))
+        if self._is_late():
+            self._fail(DeadlineExceededError(f"the request's deadline passed: {reason}"))
+        else:
+            self._fail(ReplicaLostError(reason))
 
     def on_delta(self, delta: replica_pb2.ConnectResponse.Delta) -> None:
         """Takes what the replica made of the request."""
@@ -171,14 +194,22 @@ class Choice:
             self._leave()
             self._fail(error)
 
-    def on_lost(self) -> None:
+    def on_lost(self, *, drained: bool = False) -> None:
         """Goes on elsewhere, from the tokens received."""
+        try:
+            self._go_on(drained)
+        except Exception as error:  # as above
+            self._fail(error)
+
+    def _go_on(self, drained: bool) -> None:
         lost, self._connection = self._connection, None
         self._queue_deadline = None  # the time there was not spent in a queue
         if self._is_complete():
             self._finish_without_replica()
             return
-        self._num_losses += 1
+        self._was_lost = True
+        self._siblings.accept()
+        self._num_losses += not drained
         if self._num_losses == MAX_LOSSES_WITHOUT_PROGRESS:
             logger.error("request %s lost its replica too often", self._submission_id)
             message = f"{self._num_losses} replicas in a row were lost before a new token came"
@@ -206,6 +237,7 @@ class Choice:
                 return
             refused_by, self._connection = self._connection, None
             if isinstance(error, QueueFullError) and refused_by is not None:
+                self._refusal = error
                 if self._goes_elsewhere(refused_by):
                     return
                 if self._siblings.refused(self, error.retry_after_s):
@@ -234,8 +266,9 @@ class Choice:
         return former.target_digest if former is not None and self._token_ids else None
 
     def _next_queue_deadline(self) -> float | None:
-        """Of a submission that is about to be sent; none once there is a token."""
-        if self._queue_timeout_s is None:
+        """Of a submission that is about to be sent; none once there is a token, nor where one
+        that had been accepted is to wait until its deadline."""
+        if self._queue_timeout_s is None or (self._was_lost and self.deadline is not None):
             return None
         if len(self._token_ids) > len(self._request.resume_token_ids):
             return None
@@ -298,6 +331,10 @@ class Choice:
         self.done = True
         self._siblings.finished(self)
         self._on_change()
+
+    def _is_late(self) -> bool:
+        # Timers may be early by what clocks do not resolve.
+        return self.deadline is not None and time.monotonic() >= self.deadline - _CLOCK_SLACK_S
 
     def _leave(self) -> None:
         if self._connection is not None:

@@ -34,6 +34,8 @@ MAX_CHUNK_ROWS = 512
 TOKEN_ID_BYTES = 4
 MAX_REQUEST_ID_CHARS = 512
 MAX_CURVE_SIZES = 64
+# Features on their way from a replica to a drafter.
+FEED_CREDIT_BYTES = 4 << 20
 _OUTCOMES = {
     DraftOutcome.DRAFTED: drafter_pb2.DraftResponse.OUTCOME_DRAFTED,
     DraftOutcome.MISSING: drafter_pb2.DraftResponse.OUTCOME_MISSING,

@@ -14,13 +14,10 @@ from grpc import aio
 
 from cluster.engine.draft_client import DraftOutcome, DraftResult, DraftSequence, SessionKey
 from cluster.engine.draft_loop import MAX_QUEUED_CHUNKS_PER_REPLICA
-from cluster.engine.pace import PaceStats
 from cluster.errors import DsparkError, MalformedProposalError
-from cluster.histogram import Histogram
 from cluster.rpc.channels import MAX_RECONNECT_S, MIN_RECONNECT_S, open_channel
 from cluster.rpc.cluster_status import DrafterStatus
-from cluster.rpc.convert import pace_from_proto
-from cluster.rpc.draft_messages import decode_answer, decode_curve, encode_session
+from cluster.rpc.draft_messages import decode_answer, encode_session
 from cluster.rpc.draft_session import (
     ClientSession,
     DraftClientStats,
@@ -31,11 +28,11 @@ from cluster.rpc.draft_session import (
 )
 from cluster.rpc.drafter_handshake import MismatchError, greet_draft, greet_feed, read_message
 from cluster.rpc.drafter_probe import probe
+from cluster.rpc.drafter_times import DrafterTimes
 from cluster.rpc.tasks import run_until_first_ends, write_all
 from cluster.rpc.tls import ChannelTls
 from cluster.speculation.breaker import Breaker, BreakerState
 from cluster.speculation.draft_cost import DraftCost
-from cluster.speculation.draft_curve import DraftCurve
 from cluster.v1 import drafter_pb2, drafter_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -45,8 +42,6 @@ MAX_OUTSTANDING_ROUNDS = 2
 MAX_QUEUED_MESSAGES = 1024
 MALFORMED_QUARANTINE_S = 2.0
 MISMATCH_RETRY_S = 2.0
-_AVERAGE_WEIGHT = 0.1
-_ROUND_TRIP_BOUNDS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 class _OpenError(DsparkError):
@@ -109,11 +104,7 @@ class DrafterConnection:
         self._pending_chunks: deque[PendingChunk] = deque()
         self._breaker = Breaker()
         self._round_timeout_s = round_timeout_s
-        self._round_trip_s = 0.0
-        self._round_trips = Histogram(_ROUND_TRIP_BOUNDS_S)
-        self._num_rounds = dict.fromkeys(("answered", "late", "dropped", "lost"), 0)
-        self._paced: PaceStats | None = None
-        self._cost = DraftCost()
+        self._times = DrafterTimes(stats)
         self._event_loop = asyncio.get_running_loop()
         self._rounds: asyncio.Queue[drafter_pb2.DraftRequest] = asyncio.Queue()
         self._chunks: asyncio.Queue[drafter_pb2.FeedRequest] = asyncio.Queue()
@@ -159,12 +150,12 @@ class DrafterConnection:
     @property
     def cost(self) -> DraftCost:
         """What its rounds take; from the last stream while there is none."""
-        return self._cost
+        return self._times.cost
 
     @property
     def has_answered(self) -> bool:
         """Whether ``cost`` has learnt from a round."""
-        return self._round_trip_s > 0
+        return self._times.round_trip_s > 0
 
     def status(self) -> DrafterStatus:
         """For status reports."""
@@ -173,10 +164,10 @@ class DrafterConnection:
             address=self.address,
             state=str(self._state),
             reason=self._reason,
-            round_trip_ms=self._round_trip_s * 1e3,
-            num_rounds=dict(self._num_rounds),
-            round_trip_s=self._round_trips,
-            paced=self._paced,
+            round_trip_ms=self._times.round_trip_s * 1e3,
+            num_rounds=dict(self._times.num_rounds),
+            round_trip_s=self._times.round_trips,
+            paced=self._times.paced,
         )
 
     def send_round(
@@ -220,7 +211,7 @@ class DrafterConnection:
     def count_late(self, outcome: str = "late") -> None:
         """Notes that the drafter kept a round (``late``), or the next one (``dropped``), waiting
         too long."""
-        self._num_rounds[outcome] += 1
+        self._times.num_rounds[outcome] += 1
         if self.is_up and self._breaker.fail(time.monotonic()):
             self._go_down(DrafterState.OPEN, "too slow")
             self._event_loop.call_soon_threadsafe(self._opened.set)
@@ -321,11 +312,9 @@ class DrafterConnection:
             if self._breaker.begin_probe(time.monotonic()):
                 await self._probe(draft, feed, welcome)
             self._opened.clear()
-            has_curve = welcome.HasField("draft_curve")
-            curve = decode_curve(welcome.draft_curve) if has_curve else None
             self._rounds, self._chunks = asyncio.Queue(), asyncio.Queue()
             with self._changed:
-                self._come_up(welcome, credit_bytes, curve)
+                self._come_up(welcome, credit_bytes)
             await run_until_first_ends(
                 self._read_answers(draft),
                 self._read_acknowledgements(feed),
@@ -372,7 +361,6 @@ class DrafterConnection:
                 vocab_size=self._vocab_size,
             )
             with self._changed:
-                self._paced = pace_from_proto(answer)
                 self._take_answer(answer, results, received_at)
 
     def _take_answer(
@@ -385,21 +373,7 @@ class DrafterConnection:
         pending = self._pending_rounds.pop(answer.round_id, None)
         if pending is None:
             return
-        round_trip_s = received_at - pending.sent_at
-        server_s = answer.queue_seconds + answer.compute_seconds
-        self._cost.observe(
-            len(pending.sequences),
-            max(s.num_speculative_tokens for s in pending.sequences.values()),
-            compute_s=answer.compute_seconds,
-            queue_s=answer.queue_seconds,
-            network_s=round_trip_s - server_s,
-            now=received_at,
-        )
-        self._round_trips.observe(round_trip_s)
-        self._stats.compute_s += max(answer.compute_seconds, 0.0)
-        self._round_trip_s = _average(self._round_trip_s, round_trip_s)
-        self._stats.round_trip_s = _average(self._stats.round_trip_s, round_trip_s)
-        self._stats.network_s = _average(self._stats.network_s, round_trip_s - server_s)
+        self._times.observe(answer, pending, received_at)
         for result in results:
             session = pending.sessions[result.session]
             if result.outcome is DraftOutcome.UNKNOWN_SESSION:
@@ -412,7 +386,7 @@ class DrafterConnection:
             pending.handle.waiting.remove(self)
             pending.handle.results.extend(results)
             self._stats.num_rounds += 1
-            self._num_rounds["answered"] += 1
+            self._times.num_rounds["answered"] += 1
             self._breaker.succeed()
             self._changed.notify_all()
 
@@ -444,18 +418,12 @@ class DrafterConnection:
         await self._opened.wait()
         raise _OpenError(self._reason)
 
-    def _come_up(
-        self,
-        welcome: drafter_pb2.DraftResponse.Welcome,
-        credit_bytes: int,
-        curve: DraftCurve | None,
-    ) -> None:
+    def _come_up(self, welcome: drafter_pb2.DraftResponse.Welcome, credit_bytes: int) -> None:
+        self._times.begin(welcome)
         self._state = DrafterState.READY
         self._reason = ""
         self._generation += 1
         self.block_size = welcome.block_size
-        self._paced = pace_from_proto(welcome)
-        self._cost = DraftCost(curve)
         self.num_sessions = 0
         self._credit_bytes = credit_bytes
         self._changed.notify_all()
@@ -466,11 +434,7 @@ class DrafterConnection:
             if self in pending.handle.waiting:
                 pending.handle.waiting.remove(self)
                 self._stats.num_lost += 1
-                self._num_rounds["lost"] += 1
+                self._times.num_rounds["lost"] += 1
         self._pending_rounds.clear()
         self._pending_chunks.clear()
         self._changed.notify_all()
-
-
-def _average(average: float, value: float) -> float:
-    return value if average == 0.0 else average + _AVERAGE_WEIGHT * (value - average)

@@ -7,9 +7,10 @@ from typing import Any
 
 from grpc import aio
 
+from cluster.config import MAX_SPECULATIVE_TOKENS
 from cluster.errors import DsparkError, MalformedProposalError
 from cluster.rpc.channels import PROTOCOL_VERSION
-from cluster.rpc.draft_messages import encode_digests, mismatched_digests
+from cluster.rpc.draft_messages import FEED_CREDIT_BYTES, encode_digests, mismatched_digests
 from cluster.v1 import drafter_pb2
 
 
@@ -44,27 +45,36 @@ async def greet_draft(
         differing.append("vocab_size")
     if differing:
         raise MismatchError(f"replica and drafter differ in {', '.join(differing)}")
-    if welcome.block_size < 1:
-        raise MalformedProposalError(f"block_size is {welcome.block_size}")
+    if not 1 <= welcome.block_size <= MAX_SPECULATIVE_TOKENS:
+        raise MalformedProposalError(
+            f"block_size must be from 1 to {MAX_SPECULATIVE_TOKENS}, got {welcome.block_size}"
+        )
     return welcome
 
 
 async def greet_feed(call: aio.StreamStreamCall, *, replica_id: str) -> int:
-    """Greets on a ``Feed`` stream; returns the byte credit. Raises as ``greet_draft``."""
+    """Greets on a ``Feed`` stream; returns the byte credit, ``FEED_CREDIT_BYTES`` at most.
+
+    Raises:
+        MalformedProposalError, EOFError, aio.AioRpcError: as ``greet_draft``.
+    """
     hello = drafter_pb2.FeedRequest.Hello(replica_id=replica_id, protocol_version=PROTOCOL_VERSION)
     await call.write(drafter_pb2.FeedRequest(hello=hello))
     message = await read_message(call, "welcome")
-    return int(message.welcome.credit_bytes)
+    # As much of it may wait here for the network, whatever a drafter says that it would take.
+    return min(int(message.welcome.credit_bytes), FEED_CREDIT_BYTES)
 
 
 async def read_message(call: aio.StreamStreamCall, kind: str) -> Any:
     """The stream's next message, which must be of this kind.
 
     Raises:
-        MalformedProposalError: it is of another kind.
+        MalformedProposalError: it is of another kind, or none at all.
         EOFError, aio.AioRpcError: the stream ended.
     """
     message = await call.read()
+    if message is None:  # gRPC's way to say so
+        raise MalformedProposalError("a message that cannot be decoded")
     if message is aio.EOF:
         raise EOFError("the drafter ended the stream")
     if message.WhichOneof("message") != kind:

@@ -27,7 +27,12 @@ from cluster.errors import (
 )
 from cluster.rpc.channels import PROTOCOL_VERSION, server_options
 from cluster.rpc.convert import pace_to_proto
-from cluster.rpc.draft_messages import encode_curve, encode_digests, mismatched_digests
+from cluster.rpc.draft_messages import (
+    FEED_CREDIT_BYTES,
+    encode_curve,
+    encode_digests,
+    mismatched_digests,
+)
 from cluster.rpc.draft_spans import DraftSpans
 from cluster.rpc.draft_streams import DraftStream, FeedStream
 from cluster.rpc.guard import internal_guard
@@ -38,7 +43,6 @@ from cluster.rpc.tls import ServerTls
 from cluster.v1 import drafter_pb2, drafter_pb2_grpc
 
 SERVICE_NAME = "cluster.v1.DrafterService"
-FEED_CREDIT_BYTES = 4 << 20
 SESSION_GRACE_S = 5.0
 HANDSHAKE_TIMEOUT_S = 10.0
 MAX_REPLICA_ID_CHARS = 256

@@ -71,6 +71,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.TokenizeResponse | None:
         """Token ids, as Generate and Chat have them."""
         try:
+            self._router.key_limits.count(caller())
             return await self._tokenize(request)
         except Exception as error:
             await abort(context, error)
@@ -81,6 +82,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.DetokenizeResponse | None:
         """Text of token ids."""
         try:
+            self._router.key_limits.count(caller())
             text = self._router.encoder.decode(request.token_ids, field="token_ids")
             return inference_pb2.DetokenizeResponse(text=text)
         except Exception as error:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from cluster.chat.text import check_text
-from cluster.errors import InvalidRequestError
+from cluster.errors import ContextLengthError, InvalidRequestError
 
 # Longer texts take milliseconds and are encoded beside the event loop.
 _MAX_INLINE_CHARS = 4096
@@ -19,16 +19,19 @@ def kept_tokens(asked: int | None, *, max_tokens: int, max_model_len: int) -> in
     """How many of a prompt's last tokens are kept; ``None``: all.
 
     Args:
-        asked: so many; -1: as many as leave room for ``max_tokens`` of output, or for one where
-            those fill the context.
+        asked: so many, at most the context; -1: as many as leave room for ``max_tokens`` of
+            output, or for one where those fill the context.
 
     Raises:
         InvalidRequestError: it is neither.
     """
-    if asked is None or asked > 0:
+    if asked is None or 0 < asked <= max_model_len:
         return asked
     if asked != -1:
-        raise InvalidRequestError("truncate_prompt_tokens", "must be 1 or more, or -1")
+        raise InvalidRequestError(
+            "truncate_prompt_tokens",
+            f"must be -1, or 1 to the model's context of {max_model_len} tokens",
+        )
     room = max_model_len - max_tokens
     return room if room > 0 else max_model_len - 1
 
@@ -77,10 +80,10 @@ class PromptEncoder:
         if max_tokens is not None:
             text = text[-max_chars:]
         if len(text) > max_chars:
-            raise InvalidRequestError(
+            raise ContextLengthError(
                 field,
-                f"has {len(text)} characters, more than the model's context of "
-                f"{self._max_model_len} tokens can hold",
+                f"this model's maximum context length is {self._max_model_len} tokens, which "
+                f"{len(text)} characters exceed",
             )
         check_text(text, field)
         if len(text) <= _MAX_INLINE_CHARS:

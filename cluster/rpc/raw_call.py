@@ -9,6 +9,9 @@ from grpc import aio
 
 from cluster.rpc.status import has_details
 
+# What gRPC says on this side where a message is being written to a stream that has ended.
+_ENDED_WHILE_WRITING = "Internal error from Core"
+
 
 async def call_unary(channel: aio.Channel, method: str, data: bytes, *, timeout_s: float) -> str:
     """One message, answered by a stream that is read to its end.
@@ -48,10 +51,12 @@ async def _outcome(call: Awaitable[None], timeout_s: float) -> str:
             await call
     except aio.AioRpcError as error:
         name: str = error.code().name
+        if error.details() == _ENDED_WHILE_WRITING:
+            return "ended while writing"
         if not has_details(error):
-            return f"{name} without details"
+            return f"{name} without details: {error.details()}"
         return f"INTERNAL: {error.details()}" if name == "INTERNAL" else name
-    except asyncio.InvalidStateError:
+    except asyncio.InvalidStateError:  # another way of gRPC's to say so
         return "ended while writing"
     except TimeoutError:
         return "TIMEOUT"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import traceback
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 from grpc import aio
@@ -25,6 +26,7 @@ from cluster.rpc.channels import (
     open_channel,
 )
 from cluster.rpc.convert import submit_to_proto
+from cluster.rpc.tasks import run_until_first_ends
 from cluster.rpc.tls import ChannelTls
 from cluster.v1 import inference_pb2, replica_pb2, replica_pb2_grpc
 
@@ -37,14 +39,18 @@ class ReplicaMismatchError(ConnectionError):
     """The replica does not fit this router."""
 
 
+# How gRPC, or the handshake, tells that a replica is not there any more.
+_LOST = (grpc.RpcError, asyncio.InvalidStateError, TimeoutError, ConnectionError, EOFError)
+
+
 class Submission(Protocol):
     """Who gets the answers to a submitted request; called in the event loop, must not raise."""
 
     def on_delta(self, delta: replica_pb2.ConnectResponse.Delta) -> None:
         """The request's next tokens, its end, or its error."""
 
-    def on_lost(self) -> None:
-        """The replica is gone; nothing more comes."""
+    def on_lost(self, *, drained: bool) -> None:
+        """The replica is gone (``drained``: as it was to go); nothing more comes."""
 
 
 class ReplicaConnection:
@@ -53,6 +59,7 @@ class ReplicaConnection:
     Guarantees: each submission gets deltas in order until its last one, or ``on_lost`` once, or
     nothing more behind ``cancel``. Submitting and cancelling never wait. What is queued for writing
     is at most one submission and one cancellation for each request that the router has admitted.
+    Whatever goes wrong with a stream, a message that cannot be read included, ends that stream.
     A replica that speaks another protocol or has another tokenizer is never ready; ``reason`` says
     so, and each further handshake may find that it has changed.
 
@@ -85,6 +92,7 @@ class ReplicaConnection:
         self.address = address
         self.welcome: replica_pb2.ConnectResponse.Welcome | None = None
         self.reason = ""  # why it is mismatched
+        self._fault = ""  # what the last broken stream was logged with
         self.slot = picker.add()
         self._picker = picker
         self._router_id = router_id
@@ -147,11 +155,12 @@ class ReplicaConnection:
         if not self.is_ready:
             raise RuntimeError(f"replica {self.replica_id} is {self.state}")
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
+        message = submit_to_proto(request)
         self._submissions[request.request_id] = submission
         self._queued[request.request_id] = num_tokens
         self._num_queued_tokens += num_tokens
         self._picker.sent(self.slot, request.request_id, prompt)
-        self._send(submit_to_proto(request))
+        self._send(message)
 
     def cancel(self, request_id: str, reason: str) -> None:
         """Ends a request (``reason``: cancelled or deadline); unknown ids are ignored."""
@@ -187,8 +196,9 @@ class ReplicaConnection:
             self._on_closed(self)
 
     async def _connect(self) -> bool:
-        """One connection from beginning to end. Returns whether it was ever ready."""
-        was_ready = False
+        """One connection from beginning to end. Returns whether it was ready and sound, so that
+        the next one may follow soon."""
+        was_ready = is_sound = False
         reason = ""
         try:
             async with self._open_channel() as channel:
@@ -201,29 +211,32 @@ class ReplicaConnection:
                 self._picker.set_ready(self.slot, self.is_ready)
                 self.reason = ""
                 logger.info("replica %s at %s is ready", self.replica_id, self.address)
-                writer = asyncio.create_task(self._write(call))
-                try:
-                    self._on_ready(self)
-                    while (message := await call.read()) is not aio.EOF:
-                        self._take(message.step)
-                finally:
-                    writer.cancel()
-                    await asyncio.gather(writer, return_exceptions=True)
+                self._on_ready(self)
+                await run_until_first_ends(self._take_all(call), self._write(call))
+                is_sound = True
                 logger.warning("replica %s ended its stream", self.replica_id)
         except ReplicaMismatchError as error:
             reason = str(error)
             if reason != self.reason:  # it is asked again and again
                 logger.warning("replica %s at %s %s", self.replica_id, self.address, reason)
-        except (grpc.RpcError, asyncio.InvalidStateError, TimeoutError, ConnectionError) as error:
+        except _LOST as error:
+            is_sound = was_ready
             details = error.details() if isinstance(error, aio.AioRpcError) else repr(error)
             # A lost replica is news, one that is still not there is none.
             level = logging.WARNING if was_ready else logging.INFO
             logger.log(level, "replica %s at %s: %s", self.replica_id, self.address, details)
+        except Exception as error:  # what it sent; this task must live on to connect again
+            frames = "".join(traceback.format_tb(error.__traceback__))  # its text may be a client's
+            fault = f"{type(error).__name__}\n{frames}"
+            if fault != self._fault:  # which each further stream may meet again
+                where = f"replica {self.replica_id} at {self.address}"
+                logger.error("%s broke its stream with %s", where, fault)
+            self._fault = fault
         self._lose()
         self.reason = reason
         if reason:
             self._state = "mismatched"
-        return was_ready
+        return is_sound
 
     def _open_channel(self) -> aio.Channel:
         # A fixed window (64 KiB): what a slow router has not read waits merged on the replica, and
@@ -238,7 +251,7 @@ class ReplicaConnection:
             router_id=self._router_id, protocol_version=PROTOCOL_VERSION
         )
         await call.write(replica_pb2.ConnectRequest(hello=hello))
-        answer = await call.read()
+        answer = await _read(call)
         if answer is aio.EOF or not answer.HasField("welcome"):
             raise ConnectionError("the replica did not answer the handshake")
         if answer.welcome.protocol_version != PROTOCOL_VERSION:
@@ -249,6 +262,10 @@ class ReplicaConnection:
                 f"has tokenizer {theirs[:12]}, the router has {self._tokenizer_digest[:12]}"
             )
         return answer.welcome
+
+    async def _take_all(self, call: aio.StreamStreamCall) -> None:
+        while (message := await _read(call)) is not aio.EOF:
+            self._take(message.step)
 
     async def _write(self, call: aio.StreamStreamCall) -> None:
         while True:
@@ -296,6 +313,7 @@ class ReplicaConnection:
             self._task.cancel()
 
     def _lose(self) -> None:
+        drained = self.state == "draining"
         self._state = "lost"
         self._load.state = ""
         self._picker.disconnect(self.slot)
@@ -306,7 +324,19 @@ class ReplicaConnection:
         self._queued.clear()
         self._num_queued_tokens = 0
         for submission in lost:
-            submission.on_lost()
+            submission.on_lost(drained=drained)
+
+
+class _UndecodableError(Exception):
+    """A message that is none of the protocol's."""
+
+
+async def _read(call: aio.StreamStreamCall) -> Any:
+    """The next message, or EOF. Raises: _UndecodableError."""
+    message = await call.read()
+    if message is None:  # so gRPC tells of one that its deserializer has refused
+        raise _UndecodableError
+    return message
 
 
 def _layout(welcome: replica_pb2.ConnectResponse.Welcome) -> PrefixLayout | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection, Iterable
 from typing import NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ class Placeable(Protocol):
     Attributes:
         prompt: what has to be computed for it.
         turn: what waits is placed in this order.
+        deadline: it waits so long (``time.monotonic()``); unset: for the pool's ``wait_s``.
     """
 
     @property
@@ -27,6 +29,9 @@ class Placeable(Protocol):
 
     @property
     def turn(self) -> float: ...
+
+    @property
+    def deadline(self) -> float | None: ...
 
     def on_placed(self, connection: ReplicaConnection) -> None:
         """Run it there; the connection is ready."""
@@ -51,7 +56,7 @@ class ReplicaPool:
     Args:
         router_id: who connects.
         policy: how replicas are scored.
-        wait_s: seconds that ``place`` waits for a ready replica.
+        wait_s: seconds that ``place`` waits for a ready replica with what has no deadline.
         tokenizer_digest: hex SHA-256 that replicas must share; empty: any.
         max_message_bytes: the largest message sent or received.
         tls: of connections to replicas; unset: plaintext.
@@ -74,7 +79,7 @@ class ReplicaPool:
         self.num_restarts = 0
         self.has_been_ready = asyncio.Event()
         self._router_id = router_id
-        self._wait_s = wait_s
+        self.wait_s = wait_s
         self._tokenizer_digest = tokenizer_digest
         self._max_message_bytes = max_message_bytes
         self._tls = tls
@@ -114,18 +119,23 @@ class ReplicaPool:
         *,
         avoid: Collection[ReplicaConnection] = (),
         target_digest: str | None = None,
-    ) -> None:
-        """Puts it on the ready replica that suits it best, or waits for one.
+    ) -> bool:
+        """Puts it on the ready replica that suits it best, or waits for one. Returns whether one
+        was ready.
 
         Args:
             avoid: not on these, unless one becomes ready anew.
             target_digest: only where this target runs; unset: anywhere.
         """
         if self.place_now(placeable, avoid=avoid, target_digest=target_digest):
-            return
+            return True
         event_loop = asyncio.get_running_loop()
-        timer = event_loop.call_later(self._wait_s, self._give_up, placeable)
+        wait_s = self.wait_s
+        if placeable.deadline is not None:
+            wait_s = placeable.deadline - time.monotonic()
+        timer = event_loop.call_later(wait_s, self._give_up, placeable)
         self._waiting[placeable] = _Wait(timer, target_digest)
+        return False
 
     def place_now(
         self,

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 SERVICE_NAME = "cluster.v1.ReplicaService"
 LOAD_INTERVAL_S = 0.1  # at most so often with steps
 IDLE_LOAD_INTERVAL_S = 0.5  # at least so often without
+HELLO_TIMEOUT_S = 10.0  # for a router's first message
 FLUSH_TIMEOUT_S = 0.5  # for what is written already when the server stops
 
 
@@ -170,7 +171,13 @@ class ReplicaServer(replica_pb2_grpc.ReplicaServiceServicer):
         context: aio.ServicerContext,
     ) -> None:
         """One router's stream."""
-        first = await anext(request_iterator, None)
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                first = await anext(request_iterator, None)
+        except TimeoutError:
+            message = f"did not come within {HELLO_TIMEOUT_S:g} s"
+            await abort(context, InvalidRequestError("hello", message))
+            return
         if first is None or not first.HasField("hello"):
             await abort(context, InvalidRequestError("hello", "must be the first message"))
             return
@@ -407,7 +414,8 @@ class _RouterStream:
         if not self._ended:
             await self._wake.wait()
             self._wake.clear()
-        return not self._ended or bool(self._deltas)
+        # The last report says that the replica drains: to be lost behind that is no failure.
+        return not self._ended or bool(self._deltas) or self.load_due
 
     def take_deltas(self) -> list[replica_pb2.ConnectResponse.Delta]:
         """Hands over what is to be sent."""

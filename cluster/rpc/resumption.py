@@ -42,14 +42,17 @@ class Resumption:
     Guarantees: of a call with one choice no token is passed on twice and none is left out,
     whatever routers send: a chunk that does not begin where the last one ended is not taken. Each
     attempt carries the tokens that are there and a higher number, so that a router which still
-    runs an earlier one ends that. A call with several choices is begun anew as long as nothing of
-    it has come, and fails behind that.
+    runs an earlier one ends that. A router that had taken the call and is being stopped costs it
+    none of its time to go on; where full queues are all that keeps it from going on, it is tried
+    until its deadline. The prompt's log-probabilities come once. A call with several choices is
+    begun anew as long as nothing of it has come, and fails behind that.
 
     Args:
         call: of the first attempt; without a request id it gets a random one.
         address: of the routers, for messages.
         timeout_s: the call's deadline from now; unset: none.
-        resume_timeout_s: how long it is tried to go on, from when the stream broke; 0: not at all.
+        resume_timeout_s: how long it is tried to go on, from when the stream broke, where it has no
+            deadline or no router answers; 0: not at all.
     """
 
     def __init__(
@@ -61,8 +64,10 @@ class Resumption:
         self._resume_timeout_s = resume_timeout_s
         self._token_ids = list(call.resume_token_ids)
         self._num_ended = 0  # choices
+        self._has_prompt_logprobs = False
         self._has_begun = False  # something of it was received
         self._was_admitted = False
+        self._is_refused = False  # the last attempt, by a router whose queues are full
         self._num_failures = 0  # since the last chunk
         self._broken_at = 0.0  # the first of them
         self._cause: DsparkError | None = None  # of the first of them
@@ -92,6 +97,9 @@ class Resumption:
                 self._fail(DsparkError("the router repeated or skipped tokens"))
                 return None
             self._token_ids += message.token_ids
+            if self._has_prompt_logprobs:
+                message.ClearField("prompt_logprobs")
+            self._has_prompt_logprobs |= bool(message.prompt_logprobs)
         self._has_begun = self._was_admitted = True
         self._num_failures = 0
         self._num_ended += message.finish_reason != 0
@@ -106,14 +114,18 @@ class Resumption:
         Raises:
             DsparkError: the call has failed with it.
         """
-        self._was_admitted |= any(key == ROUTER_HEADER for key, _ in headers or ())
+        is_admitted = any(key == ROUTER_HEADER for key, _ in headers or ())
+        self._was_admitted |= is_admitted
         rebuilt = from_rpc_error(error)
         is_broken = not has_details(error) and error.code() in _BROKEN
         if self._cause is not None and isinstance(rebuilt, InvalidRequestError):
             raise self._cause from None  # what is there cannot be gone on with
-        is_queued = self._num_failures > 0 and isinstance(rebuilt, QueueFullError)
-        if not (is_broken or is_queued or isinstance(rebuilt, RouterStoppingError)):
+        is_stopping = isinstance(rebuilt, RouterStoppingError)
+        self._is_refused = self._num_failures > 0 and isinstance(rebuilt, QueueFullError)
+        if not (is_broken or self._is_refused or is_stopping):
             raise rebuilt from None
+        if is_stopping and is_admitted:
+            self._num_failures = 0
         self._fail(rebuilt)
 
     def next_delay_s(self) -> float:
@@ -126,14 +138,19 @@ class Resumption:
         if self._has_begun and self._call.num_choices > 1:
             raise cause
         if self._was_admitted or isinstance(cause, RouterStoppingError):
-            if time.monotonic() >= self._broken_at + self._resume_timeout_s:
+            waits = self._is_refused and self._deadline is not None and self._resume_timeout_s > 0
+            if not waits and time.monotonic() >= self._broken_at + self._resume_timeout_s:
                 raise cause
         elif self._num_failures >= _MAX_UNANSWERED or self._resume_timeout_s == 0:
             if isinstance(cause, ReplicaLostError):
                 raise ClusterStateError(f"no cluster answers at {self._address}: {cause}")
             raise cause
+        sampling = self._call.sampling
+        if self._has_prompt_logprobs:
+            sampling = replace(sampling, prompt_logprobs=None)
         self._call = replace(
             self._call,
+            sampling=sampling,
             resume_token_ids=tuple(self._token_ids),
             attempt=self._call.attempt + 1,
         )

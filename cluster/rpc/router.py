@@ -46,6 +46,7 @@ from cluster.tracing import Span, incoming_traceparent
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE_NAME = "cluster.v1.InferenceService"
+MAX_CONNECTION_IDLE_S = 600.0
 FLUSH_TIMEOUT_S = 0.5  # for what is written already when the server stops
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class RouterServer:
         eos_token_ids: the target's tokens that end an output.
         tokenizer_digest: hex SHA-256; replicas that name another are not used. Empty: all are.
         router_id: unique in the cluster; unset: a random one.
+        num_routers: that share key limits, until ``set_routers`` says which.
         chat_template: ``chatml``, the text of a template, or ``None`` for the tokenizer's own.
         trust_request_chat_template: render templates that come with requests, in their time.
         max_queued_tokens: bound on admitted work (``Admission``).
@@ -78,7 +80,7 @@ class RouterServer:
             never.
         policy: how replicas are chosen.
         wait_s: seconds that a request waits for a ready replica.
-        max_message_bytes: the largest message sent or received.
+        max_message_bytes: the largest message that a client may send.
         max_connection_age_s, max_connection_age_grace_s: as in ``server_options``.
         max_metadata_bytes: the largest headers of a call.
         max_streams: calls of one connection at a time; more wait, or are refused.
@@ -101,6 +103,7 @@ class RouterServer:
         eos_token_ids: Collection[int] = (),
         tokenizer_digest: str = "",
         router_id: str | None = None,
+        num_routers: int = 1,
         chat_template: str | None = None,
         trust_request_chat_template: bool = False,
         max_queued_tokens: int = 1_000_000,
@@ -119,6 +122,7 @@ class RouterServer:
     ) -> None:
         self.authenticator = authenticator or Authenticator()
         self.key_limits = KeyLimits(self.authenticator.refusals)
+        self.key_limits.set_num_routers(num_routers)
         self._tls = tls
         self.router_id = router_id or f"router-{uuid.uuid4().hex[:12]}"
         self.tokenizer = tokenizer
@@ -136,14 +140,17 @@ class RouterServer:
         self._queue_timeout_s = queue_timeout_s
         self._options = server_options(
             max_message_bytes,
+            max_sent_bytes=DEFAULT_MAX_MESSAGE_BYTES,
             reuse_port=True,
+            max_connection_idle_s=MAX_CONNECTION_IDLE_S,
             max_connection_age_s=max_connection_age_s,
             max_connection_age_grace_s=max_connection_age_grace_s,
             max_metadata_bytes=max_metadata_bytes,
             max_streams=max_streams,
         )
         self.slow_reader_timeout_s = slow_reader_timeout_s
-        self._active: dict[str, Generation] = {}
+        # By key and request id: nobody's id says anything of another one's request.
+        self._active: dict[tuple[str, str], Generation] = {}
         self._stopping: asyncio.Task[None] | None = None
         self._announcing: asyncio.Task[None] | None = None
         self._routers: list[tuple[str, str]] = []
@@ -153,7 +160,8 @@ class RouterServer:
             policy=policy,
             wait_s=wait_s,
             tokenizer_digest=tokenizer_digest,
-            max_message_bytes=max_message_bytes,
+            # Tokens may be longer than their text, and answers longer than requests.
+            max_message_bytes=max(max_message_bytes, DEFAULT_MAX_MESSAGE_BYTES),
             tls=replica_tls,
         )
 
@@ -211,7 +219,9 @@ class RouterServer:
         The port may be shared with other routers of this machine (SO_REUSEPORT).
         """
         guard = Guard(
-            key_check(self.authenticator), handshakes=self._tls.handshakes if self._tls else None
+            key_check(self.authenticator),
+            handshakes=self._tls.handshakes if self._tls else None,
+            refusals=self.authenticator.refusals,
         )
         self._server = aio.server(options=self._options, interceptors=[guard])
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
@@ -306,7 +316,7 @@ class RouterServer:
                 self._queue_timeout_s,
                 siblings,
             )
-            with self._admitted(generation, call.num_choices) as admitted:
+            with self._admitted(generation, call.num_choices, key) as admitted:
                 meter.begin(call.num_choices)
                 if on_admitted is not None:
                     await on_admitted()
@@ -382,12 +392,15 @@ class RouterServer:
         return request
 
     @contextmanager
-    def _admitted(self, generation: Generation, num_choices: int) -> Iterator[Admitted]:
+    def _admitted(
+        self, generation: Generation, num_choices: int, key: ApiKey
+    ) -> Iterator[Admitted]:
         """Holds the request's share of the queue. Raises: QueueFullError, InvalidRequestError."""
         request = generation.request
         if self._stopping is not None:
             raise self._stopping_error()
-        running = self._active.get(request.request_id)
+        name = (key.name, request.request_id)
+        running = self._active.get(name)
         if running is not None and running.request.attempt >= request.attempt:
             raise InvalidRequestError(
                 "request_id", "is in use; a retry that takes over has a higher attempt"
@@ -401,7 +414,7 @@ class RouterServer:
         )
         if running is not None:
             running.end(RequestCancelledError("a later attempt of the request has begun"))
-        self._active[request.request_id] = generation
+        self._active[name] = generation
         try:
             with admitted:
                 yield admitted
@@ -411,8 +424,8 @@ class RouterServer:
             )
             raise QueueFullError(str(error), delay_s) from None
         finally:
-            if self._active.get(request.request_id) is generation:
-                del self._active[request.request_id]
+            if self._active.get(name) is generation:
+                del self._active[name]
 
 
 def _num_tokens(request: Request, num_choices: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from typing import Protocol
 
 # A large request keeps so many in queues at least; more where half of what they took is more.
@@ -22,9 +23,10 @@ class Siblings:
 
     Guarantees: a choice that every queue refused waits here while another one of its request is
     under way, or has been; it is sent again as others begin and end, and every second or so. So a
-    request is refused for full queues only before anything of it has begun. From the first refusal
-    on it keeps at most half of what the queues took, so that others find room in them. What waits
-    here is under the request's admission, and costs no replica anything. Belongs to one event loop.
+    request is refused for full queues only before it was accepted: something of it has begun, has
+    waited for a replica, or has lost the one that had taken it. From the first refusal on it keeps
+    at most half of what the queues took, so that others find room in them. What waits here is
+    under the request's admission, and costs no replica anything. Belongs to one event loop.
     """
 
     def __init__(self) -> None:
@@ -32,7 +34,8 @@ class Siblings:
         self._queued: set[Resubmittable] = set()  # those under way of which nothing has come
         self._max_queued = _MIN_QUEUED
         self._waiting: dict[Resubmittable, None] = {}  # in the order of refusals
-        self._has_begun = False
+        self._is_accepted = False
+        self._moved_at = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
 
     def submitted(self, choice: Resubmittable) -> None:
@@ -40,9 +43,18 @@ class Siblings:
         self._under_way.add(choice)
         self._queued.add(choice)
 
+    def accept(self) -> None:
+        """From now on the request waits where queues are full."""
+        self._is_accepted = True
+        self._moved_at = time.monotonic()
+
+    def stand_still(self, limit_s: float) -> bool:
+        """Whether nothing is under way, and for so long nothing has come or was accepted."""
+        return not self._under_way and time.monotonic() >= self._moved_at + limit_s
+
     def begun(self, choice: Resubmittable) -> None:
         """Something came of it."""
-        self._has_begun = True
+        self.accept()
         self._queued.discard(choice)
         self._resubmit()
 
@@ -50,7 +62,7 @@ class Siblings:
         """No queue had room for it. Returns whether it waits here; else it has failed."""
         self._under_way.discard(choice)
         self._queued.discard(choice)
-        if not self._under_way and not self._has_begun:
+        if not self._under_way and not self._is_accepted:
             return False
         self._max_queued = max(_MIN_QUEUED, len(self._queued) // 2)
         self._waiting[choice] = None

@@ -128,6 +128,11 @@ _BY_CODE = {
 }
 
 
+# gRPC ends a call without our details where they do not fit the 8 KiB of a peer's headers, in which
+# a byte of a message may take three.
+_MAX_MESSAGE_BYTES = 1000
+
+
 def to_status(error: Exception) -> status_pb2.Status:
     """The status that ends a client's call."""
     if isinstance(error, DecodeError):  # protobuf's, of a stream's message
@@ -135,14 +140,22 @@ def to_status(error: Exception) -> status_pb2.Status:
     kind = _kind_of(error)
     info = error_details_pb2.ErrorInfo(reason=kind.reason, domain=DOMAIN)
     if isinstance(error, InvalidRequestError):
-        info.metadata["field"] = error.field
-    status = status_pb2.Status(code=kind.code.value[0], message=client_message(error))
+        info.metadata["field"] = _cut(error.field)
+    status = status_pb2.Status(code=kind.code.value[0], message=_cut(client_message(error)))
     status.details.append(_packed(info))
     if isinstance(error, QueueFullError):
         delay = Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         status.details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     return status
+
+
+def _cut(text: str) -> str:
+    """The beginning of what may quote a client at length."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= _MAX_MESSAGE_BYTES:
+        return text
+    return encoded[:_MAX_MESSAGE_BYTES].decode(errors="ignore") + "…"
 
 
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
@@ -162,6 +175,8 @@ def from_rpc_error(error: grpc.RpcError) -> DsparkError:
         kind = _BY_CODE.get(code)
         if kind is None:
             return DsparkError(f"{code.name}: {message}")
+        if kind.error is DeadlineExceededError:  # of which gRPC tells how its stream ended
+            message = "the request's deadline passed"
         return kind.rebuild(message, "", 0.0)
     kind = next((kind for kind in _KINDS if kind.reason == info.reason), _INTERNAL)
     return kind.rebuild(message, info.metadata.get("field", ""), retry_after_s)

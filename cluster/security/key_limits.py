@@ -3,14 +3,15 @@
 Routers do not talk to each other about it: with R of them, each allows its share of every limit,
 ``limit / R`` (whole numbers rounded up). So with R routers that know of each other
 
-- all together never allow more than the limit, plus R - 1 where it is a whole number (requests at a
+- all together never begin more than the limit, plus R - 1 where it is a whole number (requests at a
   time, queued tokens), plus R requests in the first moment where it is a rate (each router lets
   through one second's share, and at least one, at once);
 - a client that talks to one router only gets that router's share.
 
-While Serve's list of routers changes, those that have not heard of it yet (a second or two) use the
-former R: the sum is then off by at most the factor of new to former R. What runs already is never
-ended.
+What runs is never ended, and nobody counts what runs on routers that are being stopped, or was
+begun under a smaller R: until it has ended, that comes on top, for every change of the routers as
+much as the limit plus R - 1 once more. While the list changes, those that have not heard of it (a
+second or two) use the former R.
 """
 
 from __future__ import annotations
@@ -69,9 +70,7 @@ class KeyLimits:
             QueueFullError: the key's rate, or its number of requests, is used up; says when to try
                 again.
         """
-        use = self._uses.get(key.name)
-        if use is None:
-            use = self._uses[key.name] = self._new_use()
+        use = self._use_of(key)
         most = self._share(key.max_concurrent_requests)
         if most is not None and use.num_requests >= most:
             self._refuse(
@@ -82,6 +81,10 @@ class KeyLimits:
             )
         self._take_allowance(key, use)
         return LimitedCall(self, key, use)
+
+    def count(self, key: ApiKey) -> None:
+        """A call that holds nothing: only the key's rate is asked. Raises: QueueFullError."""
+        self._take_allowance(key, self._use_of(key))
 
     def in_use(self, key: ApiKey) -> tuple[int, int]:
         """The key's (requests, queued tokens) on this router."""
@@ -123,6 +126,12 @@ class KeyLimits:
     def _refuse(self, key: ApiKey, reason: Refusal, limit: str, retry_after_s: float) -> None:
         self._refusals.count(reason, f"key {key.name}")
         raise QueueFullError(f"API key {key.name!r} may have {limit}", retry_after_s)
+
+    def _use_of(self, key: ApiKey) -> _Use:
+        use = self._uses.get(key.name)
+        if use is None:
+            use = self._uses[key.name] = self._new_use()
+        return use
 
     def _new_use(self) -> _Use:
         if len(self._uses) >= _MAX_IDLE:

@@ -26,6 +26,7 @@ class Refusal(enum.StrEnum):
     CONCURRENCY = "concurrency"
     QUEUED_TOKENS = "queued_tokens"
     SLOW_READER = "slow_reader"
+    SLOW_SENDER = "slow_sender"
 
 
 class Refusals:

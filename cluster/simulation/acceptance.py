@@ -48,7 +48,8 @@ class AcceptanceModel:
     ) -> Floats:
         """``[num_rounds, R, width]`` chances of acceptance, each given the guesses before it."""
         shape = (num_rounds, len(requests), width)
-        logits = self._round_spread * rng.standard_normal(shape)
+        logits = rng.standard_normal(shape)
+        logits *= self._round_spread
         logits += self._intercepts[:width] + requests[:, None]
         return _sigmoid(logits)
 
@@ -70,4 +71,7 @@ class AcceptanceModel:
 
 
 def _sigmoid(logits: Floats) -> Floats:
-    return 1.0 / (1.0 + np.exp(-logits))
+    odds = np.negative(logits)
+    np.exp(odds, out=odds)
+    odds += 1.0
+    return np.reciprocal(odds, out=odds)

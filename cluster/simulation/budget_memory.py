@@ -5,18 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from cluster.simulation.events import Events
-
-Integers = npt.NDArray[np.int64]
 
 _LIFETIME_S = 30.0
 _STEPS_PER_OCTAVE = 4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class PassBase:
     """What a pass has to do without guesses, as ``BudgetPlanner.plan`` takes it."""
 
@@ -37,21 +32,21 @@ class BudgetMemory:
         self._events = events
         self._totals: dict[tuple[int, ...], tuple[float, int]] = {}
 
-    def recall(self, limits: Integers, base: PassBase) -> int | None:
+    def recall(self, limits: list[int], base: PassBase) -> int | None:
         """The total of an earlier plan; ``None``: there is none that is still good."""
         made_s, total = self._totals.get(_key(limits, base), (-math.inf, 0))
         return total if self._events.now - made_s <= _LIFETIME_S else None
 
-    def keep(self, limits: Integers, base: PassBase, total: int) -> None:
+    def keep(self, limits: list[int], base: PassBase, total: int) -> None:
         """Remembers a plan."""
         self._totals[_key(limits, base)] = self._events.now, total
 
 
-def _key(limits: Integers, base: PassBase) -> tuple[int, ...]:
+def _key(limits: list[int], base: PassBase) -> tuple[int, ...]:
     return (
         base.num_requests,
         len(limits),
-        sum(limits.tolist()),
+        sum(limits),
         _step(base.num_base_tokens - base.num_requests + 1),
         _step(base.num_context_tokens + 1),
     )

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
 
 from cluster.simulation.drafters import DraftAnswer, SimulatedDrafter
 from cluster.simulation.events import Events
 from cluster.speculation.draft_assignment import DrafterLoad, choose_drafter
 from cluster.speculation.draft_cost import DraftCost, spread_round_s
 from cluster.speculation.draft_curve import DraftCurve
-
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass(eq=False)
@@ -36,10 +33,10 @@ class SimulatedRound:
         ready_s: when the last answer is in; infinite while that is not known.
     """
 
-    is_answered: npt.NDArray[np.bool_]
+    is_answered: list[bool]
     num_open: int
     deadline_s: float
-    ready_s: float = np.inf
+    ready_s: float = math.inf
 
     def is_over(self, now: float) -> bool:
         """Whether there is nothing to wait for."""
@@ -95,51 +92,52 @@ class DraftLinks:
         waits = [cost.queue_s(self._events.now) for cost in self._last_costs]
         return sum(waits) / len(waits)
 
-    def choose(self, num_sessions: Integers) -> int:
+    def choose(self, num_sessions: Sequence[int]) -> int:
         """The link for a new session, by the sessions on each."""
         if len(self.links) == 1:
             return 0
         now = self._events.now
         loads = [
-            DrafterLoad(int(count), max(link.cost.round_trip_s(max(count, 1), 1, now), 1e-9))
+            DrafterLoad(count, max(link.cost.round_trip_s(max(count, 1), 1, now), 1e-9))
             for link, count in zip(self.links, num_sessions, strict=True)
         ]
         return choose_drafter(loads)
 
     def send(
-        self, link_of: Integers, asked: Integers, wait_s: float, answered: Callable[[], None]
+        self, asked: Sequence[tuple[int, int]], wait_s: float, answered: Callable[[], None]
     ) -> SimulatedRound:
         """Starts a round now.
 
         Args:
-            link_of, asked: of each of its sequences, the link and the tokens to draft.
+            asked: of each of its sequences, the link and the tokens to draft.
             wait_s: until its deadline.
             answered: called when all answers are in, unless they were estimated.
         """
         now = self._events.now
-        count = len(self.links)
-        sessions = np.bincount(link_of, minlength=count)
-        used = np.flatnonzero(sessions)
-        round = SimulatedRound(np.zeros(count, dtype=np.bool_), len(used), now + wait_s)
-        for index in used.tolist():
-            link, size = self.links[index], int(sessions[index])
-            tokens = int(asked[link_of == index].max())
+        parts: dict[int, list[int]] = {}
+        for index, num_tokens in asked:
+            parts.setdefault(index, []).append(num_tokens)
+        round = SimulatedRound([False] * len(self.links), len(parts), now + wait_s)
+        for index, widths in sorted(parts.items()):
+            link, size, tokens = self.links[index], len(widths), max(widths)
             if self._is_estimated:
                 answer = link.drafter.estimate(size, tokens)
                 self._learn(link, size, tokens, answer)
                 round.is_answered[index] = True
                 ready_s = now + self.network_s + answer.queue_s + answer.compute_s
-                round.ready_s = ready_s if round.ready_s == np.inf else max(round.ready_s, ready_s)
+                round.ready_s = (
+                    ready_s if round.ready_s == math.inf else max(round.ready_s, ready_s)
+                )
                 round.num_open = 0
             else:
                 link.drafter.submit(size, tokens, self._take(round, index, size, tokens, answered))
         return round
 
-    def repeat(self, sessions: Integers, tokens: int, num_rounds: int) -> None:
-        """Counts further rounds like one that was estimated."""
-        for link, size in zip(self.links, sessions.tolist(), strict=True):
-            if size and num_rounds:
-                self.compute_s += num_rounds * link.drafter.work(size, tokens, num_rounds)
+    def repeat(self, links: Sequence[int], tokens: int, num_rounds: int) -> None:
+        """Counts further rounds like one that was estimated, of sequences with these links."""
+        for index, size in sorted(Counter(links).items()):
+            drafter = self.links[index].drafter
+            self.compute_s += num_rounds * drafter.work(size, tokens, num_rounds)
 
     def _take(
         self,

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Callable, Iterable, Sequence
 
 from cluster.simulation.draft_links import SimulatedRound
 from cluster.simulation.drafting import Drafting
-from cluster.simulation.running import Running
+from cluster.simulation.sequence import SimulatedSequence
 from cluster.speculation.speculation_policy import OrderKind, RoundOrder
 from cluster.speculation.switch import SpeculationMode
-
-Integers = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 _MAX_INLINE_FEATURES = 16  # of a round; a sequence that lacks more joins one round later
 _PROBED_SEQUENCES = 4
@@ -24,73 +18,80 @@ class DraftRounds:
     """Sends a group's round as the policy orders it, to drafters that have their features.
 
     Args:
-        running: whose ``fed``, ``asked``, ``link`` and ``probed`` it keeps.
+        running: whose ``fed``, ``asked``, ``link`` and ``is_probed`` it keeps.
         answered: called when a round has all its answers.
     """
 
-    def __init__(self, drafting: Drafting, running: Running, answered: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        drafting: Drafting,
+        running: Sequence[SimulatedSequence],
+        answered: Callable[[], None],
+    ) -> None:
         self._drafting = drafting
         self._running = running
         self._answered = answered
 
-    def assign(self, rows: Integers) -> None:
-        """Gives sequences a drafter each."""
-        links, run = self._drafting.links, self._running
-        if not links.links:
+    def assign(self, sequences: Iterable[SimulatedSequence]) -> None:
+        """Gives each a drafter."""
+        links = self._drafting.links
+        num_links = len(links.links)
+        if num_links == 0:
             return
-        if len(links.links) == 1:
-            run.link[rows] = 0
-            return
-        for row in rows.tolist():
-            others = np.arange(len(run)) != row
-            counts = np.bincount(run.link[others & (run.link >= 0)], minlength=len(links.links))
-            run.link[row] = links.choose(counts)
+        for sequence in sequences:
+            sequence.link = -1
+            used = [other.link for other in self._running]
+            sequence.link = links.choose([used.count(index) for index in range(num_links)])
 
-    def start(
-        self, group: int, member: Mask, order: RoundOrder, now: float
-    ) -> SimulatedRound | None:
-        """Starts the group's next round, if somebody can be in it.
-
-        Args:
-            member: ``[sequences]`` of the group.
-        """
-        policy, run = self._drafting.policy, self._running
+    def start(self, group: int, order: RoundOrder, now: float) -> SimulatedRound | None:
+        """Starts the group's next round, if somebody can be in it."""
+        members = [sequence for sequence in self._running if sequence.group == group]
         if order.kind is OrderKind.PROBE:
-            if not any(run.probed.tolist()):
-                able = np.flatnonzero(member & (run.missing == 1) & (run.left > 1))
-                chosen = able[np.argsort(run.context[able], kind="stable")[:_PROBED_SEQUENCES]]
-                run.probed[chosen] = 1
-            member = member & (run.probed == 1)
-        elif any(run.probed.tolist()):
-            if policy.mode is SpeculationMode.PLAIN:
-                run.fed[run.probed == 1] = 0  # their sessions are closed
-            run.probed[:] = 0
+            members = self._probed(members)
+        else:
+            self._end_probe()
         if order.kind is OrderKind.NOTHING or not self._drafting.links.links:
             return None
-        return self._send(group, member, order, now)
+        return self._send(group, members, order, now)
+
+    def _probed(self, members: list[SimulatedSequence]) -> list[SimulatedSequence]:
+        """Those that are drafted for in a probe; chosen when it begins."""
+        if not any(sequence.is_probed for sequence in self._running):
+            able = [s for s in members if s.missing == 1 and s.left > 1]
+            able.sort(key=lambda sequence: sequence.context)
+            for sequence in able[:_PROBED_SEQUENCES]:
+                sequence.is_probed = True
+        return [sequence for sequence in members if sequence.is_probed]
+
+    def _end_probe(self) -> None:
+        is_plain = self._drafting.policy.mode is SpeculationMode.PLAIN
+        for sequence in self._running:
+            if sequence.is_probed and is_plain:
+                sequence.fed = 0  # its session is closed
+            sequence.is_probed = False
 
     def _send(
-        self, group: int, member: Mask, order: RoundOrder, now: float
+        self, group: int, members: Iterable[SimulatedSequence], order: RoundOrder, now: float
     ) -> SimulatedRound | None:
-        drafting, run = self._drafting, self._running
+        drafting = self._drafting
         block = drafting.max_tokens
         max_inline = max(_MAX_INLINE_FEATURES, block + 1)
-        lacking = run.context - run.fed
-        in_bulk = (run.fed == 0) | (lacking > max_inline) | (run.missing > 1)
-        in_bulk &= member & (lacking > 0)
-        widths = np.minimum(block if order.max_tokens is None else order.max_tokens, run.left - 1)
-        is_there = now - run.fed_s >= drafting.links.network_s
-        joins = member & ~in_bulk & (lacking > 0) & is_there & (widths > 0)
-        run.fed[in_bulk] = run.context[in_bulk]
-        run.fed_s[in_bulk] = now
-        run.fed[joins] = run.context[joins]
-        rows = np.flatnonzero(joins)
-        round, num_tokens = None, 0
-        if len(rows):
-            asked = widths[rows]
-            num_tokens = max(asked.tolist())
-            run.asked[rows] = asked
+        longest = block if order.max_tokens is None else order.max_tokens
+        asked = []
+        for sequence in members:
+            lacking = sequence.context - sequence.fed
+            if lacking <= 0:
+                continue
+            if sequence.fed == 0 or lacking > max_inline or sequence.missing > 1:
+                sequence.fed, sequence.fed_s = sequence.context, now
+                continue
+            width = min(longest, sequence.left - 1)
+            if width > 0 and now - sequence.fed_s >= drafting.links.network_s:
+                sequence.fed, sequence.asked = sequence.context, width
+                asked.append((sequence.link, width))
+        round = None
+        if asked:
             wait_s = min(order.wait_s, drafting.timeout_s)
-            round = drafting.links.send(run.link[rows], asked, wait_s, self._answered)
-        drafting.policy.sent(group, len(rows), num_tokens)
+            round = drafting.links.send(asked, wait_s, self._answered)
+        drafting.policy.sent(group, len(asked), max((width for _, width in asked), default=0))
         return round

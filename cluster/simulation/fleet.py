@@ -50,6 +50,11 @@ class DrafterFleet(Section):
         """Whether each replica has its own."""
         return self.placement == "colocated"
 
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the pool's policy chooses how many there are."""
+        return not self.is_colocated and self.max_replicas > self.min_replicas
+
     @model_validator(mode="after")
     def _check_bounds(self) -> DrafterFleet:
         if self.is_colocated and {"min_replicas", "max_replicas"} & self.model_fields_set:

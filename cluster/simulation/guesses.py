@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from cluster.simulation.budget_memory import BudgetMemory, PassBase
 from cluster.simulation.drafting import Drafting
+from cluster.simulation.outcome import Outcome
 from cluster.speculation.budget import survival_of
 from cluster.speculation.cost_model import CostModel
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of a round, or of several that do not differ.
-
-    Attributes:
-        tokens: ``[rounds, rows]`` output tokens.
-        admitted: ``[rounds, rows]`` guesses verified.
-        expected: how many of these should be accepted in a round.
-    """
-
-    tokens: Integers
-    admitted: Integers
-    expected: float
-
-    @classmethod
-    def plain(cls, num_rounds: int, num_rows: int) -> Outcome:
-        """Of passes without guesses."""
-        tokens = np.ones((num_rounds, num_rows), dtype=np.int64)
-        return cls(tokens, np.zeros_like(tokens), 0.0)
+# Rounds that are drawn at a time: how many there will be is known only when a sequence has ended.
+_BLOCK_ROUNDS = 128
 
 
 def verify(
     drafting: Drafting,
     rng: np.random.Generator,
     *,
-    luck: Floats,
-    limits: Integers,
-    left: Integers,
+    luck: list[float],
+    limits: list[int],
+    left: list[int],
     base: PassBase,
     cost_model: CostModel,
     num_rounds: int,
@@ -52,72 +33,80 @@ def verify(
     """Draws confidences, has the budget's policy admit guesses, and draws what is accepted.
 
     Args:
-        luck: ``[rows]`` of the requests.
-        limits: ``[rows]`` guesses there are; 0: it was not drafted for.
-        left: ``[rows]`` output tokens still to come.
+        luck: of each request that was drafted for.
+        limits: guesses that there are of each, at least 1.
+        left: output tokens still to come of each.
         num_rounds: that do not differ; the result ends with the first that ends a sequence.
         memory: of budgets, where they are not planned every time.
     """
-    drafted = np.flatnonzero(limits)
-    plain = Outcome.plain(num_rounds, len(limits))
-    if not len(drafted):
-        return plain
-    limits = limits[drafted]
-    width = max(limits.tolist())
-    confidences = drafting.acceptance.confidences(rng, luck[drafted], num_rounds, width)
-    ahead = np.arange(width)
-    confidences *= ahead < limits[:, None]
+    lucks, counts, missing = np.asarray(luck), np.asarray(limits), np.asarray(left)
+    ahead = np.arange(max(limits))
     total = None if memory is None else memory.recall(limits, base)
-    if total is None:
-        first = drafting.budget.plan(
-            confidences[0],
-            limits,
-            cost_model=cost_model,
-            num_requests=base.num_requests,
-            num_base_tokens=base.num_base_tokens,
-            num_context_tokens=base.num_context_tokens,
-        )
-        if not drafting.is_profile_kept:
-            drafting.profile.observe(survival_of(confidences[0], limits), limits)
-        total = int(first.sum())
-        if memory is not None:
-            memory.keep(limits, base, total)
-        others = confidences[1:]
-        admitted = (
-            first[None]
-            if num_rounds == 1
-            else np.concatenate([first[None], admit_best(others, total)])
-        )
-    else:
-        admitted = admit_best(confidences, total)
-    is_admitted = ahead < admitted[:, :, None]
-    survival = np.cumprod(confidences[0], axis=1)
-    expected = float(survival[is_admitted[0]].sum())
-    is_accepted = (rng.random(confidences.shape) < confidences) & is_admitted
-    tokens = plain.tokens
-    tokens[:, drafted] += np.logical_and.accumulate(is_accepted, axis=2).sum(axis=2)
-    all_admitted = plain.admitted
-    all_admitted[:, drafted] = admitted
-    made = tokens.cumsum(axis=0)
-    ends = np.flatnonzero((made >= left).any(axis=1))
-    if len(ends):
-        last = int(ends[0]) + 1
-        tokens, all_admitted, made = tokens[:last], all_admitted[:last], made[:last]
-        tokens[-1] -= np.maximum(made[-1] - left, 0)
-    return Outcome(tokens, all_admitted, expected)
+    expected = 0.0
+    blocks: list[Integers] = []
+    for start in range(0, num_rounds, _BLOCK_ROUNDS):
+        size = min(num_rounds - start, _BLOCK_ROUNDS)
+        confidences = drafting.acceptance.confidences(rng, lucks, size, len(ahead))
+        if min(limits) < len(ahead):
+            confidences *= ahead < counts[:, None]
+        if total is None:
+            total = _plan(drafting, confidences[0], counts, base, cost_model)
+            if memory is not None:
+                memory.keep(limits, base, total)
+        is_admitted = ahead < admit_best(confidences, counts, total)[:, :, None]
+        if start == 0:
+            expected = float(confidences[0].cumprod(axis=1)[is_admitted[0]].sum())
+        tokens = _first_false((rng.random(confidences.shape) < confidences) & is_admitted)
+        tokens += 1  # the target's own
+        made = tokens.cumsum(axis=0)
+        blocks.append(tokens)
+        if (made[-1] >= missing).any():
+            end = int((made >= missing).any(axis=1).argmax())
+            tokens[end] -= np.maximum(made[end] - missing, 0)
+            blocks[-1] = tokens[: end + 1]
+            break
+        missing = missing - made[-1]
+    tokens = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    return Outcome.guessed(tokens, min(total or 0, sum(limits)), expected)
 
 
-def admit_best(confidences: Floats, total: int) -> Integers:
+def _plan(
+    drafting: Drafting,
+    confidences: Floats,
+    limits: Integers,
+    base: PassBase,
+    cost_model: CostModel,
+) -> int:
+    """How many guesses of a round are verified in all; which, ``admit_best`` says."""
+    admitted = drafting.budget.plan(
+        confidences,
+        limits,
+        cost_model=cost_model,
+        num_requests=base.num_requests,
+        num_base_tokens=base.num_base_tokens,
+        num_context_tokens=base.num_context_tokens,
+    )
+    if not drafting.is_profile_kept:
+        drafting.profile.observe(survival_of(confidences, limits), limits)
+    return int(admitted.sum())
+
+
+def admit_best(confidences: Floats, limits: Integers, total: int) -> Integers:
     """``[rounds, rows]`` how much of each proposal is among the ``total`` of its round that are
-    likeliest to survive, as ``cluster.speculation.budget`` ranks them."""
-    num_rounds, num_rows, width = confidences.shape
-    if num_rows == 1:  # they fall, so the best are the first
-        candidates = (confidences > 0).sum(axis=2)
-        return np.minimum(candidates, total)
+    likeliest to survive, as ``cluster.speculation.budget`` ranks them; ``[1, rows]`` where it is
+    the same in all rounds."""
+    num_rounds, num_rows = confidences.shape[:2]
+    if num_rows == 1 or total >= limits.sum():  # survival falls, so the best of a row are the first
+        return np.minimum(limits, total)[None]
     survival = np.cumprod(confidences, axis=2).transpose(0, 2, 1).reshape(num_rounds, -1)
-    if total >= num_rows * width:
-        return (confidences > 0).sum(axis=2)
     best = np.argsort(-survival, axis=1, kind="stable")[:, :total] % num_rows
     offsets = num_rows * np.arange(num_rounds)[:, None]
     counts = np.bincount((best + offsets).ravel(), minlength=num_rounds * num_rows)
     return counts.reshape(num_rounds, num_rows)
+
+
+def _first_false(flags: npt.NDArray[np.bool_]) -> Integers:
+    """Along the last axis; its length where there is none."""
+    padded = np.zeros((*flags.shape[:-1], flags.shape[-1] + 1), dtype=np.bool_)
+    padded[..., :-1] = flags
+    return padded.argmin(axis=-1)

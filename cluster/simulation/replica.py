@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from cluster.simulation.budget_memory import BudgetMemory, PassBase
 from cluster.simulation.demand import DraftDemandMeter
@@ -17,18 +14,23 @@ from cluster.simulation.draft_links import DraftLinks, SimulatedRound
 from cluster.simulation.draft_rounds import DraftRounds
 from cluster.simulation.drafting import Drafting
 from cluster.simulation.events import Events
-from cluster.simulation.guesses import Outcome, verify
+from cluster.simulation.guesses import verify
 from cluster.simulation.job import Job
-from cluster.simulation.passes import SimulatedPass
-from cluster.simulation.request_queue import Chunks, RequestQueue
-from cluster.simulation.running import Running
+from cluster.simulation.outcome import Outcome
+from cluster.simulation.passes import Chunks, SimulatedPass
+from cluster.simulation.request_queue import (
+    RequestQueue,
+    chunks,
+    num_context_tokens,
+    num_last,
+    num_prompt_tokens,
+)
+from cluster.simulation.sequence import SimulatedSequence
 from cluster.simulation.statistics import Statistics
 from cluster.simulation.turns import GroupTurns
 from cluster.speculation.pool_policy import DraftDemand
 from cluster.speculation.speculation_policy import SpeculationPolicy
 from cluster.speculation.switch import SpeculationMode
-
-Integers = npt.NDArray[np.int64]
 
 # Of passes that are computed together with others, every so manieth teaches the shared cost model.
 _OBSERVED_EVERY = 16
@@ -46,6 +48,9 @@ class SimulatedReplica:
         ended: called with each request that has its last token.
         reported: called behind each pass.
         budgets: shared by replicas of which all is shared that is learnt.
+
+    Attributes:
+        queue: its requests, ``num_taken_in`` so far; ``running`` and ``waiting`` are the queue's.
     """
 
     def __init__(
@@ -68,7 +73,8 @@ class SimulatedReplica:
         self._ended = ended
         self._reported = reported
         self._budgets = budgets
-        self._queue = RequestQueue(device)
+        self.queue = RequestQueue(device)
+        self.running, self.waiting = self.queue.running, self.queue.waiting
         self._drafts = (
             None if drafting is None else DraftRounds(drafting, self.running, self._advance)
         )
@@ -90,42 +96,12 @@ class SimulatedReplica:
         """Its drafters."""
         return None if self._drafting is None else self._drafting.links
 
-    @property
-    def running(self) -> Running:
-        """Its sequences."""
-        return self._queue.running
-
-    @property
-    def waiting(self) -> deque[Job]:
-        """Requests that have not started, or were preempted."""
-        return self._queue.waiting
-
-    @property
-    def num_free_tokens(self) -> float:
-        """That fit into its cache."""
-        return self._queue.num_free_tokens
-
-    @property
-    def num_queued_tokens(self) -> float:
-        """As ``Scheduler.num_queued_tokens``."""
-        return self._queue.num_queued_tokens
-
-    @property
-    def mean_output_tokens(self) -> float:
-        """How long outputs are here."""
-        return self._queue.mean_output_tokens
-
-    @property
-    def num_preemptions(self) -> int:
-        """So far."""
-        return self._queue.num_preemptions
-
     def submit(self, job: Job) -> bool:
         """Takes a request in now; returns False where too many wait."""
         self.num_taken_in += 1
         if len(self.waiting) >= self._device.settings.max_num_waiting and self._pass is not None:
             return False
-        if self._queue.is_empty:
+        if self.queue.is_empty:
             self._last_finish = self._events.now
         self.waiting.append(job)
         if not self._is_finishing:
@@ -135,17 +111,18 @@ class SimulatedReplica:
 
     def connect(self, moved: list[int]) -> None:
         """The drafters are others now; ``moved`` is as ``DraftLinks.connect`` returns it."""
-        run = self.running
-        if not len(run):
+        if not self.running:
             return
-        place = np.asarray([*moved, -1], dtype=np.int64)
-        run.link[:] = place[run.link]
-        lost = run.link < 0
-        run.fed[lost] = run.asked[lost] = 0
-        self._turns.rounds.clear()  # what is under way is late
-        run.asked[:] = 0
+        lost = []
+        for sequence in self.running:
+            sequence.link = moved[sequence.link] if sequence.link >= 0 else -1
+            if sequence.link < 0:
+                lost.append(sequence)
+                sequence.fed = 0
+            sequence.asked = 0  # what is under way is late
+        self._turns.rounds.clear()
         if self._drafts is not None:
-            self._drafts.assign(np.flatnonzero(lost))
+            self._drafts.assign(lost)
         self._advance()
 
     def demand(self) -> DraftDemand:
@@ -157,7 +134,7 @@ class SimulatedReplica:
 
     def _advance(self) -> None:
         """Begins the next pass, if there is one and nothing has to be waited for."""
-        if self._pass is not None or self._is_finishing or self._queue.is_empty:
+        if self._pass is not None or self._is_finishing or self.queue.is_empty:
             return
         if not self._regroup():
             return
@@ -189,45 +166,25 @@ class SimulatedReplica:
 
     def _begin(self, group: int) -> bool:
         """Starts the group's next pass; returns whether there is anything in it."""
-        settings, queue, run = self._device.settings, self._queue, self.running
         round = self._turns.rounds.pop(group, None)
-        queue.make_room()
-        member = run.group == group
-        is_decoding = run.missing == 1
-        rows = np.flatnonzero(member & is_decoding)
-        older = np.flatnonzero(member & ~is_decoding).tolist()
-        widths = self._answered(rows, round)
+        self.queue.make_room()
+        rows = [s for s in self.running if s.missing == 1 and s.group == group]
+        older = [s for s in self.running if s.missing > 1 and s.group == group]
+        widths = _answered(rows, round)
         start = self._start_of(group, round)
-        room = settings.max_num_batched_tokens - len(rows)
-        chunks = queue.chunks(older, room)
-        base = PassBase(
-            num_requests=len(rows) + self._queue.num_last(chunks),
-            num_base_tokens=len(rows) + sum(count for _, count in chunks),
-            num_context_tokens=self._queue.context(rows, older),
-        )
-        outcome = self._verify(group, rows, older, widths, base)
-        num_verified = sum(outcome.admitted[0].tolist()) if len(rows) else 0
-        chunks = queue.chunks(older, room - num_verified)
-        chunks += self._admit(group, room - num_verified - sum(count for _, count in chunks))
-        if not len(rows) and not chunks:
+        room = self._device.settings.max_num_batched_tokens - len(rows)
+        outcome = self._verify(group, rows, older, widths, room)
+        room -= outcome.num_guesses
+        prompts = chunks(older, room)
+        prompts += self._admit(group, room - num_prompt_tokens(prompts))
+        if not rows and not prompts:
             return False
-        done = self._make_pass(group, rows, chunks, outcome, round, start)
-        if len(done.tokens) > 1 and round is not None and self._drafting is not None:
-            links = self._drafting.links
-            sessions = np.bincount(run.link[rows], minlength=len(links.links))
-            links.repeat(sessions, max(widths.tolist(), default=1), len(done.tokens) - 1)
-        self._pass = done
-        self._end_at(done)
+        self._pass = self._make_pass(group, rows, prompts, outcome, round, start)
+        if outcome.num_rounds > 1 and round is not None and self._drafting is not None:
+            links = [sequence.link for sequence in rows]
+            self._drafting.links.repeat(links, max(widths), outcome.num_rounds - 1)
+        self._end_at(self._pass)
         return True
-
-    def _answered(self, rows: Integers, round: SimulatedRound | None) -> Integers:
-        """``[rows]`` guesses that have come for each."""
-        if round is None:
-            return np.zeros(len(rows), dtype=np.int64)
-        run = self.running
-        widths: Integers = run.asked[rows] * round.is_answered[run.link[rows]]
-        run.asked[rows] = 0
-        return widths
 
     def _start_of(self, group: int, round: SimulatedRound | None) -> float:
         """When the group's next pass starts."""
@@ -246,40 +203,39 @@ class SimulatedReplica:
     def _make_pass(
         self,
         group: int,
-        rows: Integers,
-        chunks: Chunks,
+        rows: list[SimulatedSequence],
+        prompts: Chunks,
         outcome: Outcome,
         round: SimulatedRound | None,
         start: float,
     ) -> SimulatedPass:
-        tokens, num_verified = outcome.tokens, outcome.admitted.sum(axis=1)
-        num_tokens = len(rows) + int(num_verified[0]) + sum(count for _, count in chunks)
-        context = self._queue.context(rows, [i for i, _ in chunks])
+        num_tokens = len(rows) + outcome.num_guesses + num_prompt_tokens(prompts)
+        context = num_context_tokens(rows) + sum([sequence.context for sequence, _ in prompts])
         promise = None
         if self._drafting is not None:
             promise = self._drafting.policy.promise(
                 group,
-                num_requests=len(rows) + self._queue.num_last(chunks),
+                num_requests=len(rows) + num_last(prompts),
                 num_tokens=num_tokens,
                 num_context_tokens=context,
                 expected_accepted=outcome.expected,
             )
-        mean_context = context + float(tokens.sum()) / 2 if len(tokens) > 1 else context
         seconds = self._device.pass_seconds(
-            num_tokens, mean_context, len(rows) + len(chunks), has_round=round is not None
+            num_tokens,
+            context + sum(outcome.gained) / 2 if outcome.num_rounds > 1 else context,
+            len(rows) + len(prompts),
+            has_round=round is not None,
         )
         return SimulatedPass(
             group=group,
             rows=rows,
-            tokens=tokens,
-            prompts=chunks,
+            outcome=outcome,
+            prompts=prompts,
             first_end_s=start + seconds,
             cycle_s=seconds + (0.0 if round is None else start - self._events.now),
             started_s=start,
             num_tokens=num_tokens,
             num_context_tokens=context,
-            num_verified=num_verified,
-            num_accepted=tokens.sum(axis=1) - len(rows),
             promise=promise,
         )
 
@@ -291,61 +247,74 @@ class SimulatedReplica:
         self._events.at(current.end_s, end)
 
     def _admit(self, group: int, room: int) -> Chunks:
-        """Starts waiting requests that fit; returns their places and tokens."""
-        chunks: Chunks = []
+        """Starts waiting requests that fit; returns them and their tokens."""
+        admitted: Chunks = []
         while room > 0:
-            job = self._queue.next_job(group, self._turns.num_groups)
+            job = self.queue.next_job(group, self._turns.num_groups)
             if job is None:
                 break
             luck = 0.0
             if self._drafting is not None:
                 luck = float(self._drafting.acceptance.requests(self._rng, 1)[0])
-            index, missing = self._queue.start(job, group, luck, self._events.now)
+            sequence = self.queue.start(job, group, luck, self._events.now)
             if self._drafts is not None:
-                self._drafts.assign(np.asarray([index]))
-            count = min(missing, room)
-            chunks.append((index, count))
+                self._drafts.assign([sequence])
+            count = min(sequence.missing, room)
+            admitted.append((sequence, count))
             room -= count
-        return chunks
+        return admitted
 
-    def _num_rounds(self, rows: Integers, prompts: list[int], widths: Integers) -> int:
+    def _num_rounds(
+        self, rows: list[SimulatedSequence], older: list[SimulatedSequence], num_drafted: int
+    ) -> int:
         """How many rounds can be computed together."""
         limit_s, run = self._device.stretch_s, self.running
-        if limit_s <= 0 or not len(rows) or prompts or self._turns.num_groups > 1:
+        if limit_s <= 0 or not rows or older or self._turns.num_groups > 1:
             return 1
         if self.waiting and len(run) < self._device.settings.max_num_seqs:
             return 1
-        drafting = self._drafting
-        if drafting is not None:
-            if 0 < np.count_nonzero(widths) < len(rows):
+        if self._drafting is not None:
+            is_off = self._drafting.policy.mode is SpeculationMode.PLAIN
+            if num_drafted != (0 if is_off else len(rows)):  # a probe, or waiting to join
                 return 1
-            is_off = drafting.policy.mode is SpeculationMode.PLAIN
-            if is_off == bool(widths.any()):  # a probe, or waiting to join
-                return 1
-        step_s = float(self._device.curve.seconds(len(rows), run.num_context_tokens))
-        return int(max(min(limit_s / step_s, min(run.left[rows].tolist())), 1))
+        step_s = self._device.curve.seconds(len(rows), num_context_tokens(run))
+        return int(max(min(limit_s / step_s, min([sequence.left for sequence in rows])), 1))
 
     def _verify(
-        self, group: int, rows: Integers, prompts: list[int], widths: Integers, base: PassBase
+        self,
+        group: int,
+        rows: list[SimulatedSequence],
+        older: list[SimulatedSequence],
+        widths: list[int],
+        room: int,
     ) -> Outcome:
-        """What becomes of the guesses."""
-        num_rounds = self._num_rounds(rows, prompts, widths)
-        num_drafted = np.count_nonzero(widths)
-        if self._drafting is None or not num_drafted:
+        """What becomes of the guesses, of which a pass has room for so many."""
+        drafted = [row for row, width in enumerate(widths) if width]
+        num_rounds = self._num_rounds(rows, older, len(drafted))
+        if self._drafting is None or not drafted:
             return Outcome.plain(num_rounds, len(rows))
-        room = self._device.settings.max_num_batched_tokens - len(rows)
         self._drafting.policy.prepare(group)
-        return verify(
+        limit = room // len(drafted)
+        if limit == 0:
+            return Outcome.plain(num_rounds, len(rows))
+        prompts = chunks(older, room)
+        base = PassBase(
+            num_requests=len(rows) + num_last(prompts),
+            num_base_tokens=len(rows) + num_prompt_tokens(prompts),
+            num_context_tokens=num_context_tokens(rows) + num_context_tokens(older),
+        )
+        outcome = verify(
             self._drafting,
             self._rng,
-            luck=self.running.luck[rows],
-            limits=np.minimum(widths, room // num_drafted),
-            left=self.running.left[rows],
+            luck=[rows[row].luck for row in drafted],
+            limits=[min(widths[row], limit) for row in drafted],
+            left=[rows[row].left for row in drafted],
             base=base,
             cost_model=self._device.cost_model,
             num_rounds=num_rounds,
             memory=self._budgets,
         )
+        return outcome if len(drafted) == len(rows) else outcome.among(drafted, len(rows))
 
     def _cut(self) -> None:
         """Ends passes that were computed together with the one that is under way now."""
@@ -363,27 +332,25 @@ class SimulatedReplica:
         if done is None:
             return
         self._pass, self._is_finishing = None, True
-        run, now, statistics = self.running, self._events.now, self._statistics
-        num_rounds = len(done.tokens)
-        gained = done.tokens.sum(axis=0)
-        run.context[done.rows] += gained
-        run.left[done.rows] -= gained
-        num_tokens = int(gained.sum())
-        statistics.add_pass(done, run.last_s[done.rows], now)
-        run.last_s[done.rows] = now
-        for row, gain in zip(done.rows.tolist(), gained.tolist(), strict=True):
-            job = run.jobs[row]
-            job.num_made += gain
+        now = self._events.now
+        self._statistics.add_pass(done, now)
+        num_tokens = sum(done.outcome.gained)
+        for sequence, gain in zip(done.rows, done.outcome.gained, strict=True):
+            sequence.context += gain
             # A prompt of which one token is left is computed as decoding sequences are.
-            if math.isnan(job.first_token_s):
-                job.first_token_s = now
-        for row, count in done.prompts:
-            num_tokens += self._finish_prompt(row, count)
-        statistics.add_tokens(num_tokens, now)
-        self._observe(done, num_tokens, num_rounds)
+            sequence.take(gain, now)
+        for sequence, count in done.prompts:
+            sequence.context += count
+            sequence.missing -= count
+            if sequence.missing == 0:
+                sequence.missing = 1
+                sequence.take(1, now)
+                num_tokens += 1
+        self._statistics.add_tokens(num_tokens, now)
+        self._observe(done, num_tokens)
         self._last_finish = now
-        ended = self._queue.remove_ended()
-        if self._drafting is not None and self._drafts is not None and not self._queue.is_empty:
+        ended = self.queue.remove_ended()
+        if self._drafting is not None and self._drafts is not None and not self.queue.is_empty:
             self._announce(done.group, self._drafting, self._drafts)
         self._reported()
         for job in ended:
@@ -391,25 +358,9 @@ class SimulatedReplica:
         self._is_finishing = False
         self._advance()
 
-    def _finish_prompt(self, row: int, count: int) -> int:
-        """Counts computed tokens of a prompt in; returns the output tokens that came of it."""
-        run, now = self.running, self._events.now
-        run.context[row] += count
-        run.missing[row] -= count
-        if run.missing[row] > 0:
-            return 0
-        run.missing[row] = 1
-        run.left[row] -= 1
-        job = run.jobs[row]
-        job.num_made += 1
-        if math.isnan(job.first_token_s):
-            job.first_token_s = now
-        run.last_s[row] = now
-        return 1
-
-    def _observe(self, done: SimulatedPass, num_tokens: int, num_rounds: int) -> None:
+    def _observe(self, done: SimulatedPass, num_tokens: int) -> None:
         """What the engine learns of a pass."""
-        promise, now = done.promise, self._events.now
+        promise, now, num_rounds = done.promise, self._events.now, done.outcome.num_rounds
         self._num_passes += 1
         is_observed = self._budgets is None or self._num_passes % _OBSERVED_EVERY == 1
         is_grouped = promise is not None and promise.mode is SpeculationMode.GROUPED
@@ -421,21 +372,29 @@ class SimulatedReplica:
             )
         if promise is None or self._drafting is None:
             return
-        if num_rounds > 1:
-            promise = replace(
-                promise, tokens=promise.tokens * num_rounds, seconds=promise.seconds * num_rounds
-            )
-        self._drafting.policy.delivered(promise, num_tokens, now - self._last_finish, now)
+        self._drafting.policy.delivered(
+            promise, num_tokens, now - self._last_finish, now, num_passes=num_rounds
+        )
 
     def _announce(self, group: int, drafting: Drafting, drafts: DraftRounds) -> None:
         """Decides how to go on, and starts the group's next round where that is by drafting."""
         now = self._events.now
         order = drafting.policy.announce(
-            self._queue.load(self._turns.num_groups),
+            self.queue.load(self._turns.num_groups),
             now,
             is_ready=bool(drafting.links.links),
             max_draft_tokens=drafting.max_tokens,
         )
-        round = drafts.start(group, self.running.group == group, order, now)
+        round = drafts.start(group, order, now)
         if round is not None:
             self._turns.rounds[group] = round
+
+
+def _answered(rows: list[SimulatedSequence], round: SimulatedRound | None) -> list[int]:
+    """Guesses that have come for each; its round is over."""
+    if round is None:
+        return [0] * len(rows)
+    widths = [s.asked if round.is_answered[s.link] else 0 for s in rows]
+    for sequence in rows:
+        sequence.asked = 0
+    return widths

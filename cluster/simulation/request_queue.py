@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Iterable
 
 from cluster.simulation.device import Device
 from cluster.simulation.job import Job
-from cluster.simulation.running import Running
+from cluster.simulation.passes import Chunks
+from cluster.simulation.sequence import SimulatedSequence
 from cluster.speculation.speculation_plan import PassLoad
 
 _FIRST_MEAN_OUTPUT_TOKENS = 128.0
 _MEAN_OUTPUT_WEIGHT = 0.05
-
-Integers = npt.NDArray[np.int64]
-Chunks = list[tuple[int, int]]
 
 
 class RequestQueue:
@@ -25,7 +21,7 @@ class RequestQueue:
 
     Attributes:
         waiting: not started, or preempted.
-        running: with tokens in the cache.
+        running: with tokens in the cache, oldest first; the same list all the time.
         mean_output_tokens: of requests that have ended, the latest counting most.
         num_preemptions: so far.
     """
@@ -33,60 +29,40 @@ class RequestQueue:
     def __init__(self, device: Device) -> None:
         self._device = device
         self.waiting: deque[Job] = deque()
-        self.running = Running(device.settings.max_num_seqs)
+        self.running: list[SimulatedSequence] = []
         self.mean_output_tokens = _FIRST_MEAN_OUTPUT_TOKENS
         self.num_preemptions = 0
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do."""
-        return not self.waiting and not len(self.running)
+        return not self.waiting and not self.running
 
     @property
     def num_free_tokens(self) -> float:
         """That fit into the cache."""
         capacity = self._device.settings.kv_cache_tokens
-        return math.inf if capacity is None else capacity - self.running.num_context_tokens
+        return math.inf if capacity is None else capacity - num_context_tokens(self.running)
 
     @property
     def num_queued_tokens(self) -> float:
         """As ``Scheduler.num_queued_tokens``."""
         mean, run = self.mean_output_tokens, self.running
-        queued = sum(run.missing.tolist()) + sum(min(left, mean) for left in run.left.tolist())
-        return queued + sum(job.num_prompt_tokens + mean for job in self.waiting)
-
-    def chunks(self, rows: list[int], room: int) -> Chunks:
-        """How many prompt tokens of which sequences fit."""
-        chunks = []
-        for row in rows:
-            if room <= 0:
-                break
-            count = min(int(self.running.missing[row]), room)
-            chunks.append((row, count))
-            room -= count
-        return chunks
-
-    def num_last(self, chunks: Chunks) -> int:
-        """How many of these prompts end with their chunk."""
-        missing = self.running.missing
-        return sum(int(missing[i]) == count for i, count in chunks)
-
-    def context(self, rows: Integers, others: list[int]) -> int:
-        """Cached tokens of these sequences."""
-        context = self.running.context
-        return sum(context[rows].tolist()) + sum(int(context[i]) for i in others)
+        queued = sum([s.missing for s in run]) + sum([min(s.left, mean) for s in run])
+        return queued + sum([job.num_prompt_tokens + mean for job in self.waiting])
 
     def load(self, num_groups: int) -> PassLoad:
         """What passes have to do, all groups together."""
-        run = self.running
-        num_decoding = run.missing.tolist().count(1)
-        room = self._device.settings.max_num_batched_tokens * num_groups - num_decoding
-        chunks = self.chunks(np.flatnonzero(run.missing > 1).tolist(), room)
+        prompts = [s for s in self.running if s.missing > 1]
+        num_decoding = len(self.running) - len(prompts)
+        parts = chunks(
+            prompts, self._device.settings.max_num_batched_tokens * num_groups - num_decoding
+        )
         return PassLoad(
-            num_requests=num_decoding + self.num_last(chunks),
+            num_requests=num_decoding + num_last(parts),
             num_drafting=num_decoding,
-            num_base_tokens=num_decoding + sum(count for _, count in chunks),
-            num_context_tokens=run.num_context_tokens,
+            num_base_tokens=num_decoding + num_prompt_tokens(parts),
+            num_context_tokens=num_context_tokens(self.running),
         )
 
     def next_job(self, group: int, num_groups: int) -> Job | None:
@@ -95,8 +71,8 @@ class RequestQueue:
         if not self.waiting or len(run) >= self._device.settings.max_num_seqs:
             return None
         if num_groups > 1:
-            sizes = np.bincount(run.group, minlength=num_groups)
-            if int(sizes.argmin()) != group:
+            groups = [sequence.group for sequence in run]
+            if min(range(num_groups), key=groups.count) != group:
                 return None
         job = self.waiting[0]
         num_tokens = job.num_prompt_tokens + job.num_made
@@ -104,13 +80,13 @@ class RequestQueue:
             return None
         return self.waiting.popleft()
 
-    def start(self, job: Job, group: int, luck: float, now: float) -> tuple[int, int]:
-        """Lets a request run; returns its place and how many tokens of its prompt are missing."""
+    def start(self, job: Job, group: int, luck: float, now: float) -> SimulatedSequence:
+        """Lets a request run."""
         if math.isnan(job.started_s):
             job.started_s = now
         num_tokens = job.num_prompt_tokens + job.num_made
         cached = min(int(num_tokens * self._device.prefix_hit_rate), num_tokens - 1)
-        index = self.running.add(
+        sequence = SimulatedSequence(
             job,
             missing=num_tokens - cached,
             context=cached,
@@ -119,27 +95,51 @@ class RequestQueue:
             luck=luck,
             last_s=now,
         )
-        return index, num_tokens - cached
+        self.running.append(sequence)
+        return sequence
 
     def make_room(self) -> None:
         """Preempts the latest sequences while the next pass would not fit in the cache."""
         run = self.running
         while len(run) > 1 and self.num_free_tokens < len(run):
-            latest = max(range(len(run)), key=lambda i: run.jobs[i].number)
-            self.waiting.appendleft(run.jobs[latest])
-            run.keep(np.arange(len(run)) != latest)
+            latest = max(run, key=lambda sequence: sequence.job.number)
+            self.waiting.appendleft(latest.job)
+            run.remove(latest)
             self.num_preemptions += 1
 
     def remove_ended(self) -> list[Job]:
         """Takes out the requests that have their last token."""
-        run = self.running
-        lefts = run.left.tolist()
-        if not lefts or min(lefts) > 0:
-            return []
-        is_over = run.left <= 0
-        ended = [run.jobs[i] for i in np.flatnonzero(is_over).tolist()]
-        run.keep(~is_over)
+        ended = [s.job for s in self.running if s.left <= 0]
+        if ended:
+            self.running[:] = [s for s in self.running if s.left > 0]
         for job in ended:
             change = job.num_output_tokens - self.mean_output_tokens
             self.mean_output_tokens += change * _MEAN_OUTPUT_WEIGHT
         return ended
+
+
+def chunks(sequences: Iterable[SimulatedSequence], room: int) -> Chunks:
+    """How many prompt tokens of which of them fit."""
+    found = []
+    for sequence in sequences:
+        if room <= 0:
+            break
+        count = min(sequence.missing, room)
+        found.append((sequence, count))
+        room -= count
+    return found
+
+
+def num_last(prompts: Chunks) -> int:
+    """How many of these prompts end with their chunk."""
+    return sum([sequence.missing == count for sequence, count in prompts])
+
+
+def num_prompt_tokens(prompts: Chunks) -> int:
+    """Of these chunks."""
+    return sum([count for _, count in prompts])
+
+
+def num_context_tokens(sequences: Iterable[SimulatedSequence]) -> int:
+    """Cached tokens of them."""
+    return sum([sequence.context for sequence in sequences])

@@ -152,7 +152,7 @@ class FleetSimulation:
         policy, initial, network_ms = None, drafter.min_replicas, drafter.network_ms
         if drafter.is_colocated:
             initial, network_ms = self.config.target.num_replicas, 0.0
-        elif drafter.max_replicas > drafter.min_replicas:
+        elif drafter.is_elastic:
             timing = PoolTiming(**self.config.pool.model_dump())
             policy = PoolPolicy(drafter.min_replicas, drafter.max_replicas, timing)
         return DrafterPool(
@@ -207,6 +207,7 @@ class FleetSimulation:
             switching=settings.switching,
             grouping=settings.grouping if has_groups else "off",
             drafts_whole_blocks=settings.scheduler == "full",
+            values_drafters=drafter.is_elastic,
             plan=plan_speculation if plans is None else plans,
         )
         return Drafting(
@@ -289,14 +290,14 @@ class FleetSimulation:
     def _report(self, index: int) -> None:
         """A replica's step is over, and its report with it."""
         replica = self.replicas[index]
-        if not len(replica.running) and not replica.waiting:
+        if not replica.running and not replica.waiting:
             self._busy.pop(index, None)
         if len(self.replicas) == 1:
             return
         load = ReplicaLoad(
-            num_queued_tokens=replica.num_queued_tokens,
-            num_free_tokens=replica.num_free_tokens,
-            mean_output_tokens=replica.mean_output_tokens,
+            num_queued_tokens=replica.queue.num_queued_tokens,
+            num_free_tokens=replica.queue.num_free_tokens,
+            mean_output_tokens=replica.queue.mean_output_tokens,
         )
         self._picker.report(self._slots[index], load, num_counted=replica.num_taken_in)
 

@@ -8,18 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cluster.simulation.job import Job
 from cluster.simulation.passes import SimulatedPass
 
-Floats = npt.NDArray[np.float64]
-
 _PERCENTILES = (50, 95, 99)
 _DIGITS = 5
 # Gaps are counted in bins that are 2% wide, from 0.1 ms to 1000 s.
-_GAP_EDGES = np.exp(np.arange(np.log(1e-4), np.log(1e3), np.log(1.02)))
-_GAP_BOUNDS = _GAP_EDGES.tolist()
+_GAP_BOUNDS: list[float] = np.exp(np.arange(np.log(1e-4), np.log(1e3), np.log(1.02))).tolist()
 
 
 @dataclass
@@ -43,28 +39,27 @@ class Statistics:
     rates: list[float] = field(default_factory=list)
     by_load: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
     timeline: list[dict[str, Any]] = field(default_factory=list)
-    _gaps: npt.NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros(len(_GAP_EDGES) + 1, dtype=np.int64)
-    )
+    _gaps: list[int] = field(default_factory=lambda: [0] * (len(_GAP_BOUNDS) + 1))
 
-    def add_gaps(self, gaps: Floats, times: int = 1) -> None:
-        """Times between the chunks of requests; each is counted ``times`` times."""
-        for gap in gaps.tolist():
-            self._gaps[bisect_left(_GAP_BOUNDS, gap)] += times
+    def add_gap(self, seconds: float, times: int = 1) -> None:
+        """A time between two chunks of a request, that is counted so many times."""
+        self._gaps[bisect_left(_GAP_BOUNDS, seconds)] += times
 
-    def add_pass(self, done: SimulatedPass, last_s: Floats, now: float) -> None:
-        """Counts a pass that has ended; ``last_s`` is when its rows had their tokens before."""
-        num_rounds, num_rows = done.tokens.shape
+    def add_pass(self, done: SimulatedPass, now: float) -> None:
+        """Counts a pass that has ended, before its rows have their tokens."""
+        outcome = done.outcome
+        num_rounds, num_rows = outcome.num_rounds, len(outcome.gained)
         if now < self.since_s or not num_rows:
             return
-        self.add_gaps(done.first_end_s - last_s)
+        for sequence in done.rows:
+            self.add_gap(done.first_end_s - sequence.last_s)
         if num_rounds > 1:
-            self.add_gaps(np.asarray([done.cycle_s]), num_rows * (num_rounds - 1))
-        num_verified = int(done.num_verified.sum())
+            self.add_gap(done.cycle_s, num_rows * (num_rounds - 1))
+        num_verified = num_rounds * outcome.num_guesses
         self.num_steps += num_rounds
         self.num_rounds += num_rounds * num_rows
         self.num_verified += num_verified
-        self.num_accepted += int(done.num_accepted.sum())
+        self.num_accepted += sum(outcome.gained) - num_rounds * num_rows
         self.add_budget(num_rows, num_verified, num_rounds)
 
     def add_tokens(self, num_tokens: int, now: float) -> None:
@@ -92,14 +87,14 @@ class Statistics:
 
     def gap_percentiles(self) -> dict[str, float | None]:
         """Seconds, to 2%."""
-        total = self._gaps.sum()
+        total = sum(self._gaps)
         if total == 0:
             return {f"p{p}": None for p in _PERCENTILES}
         ranks = np.cumsum(self._gaps) / total
         found: dict[str, float | None] = {}
         for p in _PERCENTILES:
-            bin = min(int(np.searchsorted(ranks, p / 100)), len(_GAP_EDGES) - 1)
-            found[f"p{p}"] = round(float(_GAP_EDGES[bin]), 6)
+            bin = min(int(np.searchsorted(ranks, p / 100)), len(_GAP_BOUNDS) - 1)
+            found[f"p{p}"] = round(_GAP_BOUNDS[bin], 6)
         return found
 
     def budget_by_load(self) -> dict[int, float]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
 from cluster.simulation.draft_links import SimulatedRound
-from cluster.simulation.running import Running
+from cluster.simulation.sequence import SimulatedSequence
 
 
 class GroupTurns:
@@ -34,15 +34,19 @@ class GroupTurns:
         round = self.rounds.get(group)
         return None if round is None or round.is_over(now) else round.deadline_s
 
-    def regroup(self, num_groups: int, running: Running, num_links: int) -> None:
+    def regroup(
+        self, num_groups: int, running: Sequence[SimulatedSequence], num_links: int
+    ) -> None:
         """Forms other groups, while nothing has to be waited for.
 
         What was drafted stays with its sequence, whichever group that is in now.
         """
-        for group, round in self.rounds.items():
-            members = np.flatnonzero(running.group == group)
-            running.asked[members] *= round.is_answered[running.link[members]]
-        answered = SimulatedRound(np.ones(num_links, dtype=np.bool_), 0, 0.0)
+        for sequence in running:
+            round = self.rounds.get(sequence.group)
+            if round is not None and not round.is_answered[sequence.link]:
+                sequence.asked = 0
+        answered = SimulatedRound([True] * num_links, 0, 0.0)
         self.rounds = dict.fromkeys(range(num_groups), answered) if self.rounds else {}
-        running.group[:] = np.arange(len(running)) % num_groups
+        for index, sequence in enumerate(running):
+            sequence.group = index % num_groups
         self.num_groups, self._next = num_groups, 0

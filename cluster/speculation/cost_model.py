@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
+from cluster.speculation.monotone_table import Sizes
 from cluster.speculation.verify_curve import VerifyCurve
 
 Floats = npt.NDArray[np.float64]
@@ -18,6 +20,8 @@ _MAX_SURPRISE = math.log(2.0)
 # A surprise is first of all news about the machine (a neighbour, a clock rate), which concerns
 # every size; only what stays at one size, time after time, is news about that size.
 _LOCAL_SHARE = 0.1
+# A pass tells at most that so many times its own time went by around it.
+_MAX_HOST_SHARE = 1.0
 
 
 class CostModel:
@@ -28,6 +32,10 @@ class CostModel:
     than a factor of ``2 ** (1.1 * smoothing)``.
 
     Observations scale the whole curve, and slowly move the points nearest to them.
+
+    Around a pass that verifies guesses the host has work that no curve knows: it takes proposals,
+    chooses among them, and hands on what was accepted. That is learnt too (``observe_host``), since
+    who makes twice the passes for the same tokens pays it twice.
 
     Args:
         curve: the measured verify curve; a mapping gives seconds by number of batch tokens, for
@@ -55,10 +63,17 @@ class CostModel:
         self._curve = curve if isinstance(curve, VerifyCurve) else VerifyCurve.of_tokens(curve)
         self._smoothing = smoothing
         self._scale = 1.0
+        self._host_seconds = 0.0
         self.draft_seconds = draft_seconds
         self.num_groups = 1  # of sequences that take turns; set with ``draft_seconds``
 
-    def verify_seconds(self, num_tokens: npt.ArrayLike, num_context_tokens: float = 0) -> Floats:
+    @overload
+    def verify_seconds(self, num_tokens: float, num_context_tokens: float = 0) -> float: ...
+    @overload
+    def verify_seconds(self, num_tokens: Sizes, num_context_tokens: float = 0) -> Floats: ...
+    def verify_seconds(
+        self, num_tokens: float | Sizes, num_context_tokens: float = 0
+    ) -> float | Floats:
         """Seconds of steps, drafting excluded.
 
         Args:
@@ -81,6 +96,23 @@ class CostModel:
             num_tokens, num_context_tokens, math.exp(_LOCAL_SHARE * change)
         )
 
+    @property
+    def host_seconds(self) -> float:
+        """Seconds between passes that verify guesses, beyond what of their rounds shows."""
+        return max(self._host_seconds, 0.0)
+
+    def observe_host(self, seconds: float, pass_seconds: float) -> None:
+        """Learn from a drafted pass.
+
+        Args:
+            seconds: by which it took longer than ``pass_seconds`` would say without host work; less
+                than 0 where it was faster.
+            pass_seconds: promised, positive.
+        """
+        limit = _MAX_HOST_SHARE * pass_seconds
+        seconds = min(max(seconds, -limit), limit)
+        self._host_seconds += self._smoothing * (seconds - self._host_seconds)
+
     def replace_curve(self, curve: VerifyCurve) -> None:
         """Puts a newly measured curve in the old one's place; what is known of the machine stays.
 
@@ -90,13 +122,13 @@ class CostModel:
 
     def pass_seconds(
         self,
-        num_tokens: npt.ArrayLike,
+        num_tokens: float | Sizes,
         num_context_tokens: float,
         *,
-        draft_seconds: float,
+        draft_seconds: float | Floats,
         num_groups: int,
     ) -> Floats:
-        """Seconds of a pass together with what of its round of drafting is not hidden.
+        """Seconds from one drafted pass to the next: host work, and what of the round shows.
 
         A group's cycle is its pass and its round; in that time every other group has its pass. So
         with G groups a pass takes its own time, or a G-th of the cycle where that is longer.
@@ -104,10 +136,10 @@ class CostModel:
         Args:
             num_tokens: batch tokens of the pass; any shape.
             num_context_tokens: as in ``verify_seconds``.
-            draft_seconds: round trip of the group's round.
+            draft_seconds: round trip of the group's round; any shape that goes with the tokens'.
             num_groups: G; 1 hides nothing.
         """
-        seconds = self.verify_seconds(num_tokens, num_context_tokens)
+        seconds = self.verify_seconds(num_tokens, num_context_tokens) + self.host_seconds
         return np.maximum(seconds, (seconds + draft_seconds) / num_groups)
 
     def expected_goodput(
@@ -115,7 +147,7 @@ class CostModel:
         *,
         num_requests: int,
         survival_sum: npt.ArrayLike,
-        num_tokens: npt.ArrayLike,
+        num_tokens: Sizes,
         num_context_tokens: int = 0,
     ) -> Floats:
         """Expected tokens per second of a step that verifies a drafted round.

@@ -98,7 +98,8 @@ def spread_round_s(
     """
     count = max(len(costs) + added_drafters, 1)
     share = max(num_sessions / count, 1.0)
-    return max(
+    times = [
         cost.network_s + cost.queue_s(now) * len(costs) / count + cost.compute_s(share, num_tokens)
         for cost in costs
-    )
+    ]
+    return max(times)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import ConfigError
 from cluster.speculation.monotone_table import (
+    Lookup,
+    Sizes,
     check_axis,
     check_table,
     interpolate,
@@ -69,14 +72,26 @@ class DraftCurve:
         )
         return curve._checked()
 
-    def seconds(self, num_sessions: npt.ArrayLike, num_tokens: float | None = None) -> Floats:
+    @overload
+    def seconds(self, num_sessions: float, num_tokens: float | None = None) -> float: ...
+    @overload
+    def seconds(self, num_sessions: Sizes, num_tokens: float | None = None) -> Floats: ...
+    def seconds(
+        self, num_sessions: float | Sizes, num_tokens: float | None = None
+    ) -> float | Floats:
         """Seconds of passes for ``num_sessions`` sessions (any shape).
 
         Args:
             num_tokens: drafted for each; unset: the most that were measured.
         """
         tokens = float(self.tokens[-1]) if num_tokens is None else num_tokens
+        if isinstance(num_sessions, (int, float)):
+            return self._lookup.at(num_sessions, tokens)
         return interpolate(self.table, self.sessions, self.tokens, num_sessions, tokens)
+
+    @functools.cached_property
+    def _lookup(self) -> Lookup:
+        return Lookup(self.table, self.sessions, self.tokens)
 
     def scaled(self, factor: float) -> DraftCurve:
         """The curve of a device that is ``factor`` times slower (positive)."""

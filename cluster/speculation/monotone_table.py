@@ -6,6 +6,9 @@ and columns are rising sizes, entries are seconds.
 
 from __future__ import annotations
 
+import functools
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,11 @@ import numpy.typing as npt
 from cluster.errors import ConfigError
 
 Floats = npt.NDArray[np.float64]
+Sizes = npt.NDArray[Any] | Sequence[float]  # of any shape
+
+
+# Of one pass. What comes from elsewhere could overflow what is made of it otherwise.
+_LONGEST_S = 86400.0
 
 
 def check_axis(name: str, axis: Floats, lowest: float) -> None:
@@ -29,8 +37,8 @@ def check_table(table: Floats, rows: Floats, columns: Floats, sizes: str) -> Non
     shape = (len(rows), len(columns))
     if table.shape != shape:
         raise ConfigError("seconds", f"must have {shape[0]} rows of {shape[1]} numbers")
-    if not np.all(np.isfinite(table)) or table[0, 0] <= 0:
-        raise ConfigError("seconds", "must be positive and finite")
+    if not np.all(np.isfinite(table)) or table[0, 0] <= 0 or table.max() > _LONGEST_S:
+        raise ConfigError("seconds", f"must be positive and at most {_LONGEST_S:g}")
     if any(np.any(np.diff(table, axis=axis) < 0) for axis in (0, 1)):
         raise ConfigError("seconds", f"must not fall with more {sizes}")
 
@@ -58,25 +66,48 @@ def pulled_down(table: Floats) -> Floats:
     ]
 
 
-def interpolate(
-    table: Floats, rows: Floats, columns: Floats, at_rows: npt.ArrayLike, at_column: float
-) -> Floats:
-    """Values at ``at_rows`` (any shape) and one column.
+class Lookup:
+    """A table's values at one place at a time, which are asked for all the time: without arrays.
 
     Bilinear between points, flat below the first ones; beyond the last ones it goes on with the
     last segments' slope (the mean over the other axis, so that it stays monotone).
     """
+
+    def __init__(self, table: Floats, rows: Floats, columns: Floats) -> None:
+        self._table: list[list[float]] = table.tolist()
+        self._rows: list[float] = rows.tolist()
+        self._columns: list[float] = columns.tolist()
+        self._arrays = table, rows, columns
+
+    def at(self, row: float, column: float) -> float:
+        """The value there."""
+        left, right, share = place(self._columns, column)
+        above, below, row_share = place(self._rows, row)
+        upper, lower = self._table[above], self._table[below]
+        start = upper[left] + share * (upper[right] - upper[left])
+        end = lower[left] + share * (lower[right] - lower[left])
+        value = start + row_share * (end - start)
+        if row > self._rows[-1]:
+            value += self._slopes[0] * (row - self._rows[-1])
+        if column > self._columns[-1]:
+            value += self._slopes[1] * (column - self._columns[-1])
+        return value
+
+    @functools.cached_property
+    def _slopes(self) -> tuple[float, float]:
+        """Beyond the last row, and beyond the last column."""
+        table, rows, columns = self._arrays
+        return _last_slope(rows, table), _last_slope(columns, table.T)
+
+
+def interpolate(
+    table: Floats, rows: Floats, columns: Floats, at_rows: npt.ArrayLike, at_column: float
+) -> Floats:
+    """As ``Lookup.at``, at ``at_rows`` (any shape) and one column."""
     left, right, share = place(columns, at_column)
     beyond = 0.0
-    if at_column > columns[-1] and len(columns) > 1:
+    if at_column > columns[-1]:
         beyond = _last_slope(columns, table.T) * (at_column - float(columns[-1]))
-    one: object = at_rows
-    if isinstance(one, (int, float)) and one <= rows[-1]:
-        # One place within the rows, which is asked for all the time: without arrays.
-        row, next_row, row_share = place(rows, one)
-        low = _between(float(table[row, left]), float(table[row, right]), share)
-        high = _between(float(table[next_row, left]), float(table[next_row, right]), share)
-        return np.asarray(_between(low, high, row_share) + beyond)
     wanted = np.asarray(at_rows, dtype=np.float64)
     start, end = table[:, left], table[:, right]
     values = np.interp(wanted, rows, start + share * (end - start))
@@ -85,19 +116,14 @@ def interpolate(
     return np.asarray(values + beyond)
 
 
-def place(axis: Floats, value: float) -> tuple[int, int, float]:
+def place(axis: Sequence[float] | Floats, value: float) -> tuple[int, int, float]:
     """The points of an axis around a value, and the share of the way between them; ends hold."""
-    right = int(axis.searchsorted(value))
-    if right == 0:
-        return 0, 0, 0.0
-    if right == len(axis):
-        return right - 1, right - 1, 0.0
-    start = float(axis[right - 1])
-    return right - 1, right, (value - start) / (float(axis[right]) - start)
-
-
-def _between(start: float, end: float, share: float) -> float:
-    return start + share * (end - start)
+    right = bisect_left(axis, value)
+    if 0 < right < len(axis):
+        start = axis[right - 1]
+        return right - 1, right, (value - start) / (axis[right] - start)
+    end = min(right, len(axis) - 1)
+    return end, end, 0.0
 
 
 def _last_slope(axis: Floats, table: Floats) -> float:

@@ -89,15 +89,21 @@ class PassPromise:
 
     Attributes:
         mode: how it is made; PLAIN where nothing was drafted for it.
+        num_requests: that sample in it.
         tokens: output tokens expected.
         seconds: since the pass before it, drafting included as far as it shows.
-        is_probe: guesses of a few sequences are in it though nothing else is drafted.
+        host_seconds: thereof the host's between passes.
+        is_typical: whether it says something of its mode. A pass does not with guesses of a few
+            sequences while nothing else is drafted, or with guesses left from before the groups
+            changed.
     """
 
     mode: SpeculationMode
+    num_requests: int
     tokens: float
     seconds: float
-    is_probe: bool = False
+    host_seconds: float = 0.0
+    is_typical: bool = True
 
 
 @dataclass
@@ -131,6 +137,8 @@ class SpeculationPolicy:
         grouping: "auto", "off" or "always".
         drafts_whole_blocks: whole blocks are drafted whatever is planned.
         num_stages: pipeline stages; with several, as many groups take turns anyway.
+        values_drafters: whether ``goodput_added`` and ``goodput_removed`` are looked at: for a pool
+            whose size can change.
         plan: ``plan_speculation``, or what remembers plans that it has made.
 
     Attributes:
@@ -150,6 +158,7 @@ class SpeculationPolicy:
         grouping: str = "auto",
         drafts_whole_blocks: bool = False,
         num_stages: int = 1,
+        values_drafters: bool = True,
         plan: Planner = plan_speculation,
     ) -> None:
         self._plan_speculation = plan
@@ -157,6 +166,7 @@ class SpeculationPolicy:
         self._profile = profile
         self._predict_round = predict_round
         self._num_stages = num_stages
+        self._values_drafters = values_drafters
         self.switch = SpeculationSwitch()
         self.goodput = self.goodput_plain = 0.0
         self.goodput_added = self.goodput_removed = 0.0
@@ -258,40 +268,66 @@ class SpeculationPolicy:
             expected_accepted: of the guesses.
         """
         round_s = self._round_s.pop(group, None)
-        is_drafted = round_s is not None
-        mode = self.mode if is_drafted else SpeculationMode.PLAIN
-        draft_s = 0.0 if round_s is None or mode is SpeculationMode.PLAIN else round_s
-        seconds = self._cost_model.pass_seconds(
-            num_tokens, num_context_tokens, draft_seconds=draft_s, num_groups=self.num_groups
-        )
+        mode = SpeculationMode.PLAIN if round_s is None else self.mode
+        model = self._cost_model
+        if round_s is None or mode is SpeculationMode.PLAIN:
+            host_s, seconds = 0.0, model.verify_seconds(num_tokens, num_context_tokens)
+        else:
+            host_s = model.host_seconds
+            seconds = float(
+                model.pass_seconds(
+                    num_tokens,
+                    num_context_tokens,
+                    draft_seconds=round_s,
+                    num_groups=self.num_groups,
+                )
+            )
         return PassPromise(
             mode=mode,
+            num_requests=num_requests,
             tokens=num_requests + expected_accepted,
-            seconds=float(seconds),
-            is_probe=is_drafted and mode is SpeculationMode.PLAIN,
+            seconds=seconds,
+            host_seconds=host_s,
+            is_typical=mode is not SpeculationMode.PLAIN or expected_accepted == 0,
         )
 
     def delivered(
-        self, promise: PassPromise, num_tokens: float, seconds: float, now: float
+        self,
+        promise: PassPromise,
+        num_tokens: float,
+        seconds: float,
+        now: float,
+        *,
+        num_passes: int = 1,
     ) -> None:
-        """What became of a promised pass: output tokens, and time since the one before it."""
-        if promise.is_probe or promise.tokens == 0:
+        """What became of a promised pass.
+
+        Args:
+            num_tokens: output tokens.
+            seconds: since the pass before it.
+            num_passes: like this one, in a row, of all of which the other numbers are.
+        """
+        if not promise.is_typical or promise.tokens == 0:
             return
         self.switch.observe(
             promise.mode,
+            num_requests=promise.num_requests * num_passes,
             tokens=num_tokens,
             seconds=seconds,
-            promised_tokens=promise.tokens,
-            promised_seconds=promise.seconds,
+            promised_tokens=promise.tokens * num_passes,
+            promised_seconds=promise.seconds * num_passes,
             now=now,
         )
+        if promise.mode is not SpeculationMode.PLAIN:
+            host_s = seconds / num_passes - (promise.seconds - promise.host_seconds)
+            self._cost_model.observe_host(host_s, promise.seconds)
 
     def _longest_wait_s(self, load: PassLoad, plan: SpeculationPlan | None) -> float:
         """Twice the time in which plain passes would make what the round should bring."""
         if plan is None or not self._is_switching:
             return math.inf
         num_tokens = load.num_requests / self.num_groups + plan.num_accepted
-        verify_s = max(plan.pass_seconds - plan.draft_seconds, 0.0)
+        verify_s = max(num_tokens / plan.goodput - plan.draft_seconds, 0.0)
         break_even_s = num_tokens / self.goodput_plain - verify_s
         shortest_s = max(_PATIENCE * plan.draft_seconds, _SHORTEST_WAIT_S)
         return max(2 * break_even_s, shortest_s)
@@ -324,7 +360,7 @@ class SpeculationPolicy:
         correction = self.switch.correction(best, now)
         self.goodput = plan.goodput * correction
         self.goodput_plain = plain * self.switch.correction(SpeculationMode.PLAIN, now)
-        if now - self._valued >= _VALUE_PERIOD_S:
+        if self._values_drafters and now - self._valued >= _VALUE_PERIOD_S:
             self._valued = now
             more = self._plan(load, best, max_draft_tokens, added_drafters=1)
             fewer = self._plan(load, best, max_draft_tokens, added_drafters=-1)

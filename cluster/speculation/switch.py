@@ -42,7 +42,9 @@ class SwitchTiming:
         dwell_s: shortest time in a mode; doubles with every flip of the last ``calm_s``.
         max_dwell_s: where that ends.
         calm_s: after so long without a flip the shortest dwell holds again.
-        evidence_s: what a mode has delivered is judged over about so much of its own time.
+        evidence_s: what a mode has delivered is judged over about so much of its own time; and
+        evidence_requests: how many tokens it brings, over as many requests' passes at least, of
+            which each is chance.
         forget_s: what was learnt of a mode fades with this time constant while it is not in force.
         probe_s: shortest time between two probes.
         probe_share: of the time that probes may cost.
@@ -55,6 +57,7 @@ class SwitchTiming:
     max_dwell_s: float = 4.0
     calm_s: float = 20.0
     evidence_s: float = 2.0
+    evidence_requests: float = 200.0
     forget_s: float = 60.0
     probe_s: float = 5.0
     probe_share: float = 0.005
@@ -62,14 +65,40 @@ class SwitchTiming:
 
 
 @dataclass
-class _Evidence:
-    """What a mode has promised and delivered while it was in force, old steps fading."""
+class _Ratio:
+    """Delivered over promised, old steps fading."""
 
-    tokens: float = 0.0
-    seconds: float = 0.0
-    promised_tokens: float = 0.0
-    promised_seconds: float = 0.0
-    updated: float = 0.0
+    delivered: float = 0.0
+    promised: float = 0.0
+    evidence: float = 0.0  # of the steps that it is of; 1: as much as it is judged over
+    updated: float = -math.inf
+
+    def observe(
+        self, delivered: float, promised: float, evidence: float, now: float, timing: SwitchTiming
+    ) -> None:
+        """One step more, which is so much evidence."""
+        keep = self._kept(now, timing) * math.exp(-evidence)
+        self.delivered = keep * self.delivered + delivered
+        self.promised = keep * self.promised + promised
+        self.evidence = keep * self.evidence + evidence
+        self.updated = now
+
+    def value(self, now: float, timing: SwitchTiming, *, prior: float = 1.0) -> float:
+        """What is known of it; ``prior`` where nothing is."""
+        if self.promised <= 0:
+            return prior
+        evidence = self._kept(now, timing) * self.evidence
+        if evidence <= 0:
+            return prior
+        known = self.delivered / self.promised
+        return (known * evidence + prior * _PRIOR_EVIDENCE) / (evidence + _PRIOR_EVIDENCE)
+
+    def _kept(self, now: float, timing: SwitchTiming) -> float:
+        return math.exp(-max(now - self.updated, 0.0) / timing.forget_s)
+
+
+_PRIOR_EVIDENCE = 0.1  # that a mode delivers what it promises, from the beginning
+_UNKNOWN = _Ratio()  # of what was never in force
 
 
 @dataclass
@@ -79,8 +108,10 @@ class SpeculationSwitch:
     *Promised* goodput comes from the cost model. What no model knows (drafters that share the
     target's processor, host work, a drafter that is worse than its confidences) shows as a
     difference between what a mode promises and what it delivers while it is in force; promises are
-    corrected by that, mode by mode. What was learnt of a mode that is not in force fades, so that
-    it gets another chance: a mode that keeps disappointing costs one short trial in a while.
+    corrected by that. The time that passes take is corrected mode by mode; how many tokens they
+    bring is a matter of the text, and is the same for both ways to draft. What was learnt of a
+    mode that is not in force fades, so that it gets another chance: a mode that keeps
+    disappointing costs one short trial in a while.
 
     While nothing is drafted, acceptance and drafters' times grow old, and while all is drafted for
     nobody knows what plain passes would deliver: ``is_probe_due`` says when to draft for a few
@@ -104,7 +135,8 @@ class SpeculationSwitch:
     _last_change: float = -math.inf
     _averages: dict[SpeculationMode, float] = field(default_factory=dict)
     _averaged: float | None = None
-    _evidence: dict[SpeculationMode, _Evidence] = field(default_factory=dict)
+    _pass_times: dict[SpeculationMode, _Ratio] = field(default_factory=dict)
+    _tokens: dict[bool, _Ratio] = field(default_factory=dict)  # by whether it was drafted for them
     _seconds: dict[SpeculationMode, float] = field(default_factory=dict)
     _counted: float | None = None
     _last_probe: float = -math.inf
@@ -163,50 +195,38 @@ class SpeculationSwitch:
         self,
         mode: SpeculationMode,
         *,
+        num_requests: float,
         tokens: float,
         seconds: float,
         promised_tokens: float,
         promised_seconds: float,
         now: float,
     ) -> None:
-        """What a pass delivered, and what was promised of just this pass."""
+        """What a pass of so many requests delivered, and what was promised of just this pass."""
         if not 0 < seconds < math.inf or not 0 < promised_seconds < math.inf:
             return
         # A machine's hiccup is no news about a mode; what stays is learnt all the same.
         seconds = min(max(seconds, promised_seconds / 2), 2 * promised_seconds)
-        evidence = self._evidence.setdefault(mode, _Evidence(updated=now))
-        self._fade(evidence, now)
-        keep = math.exp(-seconds / self.timing.evidence_s)
-        evidence.tokens = keep * evidence.tokens + tokens
-        evidence.seconds = keep * evidence.seconds + seconds
-        evidence.promised_tokens = keep * evidence.promised_tokens + promised_tokens
-        evidence.promised_seconds = keep * evidence.promised_seconds + promised_seconds
+        timing = self.timing
+        times = self._pass_times.setdefault(mode, _Ratio())
+        share = seconds / timing.evidence_s
+        times.observe(seconds, promised_seconds, share, now, timing)
+        yields = self._tokens.setdefault(mode is not SpeculationMode.PLAIN, _Ratio())
+        share = min(share, num_requests / timing.evidence_requests)
+        yields.observe(tokens, promised_tokens, share, now, timing)
 
     def correction(self, mode: SpeculationMode, now: float) -> float:
         """Delivered over promised goodput of a mode, as far as is known; 1 where nothing is.
 
-        Of a way to draft that was not in force lately as much is expected as of the other one: what
-        keeps one from its promise, host work or the drafter's confidences, mostly keeps both.
+        Passes of a way to draft that was not in force lately are expected to be as much slower than
+        promised as those of the other one: what slows one mostly slows both.
         """
-        sibling = _SIBLINGS.get(mode)
-        prior = 1.0 if sibling is None else self._corrected(sibling, now, prior=1.0)
-        return self._corrected(mode, now, prior=prior)
-
-    def _corrected(self, mode: SpeculationMode, now: float, *, prior: float) -> float:
-        evidence = self._evidence.get(mode)
-        if evidence is None:
-            return prior
-        keep = math.exp(-max(now - evidence.updated, 0.0) / self.timing.forget_s)
-        # As much as a tenth of the evidence's span speaks for the prior from the beginning.
-        prior_s = 0.1 * self.timing.evidence_s
-        promised_tokens = keep * evidence.promised_tokens
-        promised_s = keep * evidence.promised_seconds
-        if promised_tokens <= 0 or promised_s <= 0:
-            return prior
-        rate = promised_tokens / promised_s
-        tokens = keep * evidence.tokens + prior_s * rate * prior
-        delivered = tokens / (keep * evidence.seconds + prior_s)
-        return min(max(delivered / rate, 0.25), 4.0)
+        times, slower = self._pass_times, 1.0
+        if mode in _SIBLINGS:
+            slower = times.get(_SIBLINGS[mode], _UNKNOWN).value(now, self.timing)
+        slower = times.get(mode, _UNKNOWN).value(now, self.timing, prior=slower)
+        tokens = self._tokens.get(mode is not SpeculationMode.PLAIN, _UNKNOWN)
+        return min(max(tokens.value(now, self.timing) / slower, 0.25), 4.0)
 
     def is_probe_due(self, now: float) -> bool:
         """Whether to try for a moment what is not in force: drafting, or plain passes."""
@@ -272,11 +292,3 @@ class SpeculationSwitch:
             spent = max(now - self._counted, 0.0)
             self._seconds[self.mode] = self._seconds.get(self.mode, 0.0) + spent
         self._counted = now
-
-    def _fade(self, evidence: _Evidence, now: float) -> None:
-        keep = math.exp(-max(now - evidence.updated, 0.0) / self.timing.forget_s)
-        evidence.tokens *= keep
-        evidence.seconds *= keep
-        evidence.promised_tokens *= keep
-        evidence.promised_seconds *= keep
-        evidence.updated = now

@@ -14,15 +14,18 @@ at long contexts. Measured on the CPU, the sum of contexts also predicts mixed b
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import ConfigError
 from cluster.speculation.monotone_table import (
+    Lookup,
+    Sizes,
     check_axis,
     check_table,
     interpolate,
@@ -166,9 +169,19 @@ class VerifyCurve:
         curve = cls(_floats(tokens), _floats(context_tokens), pulled_down(table), origin)
         return curve._checked()
 
-    def seconds(self, num_tokens: npt.ArrayLike, context_tokens: float = 0) -> Floats:
+    @overload
+    def seconds(self, num_tokens: float, context_tokens: float = 0) -> float: ...
+    @overload
+    def seconds(self, num_tokens: Sizes, context_tokens: float = 0) -> Floats: ...
+    def seconds(self, num_tokens: float | Sizes, context_tokens: float = 0) -> float | Floats:
         """Seconds of steps with ``num_tokens`` batch tokens (any shape) and the same context."""
+        if isinstance(num_tokens, (int, float)):
+            return self._lookup.at(num_tokens, context_tokens)
         return interpolate(self.table, self.tokens, self.context_tokens, num_tokens, context_tokens)
+
+    @functools.cached_property
+    def _lookup(self) -> Lookup:
+        return Lookup(self.table, self.tokens, self.context_tokens)
 
     def corrected(self, num_tokens: float, context_tokens: float, factor: float) -> VerifyCurve:
         """The curve with the points around a place multiplied by ``factor``.

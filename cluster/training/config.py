@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field
 
 from cluster.config import DType
 from cluster.errors import ConfigError
-from cluster.section import Section, parse_section, resolve_path
+from cluster.section import Section, parse_section, parse_yaml, resolve_path
 
 Method = Literal["dspark", "dflash", "eagle3", "draft_model"]
 
@@ -296,11 +295,9 @@ def load_train_config(path: Path, overrides: tuple[str, ...] = ()) -> TrainConfi
         ConfigError: an unreadable file, or a bad key or value in it.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(str(path), path.read_bytes())
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), f"is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(str(path), "is empty, or no mapping of sections")
     for override in overrides:
@@ -321,10 +318,7 @@ def _override(values: Any, override: str) -> None:
         values = values.setdefault(part, {})
     if not isinstance(values, dict):
         raise ConfigError(key, "is no section of the file")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(key, f"is not YAML: {value!r}") from None
+    parsed = parse_yaml(key, value)
     if key in _MODELS and isinstance(parsed, str):
         parsed = resolve_path(parsed, Path.cwd())
     elif key in _PATHS:

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from cluster.config import SpeculativeConfig
 from cluster.engine.machine import check_device
-from cluster.engine.target_model import load_text_config
-from cluster.engine.worker import load_tokenizer
+from cluster.engine.target_config import load_text_config, load_tokenizer
 from cluster.errors import CheckpointError, ConfigError, TrainingDivergedError
 from cluster.models.calibration_file import drop_stale_calibration
 from cluster.models.checkpoint import target_digest

@@ -25,25 +25,25 @@ _sym_db = _symbol_database.Default()
 from cluster.v1 import common_pb2 as cluster_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63luster/v1/chat.proto\x12\ncluster.v1\x1a\x17\x63luster/v1/common.proto\"\xae\x02\n\x0c\x43onversation\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.cluster.v1.Message\x12\x1f\n\x05tools\x18\x02 \x03(\x0b\x32\x10.cluster.v1.Tool\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x1a\n\x12template_variables\x18\x05 \x01(\t\x12\x18\n\x10reasoning_effort\x18\x06 \x01(\t\x12\x15\n\x08template\x18( \x01(\tH\x02\x88\x01\x01\x42\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_messageB\x0b\n\t_template\"\xf3\x01\n\x07Message\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.cluster.v1.Role\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x00\x88\x01\x01\x12(\n\ntool_calls\x18\x03 \x03(\x0b\x32\x14.cluster.v1.ToolCall\x12\x19\n\x0ctool_call_id\x18\x04 \x01(\tH\x01\x88\x01\x01\x12\x11\n\x04name\x18\x05 \x01(\tH\x02\x88\x01\x01\x12\x1e\n\x11reasoning_content\x18\x06 \x01(\tH\x03\x88\x01\x01\x42\n\n\x08_contentB\x0f\n\r_tool_call_idB\x07\n\x05_nameB\x14\n\x12_reasoning_content\"U\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\x12\x12\n\x05input\x18( \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_input\"p\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\x12\'\n\x05input\x18( \x01(\x0b\x32\x13.cluster.v1.GrammarH\x00\x88\x01\x01\x42\x08\n\x06_input\"\x95\x01\n\nToolChoice\x12)\n\x04mode\x18\x01 \x01(\x0e\x32\x1b.cluster.v1.ToolChoice.Mode\x12\r\n\x05names\x18\x02 \x03(\t\"M\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_NONE\x10\x01\x12\r\n\tMODE_AUTO\x10\x02\x12\x11\n\rMODE_REQUIRED\x10\x03*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63luster/v1/chat.proto\x12\ncluster.v1\x1a\x17\x63luster/v1/common.proto\"\xae\x02\n\x0c\x43onversation\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.cluster.v1.Message\x12\x1f\n\x05tools\x18\x02 \x03(\x0b\x32\x10.cluster.v1.Tool\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16\x63ontinue_final_message\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x1a\n\x12template_variables\x18\x05 \x01(\t\x12\x18\n\x10reasoning_effort\x18\x06 \x01(\t\x12\x15\n\x08template\x18( \x01(\tH\x02\x88\x01\x01\x42\x18\n\x16_add_generation_promptB\x19\n\x17_continue_final_messageB\x0b\n\t_template\"\xf3\x01\n\x07Message\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.cluster.v1.Role\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x00\x88\x01\x01\x12(\n\ntool_calls\x18\x03 \x03(\x0b\x32\x14.cluster.v1.ToolCall\x12\x19\n\x0ctool_call_id\x18\x04 \x01(\tH\x01\x88\x01\x01\x12\x11\n\x04name\x18\x05 \x01(\tH\x02\x88\x01\x01\x12\x1e\n\x11reasoning_content\x18\x06 \x01(\tH\x03\x88\x01\x01\x42\n\n\x08_contentB\x0f\n\r_tool_call_idB\x07\n\x05_nameB\x14\n\x12_reasoning_content\"U\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\x12\x12\n\x05input\x18( \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_input\"\x80\x01\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\x12\'\n\x05input\x18( \x01(\x0b\x32\x13.cluster.v1.GrammarH\x00\x88\x01\x01\x12\x0e\n\x06strict\x18) \x01(\x08\x42\x08\n\x06_input\"\x95\x01\n\nToolChoice\x12)\n\x04mode\x18\x01 \x01(\x0e\x32\x1b.cluster.v1.ToolChoice.Mode\x12\r\n\x05names\x18\x02 \x03(\t\"M\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_NONE\x10\x01\x12\r\n\tMODE_AUTO\x10\x02\x12\x11\n\rMODE_REQUIRED\x10\x03*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.v1.chat_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=966
-  _globals['_ROLE']._serialized_end=1061
+  _globals['_ROLE']._serialized_start=983
+  _globals['_ROLE']._serialized_end=1078
   _globals['_CONVERSATION']._serialized_start=63
   _globals['_CONVERSATION']._serialized_end=365
   _globals['_MESSAGE']._serialized_start=368
   _globals['_MESSAGE']._serialized_end=611
   _globals['_TOOLCALL']._serialized_start=613
   _globals['_TOOLCALL']._serialized_end=698
-  _globals['_TOOL']._serialized_start=700
-  _globals['_TOOL']._serialized_end=812
-  _globals['_TOOLCHOICE']._serialized_start=815
-  _globals['_TOOLCHOICE']._serialized_end=964
-  _globals['_TOOLCHOICE_MODE']._serialized_start=887
-  _globals['_TOOLCHOICE_MODE']._serialized_end=964
+  _globals['_TOOL']._serialized_start=701
+  _globals['_TOOL']._serialized_end=829
+  _globals['_TOOLCHOICE']._serialized_start=832
+  _globals['_TOOLCHOICE']._serialized_end=981
+  _globals['_TOOLCHOICE_MODE']._serialized_start=904
+  _globals['_TOOLCHOICE_MODE']._serialized_end=981
 # @@protoc_insertion_point(module_scope)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse, Response
+from fastapi.routing import APIRoute
 
 from cluster.rpc.cluster_status import cluster_status_from_proto
 from cluster.rpc.router import RouterServer
@@ -38,16 +39,14 @@ _HEADERS = {
     "Cache-Control": "no-cache",
 }
 
-Authenticate = Callable[[Request], Coroutine[Any, Any, None]]
 
-
-def console_routes(router: RouterServer, authenticate: Authenticate) -> APIRouter:
+def console_routes(router: RouterServer, keyed: type[APIRoute]) -> APIRouter:
     """The page at ``/console``, which tells nothing, and ``/console/state``, which needs a key.
 
     Args:
-        authenticate: raises for a request without a key, where keys are asked for.
+        keyed: the class of routes that ask for a key.
     """
-    paths = APIRouter()
+    paths, with_key = APIRouter(), APIRouter(route_class=keyed)
     files = _read_files()
     if not router.authenticator.is_open:
         files[_PAGE] = files[_PAGE].replace(_OPEN, _WITH_KEY)
@@ -69,7 +68,7 @@ def console_routes(router: RouterServer, authenticate: Authenticate) -> APIRoute
         # The page names its files as seen from /console, wherever that is mounted.
         return RedirectResponse("../console")
 
-    @paths.get("/console/state", dependencies=[Depends(authenticate)])
+    @with_key.get("/console/state")
     async def state() -> dict[str, Any]:
         """Routers, replicas, shards and drafters, load, and how each replica speculates.
 
@@ -79,6 +78,7 @@ def console_routes(router: RouterServer, authenticate: Authenticate) -> APIRoute
         can_chat = router.chat_template.is_there
         return {**dataclasses.asdict(status), "has_chat_template": can_chat}
 
+    paths.include_router(with_key)
     for file_name in files.keys() - {_PAGE}:
         _add_file(paths, file_name, answer)
     return paths

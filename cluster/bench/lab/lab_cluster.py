@@ -111,7 +111,11 @@ class LabCluster:
                 node.wait_started()
                 head = host
         for node in self.nodes.values():
-            node.wait_started()
+            try:
+                node.wait_started()
+            except DsparkError:  # Ray gives a node 30 s to start, which all together may take
+                node.start()
+                node.wait_started()
         command = [sys.executable, "-m", "cluster.cli", "up", str(self._config), "--json"]
         command += ["--timeout", str(_START_TIMEOUT_S)]
         with self._log.open("a") as log:

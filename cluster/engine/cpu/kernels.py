@@ -17,7 +17,6 @@ import subprocess
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
 from cluster.engine.cache_folder import cache_folder
 from cluster.engine.machine import processor_flags, processor_name
@@ -107,6 +106,8 @@ def _built() -> Path:
 
 
 def _compile(compiler: str, output: Path) -> None:
+    from torch.utils import cpp_extension  # which brings setuptools along
+
     command = [compiler, *_FLAGS]
     command += [f"-I{path}" for path in cpp_extension.include_paths()]
     command += [str(_FOLDER / name) for name in _SOURCES]

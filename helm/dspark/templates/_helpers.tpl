@@ -13,14 +13,14 @@
 
 {{/* What selects this release's pods. KubeRay selects by `app.kubernetes.io/name`: not ours. */}}
 {{- define "dspark.selector" -}}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{/* Labels of all objects but pods: a pod's must not change with the chart's version, as KubeRay
      starts a new cluster for any change of a pod. */}}
 {{- define "dspark.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
-app.kubernetes.io/name: {{ include "dspark.name" . }}
+app.kubernetes.io/name: {{ include "dspark.name" . | quote }}
 {{ include "dspark.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}

@@ -40,7 +40,7 @@ spec:
   {{- if not $isHead }}
   automountServiceAccountToken: false
   {{- with $values.serviceAccountName }}
-  serviceAccountName: {{ . }}
+  serviceAccountName: {{ . | quote }}
   {{- end }}
   {{- end }}
   {{- with $values.imagePullSecrets }}
@@ -48,10 +48,10 @@ spec:
     {{- toYaml . | nindent 4 }}
   {{- end }}
   {{- with .values.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   {{- with .values.runtimeClassName }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ . | quote }}
   {{- end }}
   {{- with .values.nodeSelector }}
   nodeSelector:
@@ -119,7 +119,7 @@ spec:
     - name: cache
       {{- if $values.modelCache.enabled }}
       persistentVolumeClaim:
-        claimName: {{ include "dspark.cacheClaim" $root }}
+        claimName: {{ include "dspark.cacheClaim" $root | quote }}
       {{- else }}
       emptyDir: {}
       {{- end }}
@@ -168,7 +168,7 @@ readinessProbe:
 {{- if .existingSecret }}
 - name: HF_TOKEN
   valueFrom:
-    secretKeyRef: {name: {{ .existingSecret }}, key: {{ .key }}}
+    secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .key | quote }}}
 {{- end }}
 {{- end }}
 {{- with .Values.extraEnv }}

@@ -90,7 +90,7 @@ internal_tls:
   cert_file: /etc/dspark/internal-tls/tls.crt
   key_file: /etc/dspark/internal-tls/tls.key
   ca_file: /etc/dspark/internal-tls/ca.crt
-  server_name: {{ .serverName }}
+  server_name: {{ .serverName | quote }}
 {{- end }}
 {{- end }}
 {{- if .Values.apiKeys.existingSecret }}

@@ -12,6 +12,7 @@
   {{- fail "gcsFaultTolerance.redisAddress: name the Redis" }}
 {{- end }}
 {{- include "dspark.validatePools" . }}
+{{- include "dspark.validatePlaces" . }}
 {{- include "dspark.validatePods" . }}
 {{- include "dspark.validatePorts" . }}
 {{- include "dspark.validateDoors" . }}
@@ -46,6 +47,55 @@
   {{- $most = mul $most (default 1 $values.numOfHosts) }}
   {{- if and (gt (int $values.minAvailable) 0) (ge (int $values.minAvailable) (int $most)) }}
     {{- fail (printf "%s.minAvailable: %v of at most %v pods would let no node be drained" $pool $values.minAvailable $most) }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Pods hold what the Serve configuration asks of them: what has no place is waited for without end.
+     Of GPUs and CPUs where the values say what a pod offers, and of parts that stay in their pool. */}}
+{{- define "dspark.validatePlaces" -}}
+{{- $args := include "dspark.args" . | fromYaml }}
+{{- range $pool := list "router" "target" "drafter" }}
+  {{- $values := index $.Values $pool }}
+  {{- $part := default dict (index $args $pool) }}
+  {{- $hosts := int (default 1 $values.numOfHosts) }}
+  {{- $pods := int (ternary $values.maxReplicas $values.replicas $.Values.autoscaler.enabled) }}
+  {{- $replicas := int (ternary $part.num_replicas 1 (hasKey $part "num_replicas")) }}
+  {{- $speculative := default dict $args.speculative }}
+  {{- if and (eq $pool "drafter") (or (empty $speculative) (eq (toString $speculative.method) "ngram") (eq (toString $part.placement) "colocated")) }}
+    {{- $replicas = 0 }}
+  {{- end }}
+  {{- $actors := 1 }}
+  {{- if eq $pool "target" }}
+    {{- $actors = int (mul (default 1 $part.tensor_parallel_size) (default 1 $part.pipeline_parallel_size)) }}
+  {{- end }}
+  {{- $offered := dict "num_gpus" "0" }}
+  {{- range $name, $amount := default dict $values.resources.limits }}
+    {{- if hasSuffix "gpu" $name }}
+      {{- $_ := set $offered "num_gpus" (toString $amount) }}
+    {{- end }}
+  {{- end }}
+  {{- range $name, $key := dict "GPU" "num_gpus" "CPU" "num_cpus" }}
+    {{- if hasKey $values.rayResources $name }}
+      {{- $_ := set $offered $key (get $values.rayResources $name) }}
+    {{- end }}
+  {{- end }}
+  {{- $default := dict "num_gpus" 0.0 "num_cpus" (ternary 0.1 0.5 (eq $pool "router")) }}
+  {{- if and (hasKey (default dict $part.resources) (printf "dspark-%s" $pool)) (gt $replicas 0) }}
+  {{- range $name, $text := $offered }}
+    {{- $offer := ceil (float64 $text) }}  {{- /* as Ray has it */}}
+    {{- $need := float64 (ternary (index $part $name) (index $default $name) (hasKey $part $name)) }}
+    {{- if and (gt $need 0.0) (regexMatch "^[0-9]+([.][0-9]+)?$" $text) }}
+      {{- $fit := int (floor (addf (divf $offer $need) 0.000001)) }}
+      {{- if lt (mul $fit $hosts) (int64 $actors) }}
+        {{- fail (printf "config.%s.%s: %v for each of %v shards of a replica are more than its %v pods offer, %v each: see %s.resources and %s.rayResources" $pool $name $need $actors $hosts $offer $pool $pool) }}
+      {{- end }}
+      {{- $room := ternary (mul $pods (div $fit $actors)) (int64 $pods) (ge $fit $actors) }}
+      {{- if gt (int64 $replicas) $room }}
+        {{- fail (printf "config.%s.num_replicas: %v are more than %v pods hold by %s, %v: see %s.replicas and %s.maxReplicas" $pool $replicas (mul $pods $hosts) $name $room $pool $pool) }}
+      {{- end }}
+    {{- end }}
+  {{- end }}
   {{- end }}
 {{- end }}
 {{- end }}
