@@ -175,3 +175,7 @@ class TrainingDivergedError(DsparkError):
 
 class ClusterStateError(DsparkError):
     """The command needs a running cluster and there is none, or the other way round."""
+
+
+class RayStartError(ClusterStateError):
+    """Ray's own node did not start in the time that Ray gives it."""

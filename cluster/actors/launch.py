@@ -22,7 +22,7 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 from cluster.actors.discovery import list_replicas
 from cluster.actors.names import ROUTER
 from cluster.config import ClusterConfig
-from cluster.errors import ClusterStateError, ConfigError, DsparkError
+from cluster.errors import ClusterStateError, ConfigError, DsparkError, RayStartError
 
 _POLL_S = 0.1
 # Serve builds the application in a task that asks for one.
@@ -31,6 +31,8 @@ _BUILD_CPUS = 1.0
 _CLOSE_S = 10.0
 # Ray hands a start-up error on as text; ours begin with their class.
 _OUR_ERROR = re.compile(r"cluster\.errors\.(\w+): (.+)")
+# Ray's, of no class of its own: its node has 30 s, whatever else the machine does.
+_RAY_IS_LATE = "The current node timed out during startup"
 
 _logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class LaunchedCluster:
         Raises:
             ConfigError: Serve refuses the configuration.
             ClusterStateError: an application of that name runs already.
+            RayStartError: Ray was too slow; processes of it may be left.
         """
         try:
             schema = ServeDeploySchema.model_validate(document)
@@ -159,6 +162,7 @@ def _connect(config: ClusterConfig, temp_dir: Path) -> None:
 
     Raises:
         ClusterStateError: there is none at that address.
+        RayStartError: the one to be started was too slow.
     """
     if address := os.environ.get("RAY_ADDRESS"):
         try:
@@ -170,17 +174,22 @@ def _connect(config: ClusterConfig, temp_dir: Path) -> None:
         return
     # Ray runs workers as background work; ours answer people.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(
-        address="local",
-        # Ray counts CPUs but does not divide them: parts on a small machine share what there is.
-        num_cpus=max(os.cpu_count() or 1, math.ceil(_required_cpus(config))),
-        # The names of other nodes' pools: here they are all this one.
-        resources=_required_resources(config),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=str(temp_dir),
-    )
+    try:
+        ray.init(
+            address="local",
+            # Ray counts CPUs but does not divide them: a small machine's parts share what there is.
+            num_cpus=max(os.cpu_count() or 1, math.ceil(_required_cpus(config))),
+            # The names of other nodes' pools: here they are all this one.
+            resources=_required_resources(config),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(temp_dir),
+        )
+    except Exception as error:
+        if str(error).startswith(_RAY_IS_LATE):
+            raise RayStartError("Ray's node did not start in time") from None
+        raise
 
 
 def _required_cpus(config: ClusterConfig) -> float:

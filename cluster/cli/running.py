@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 from cluster.cli.http_door import check_port, http_url, wait_http
 from cluster.cli.processes import end_processes, find_descendants, wait_gone
 from cluster.config import ClusterConfig
-from cluster.errors import ClusterStateError, ConfigError, DeadlineExceededError, ReplicaLostError
+from cluster.errors import (
+    ClusterStateError,
+    ConfigError,
+    DeadlineExceededError,
+    RayStartError,
+    ReplicaLostError,
+)
 from cluster.scaling_config import ReplicaRange
 
 if TYPE_CHECKING:
@@ -97,13 +103,11 @@ class RunningCluster:
         self._report("starting Ray and Serve")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        from cluster.actors.launch import LaunchedCluster
-
         is_here = "RAY_ADDRESS" not in os.environ
         if is_here:
             check_port(self._document)
         try:
-            self._cluster = LaunchedCluster(self._document, self._config, self.temp_dir)
+            self._cluster = self._launch()
         except SystemExit:  # what Ray's own handler makes of SIGTERM
             raise KeyboardInterrupt from None
         _raise_on_sigterm()  # Ray has put a handler of its own there
@@ -114,6 +118,18 @@ class RunningCluster:
         wait_ready(self.address, self._config, deadline)
         if is_here and self.http_url is not None:
             wait_http(self.http_url, deadline)
+
+    def _launch(self) -> LaunchedCluster:
+        """A busy machine may be slower than Ray allows its own node: once more, then."""
+        from cluster.actors.launch import LaunchedCluster
+
+        others = set(find_descendants(os.getpid()))
+        try:
+            return LaunchedCluster(self._document, self._config, self.temp_dir)
+        except RayStartError as error:
+            self._report(f"{error}: once more")
+            end_processes(set(find_descendants(os.getpid())) - others)
+            return LaunchedCluster(self._document, self._config, self.temp_dir)
 
     def _stop(self, *, keep_logs: bool) -> None:
         for number in self._handlers:
