@@ -317,6 +317,12 @@ class RouterConfig(Section):
         description="render templates that clients send; they may take any time to render",
     )
     max_metadata_kb: int = Field(default=16, ge=1, description="headers of one call")
+    max_connections: int = Field(
+        default=10_000,
+        ge=1,
+        description="of gRPC clients; further ones are closed at once. Each needs an open file: "
+        "fewer are taken where `ulimit -n` is lower",
+    )
     max_streams_per_connection: int = Field(
         default=1024, ge=1, description="further ones wait, or are refused"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from grpc import aio
 
 from cluster.rpc.channels import channel_options
+from cluster.rpc.client import AsyncClient
 from cluster.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tests.rpc_tools import expected, gather_chunks, running_cluster, until
 
@@ -100,6 +102,34 @@ async def test_large_headers_are_refused() -> None:
         with pytest.raises(aio.AioRpcError) as caught:
             await stub.GetStatus(asked, metadata=(("x-filler", "x" * 20_000),))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_connections_beyond_the_most_are_closed_and_cost_the_others_nothing() -> None:
+    async with running_cluster(router={"max_connections": 4}, step_s=0.02) as cluster:
+        await cluster.client.status()  # the fourth connection
+        clients = [AsyncClient(cluster.address) for _ in range(3)]
+        streams = [
+            asyncio.create_task(gather_chunks(client, [number], max_tokens=200))
+            for number, client in enumerate(clients, 1)
+        ]
+        await until(lambda: cluster.router.num_active_requests == 3)
+        host, port = cluster.address.split(":")
+        for _ in range(20):
+            with socket.create_connection((host, int(port)), timeout=5) as surplus:
+                assert await asyncio.to_thread(surplus.recv, 1) == b"", "it is not closed"
+        async with aio.insecure_channel(cluster.address, options=channel_options()) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            with pytest.raises(aio.AioRpcError) as caught:
+                await stub.GetStatus(inference_pb2.GetStatusRequest())
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            for number, chunks in enumerate(await asyncio.gather(*streams), 1):
+                assert [t for chunk in chunks for t in chunk.token_ids] == expected([number], 200)
+            await clients.pop().close()  # makes room
+            status = inference_pb2.GetStatusRequest()
+            answer = await stub.GetStatus(status, wait_for_ready=True, timeout=20)
+            assert answer.model == "fake"
+        for client in clients:
+            await client.close()
 
 
 async def test_calls_beyond_a_connections_streams_wait_or_are_refused() -> None:

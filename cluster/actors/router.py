@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 from typing import TYPE_CHECKING
 
 import ray
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _ANY_ADDRESS = ("0.0.0.0", "::")
 # How often a router that Serve lists no longer asks whether it is being stopped.
 _UNLISTED_PERIOD_S = 1.0
+# Open files that clients leave to what the process opens itself: to replicas, Ray, models, logs.
+_OWN_FILES = 512
 
 _logger = logging.getLogger("ray.serve")
 
@@ -160,9 +163,25 @@ def _make_server(config: ClusterConfig, router_id: str) -> RouterServer:
         max_connection_age_s=config.router.max_connection_age_s,
         max_connection_age_grace_s=config.router.max_connection_age_grace_s,
         max_metadata_bytes=config.router.max_metadata_kb << 10,
+        max_connections=_max_connections(config.router.max_connections),
         max_streams=config.router.max_streams_per_connection,
         slow_reader_timeout_s=config.router.slow_reader_timeout_s,
         authenticator=Authenticator(config.security.api_keys_file, security.refusals),
         tls=security.client,
         replica_tls=security.internal.channel,
     )
+
+
+def _max_connections(wanted: int) -> int:
+    """Of clients, so that the files that the process may open do for them and for its own."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY or allowed - _OWN_FILES >= wanted:
+        return wanted
+    fewer = max(allowed - _OWN_FILES, allowed // 2)
+    _logger.warning(
+        "router.max_connections is %d, but %d open files are allowed (ulimit -n): %d are taken",
+        wanted,
+        allowed,
+        fewer,
+    )
+    return fewer

@@ -64,6 +64,7 @@ def server_options(
     max_connection_age_s: float | None = None,
     max_connection_age_grace_s: float = 0.0,
     max_metadata_bytes: int | None = None,
+    max_connections: int | None = None,
     max_streams: int | None = None,
 ) -> Options:
     """Options of a server.
@@ -78,6 +79,7 @@ def server_options(
             again, and find servers that are new. ``None``: they live as long as the client likes.
         max_connection_age_grace_s: when their running calls are cut off, after that.
         max_metadata_bytes: the largest headers of a call; ``None``: gRPC's own limit.
+        max_connections: further ones are closed as soon as they are accepted. ``None``: any.
         max_streams: calls of one connection at a time; more wait at the client, or are refused
             where it did not know of the limit yet. ``None``: any.
     """
@@ -95,6 +97,8 @@ def server_options(
             ("grpc.max_metadata_size", max_metadata_bytes),
             ("grpc.absolute_max_metadata_size", max_metadata_bytes),
         ]
+    if max_connections is not None:
+        limits.append(("grpc.max_allowed_incoming_connections", max_connections))
     if max_streams is not None:
         limits.append(("grpc.max_concurrent_streams", max_streams))
     return [

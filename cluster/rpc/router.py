@@ -83,6 +83,7 @@ class RouterServer:
         max_message_bytes: the largest message that a client may send.
         max_connection_age_s, max_connection_age_grace_s: as in ``server_options``.
         max_metadata_bytes: the largest headers of a call.
+        max_connections: of clients; further ones are closed. ``None``: any.
         max_streams: calls of one connection at a time; more wait, or are refused.
         slow_reader_timeout_s: a client that takes no chunk for so long loses its request.
         authenticator: who may call; unset: everybody.
@@ -114,6 +115,7 @@ class RouterServer:
         max_connection_age_s: float | None = None,
         max_connection_age_grace_s: float = 0.0,
         max_metadata_bytes: int = 16 << 10,
+        max_connections: int | None = None,
         max_streams: int = 1024,
         slow_reader_timeout_s: float = 60.0,
         authenticator: Authenticator | None = None,
@@ -146,6 +148,7 @@ class RouterServer:
             max_connection_age_s=max_connection_age_s,
             max_connection_age_grace_s=max_connection_age_grace_s,
             max_metadata_bytes=max_metadata_bytes,
+            max_connections=max_connections,
             max_streams=max_streams,
         )
         self.slow_reader_timeout_s = slow_reader_timeout_s
