@@ -87,6 +87,45 @@ def test_sequences_without_a_proposal_have_no_limit() -> None:
     assert scheduler.draft_limits(0) == {}
 
 
+def group_sizes(scheduler: Scheduler, num_groups: int) -> list[int]:
+    return [len(scheduler.group_members(group)) for group in range(num_groups)]
+
+
+def add_short(scheduler: Scheduler, count: int) -> None:
+    for index in range(count):
+        request = Request(request_id=f"{id(scheduler)}-{index}", prompt_token_ids=(1, 1))
+        scheduler.add(Sequence(request, [1, 1], 2, max_output_tokens=100))
+
+
+@pytest.mark.parametrize("num_groups", [2, 3])
+def test_places_that_come_free_in_all_groups_at_once_are_taken_in_one_turn(num_groups: int) -> None:
+    config = TargetConfig(model="m", max_num_seqs=12, max_num_batched_tokens=256)
+    pages = PagePool(num_pages=101, page_size=16)
+    prefixes = PrefixCache(pages, is_enabled=False)
+    scheduler = Scheduler(config, pages, prefixes, num_groups=num_groups)
+    add_short(scheduler, 40)
+    full = [12 // num_groups] * num_groups
+    for _ in range(3):
+        for group in range(num_groups):
+            scheduler.schedule(group, {})
+        assert group_sizes(scheduler, num_groups) == full
+        for group in range(num_groups):
+            for sequence in scheduler.group_members(group)[:3]:
+                scheduler.remove(sequence)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [1, 0]), (2, [1, 1]), (5, [3, 2]), (20, [2, 2])])
+def test_few_sequences_are_spread_over_groups(count: int, sizes: list[int]) -> None:
+    scheduler, _ = make_scheduler()
+    scheduler.set_num_groups(2)
+    add_short(scheduler, count)
+    if count == 5:  # one place more than there is otherwise
+        scheduler._config = scheduler._config.model_copy(update={"max_num_seqs": 5})
+    for group in range(2):
+        scheduler.schedule(group, {})
+    assert group_sizes(scheduler, 2) == sizes
+
+
 def test_a_preempted_sequence_waits_until_it_fits_as_a_whole() -> None:
     """Two requests that do not fit together are served one behind the other, without thrashing."""
     config = TargetConfig(model="m", max_num_batched_tokens=256, max_num_seqs=8)

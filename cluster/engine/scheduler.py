@@ -218,11 +218,11 @@ class Scheduler:
                 scheduled.append(chosen)
                 budget -= chosen.num_tokens + len(chosen.draft_token_ids)
                 room -= len(chosen.scored)
-        sizes = self._group_sizes()
-        while self.waiting and budget > 0 and len(self.running) < self._config.max_num_seqs:
+        free_places = self._free_places(group)
+        while free_places > 0 and self.waiting and budget > 0:
             sequence = self.waiting[0]
             limit = min(budget, room) if sequence.wants_prompt_logprobs else budget
-            if sizes.index(min(sizes)) != group or limit == 0:
+            if limit == 0:
                 break
             found = self._prefixes.match(sequence)
             if not self._admits(sequence, found):
@@ -233,7 +233,7 @@ class Scheduler:
             self.waiting.pop(0)
             self._num_waiting_tokens -= sequence.num_waiting_tokens
             sequence.group = group
-            sizes[group] += 1
+            free_places -= 1
             self.running[sequence] = None
             scheduled.append(self._entry(sequence, num_tokens, ()))
             budget -= num_tokens
@@ -250,11 +250,16 @@ class Scheduler:
         needed = self._pages.pages_for(len(sequence.token_ids) + 1) - num_shared
         return not self.running or needed + len(self.running) <= self._pages.num_free
 
-    def _group_sizes(self) -> list[int]:
-        sizes = [0] * self._num_groups
-        for sequence in self.running:
-            sizes[sequence.group] += 1
-        return sizes
+    def _free_places(self, group: int) -> int:
+        """How many sequences may start in the group: its share of all that could run.
+
+        Not: until it is as large as the others. What ends in all of them at a time would be
+        followed by one sequence each.
+        """
+        most = self._config.max_num_seqs
+        share = -(-min(most, len(self.running) + len(self.waiting)) // self._num_groups)
+        size = sum(sequence.group == group for sequence in self.running)
+        return min(share - size, most - len(self.running))
 
     def _fit(
         self,

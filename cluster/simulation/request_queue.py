@@ -71,8 +71,8 @@ class RequestQueue:
         if not self.waiting or len(run) >= self._device.settings.max_num_seqs:
             return None
         if num_groups > 1:
-            groups = [sequence.group for sequence in run]
-            if min(range(num_groups), key=groups.count) != group:
+            most = min(len(run) + len(self.waiting), self._device.settings.max_num_seqs)
+            if sum([s.group == group for s in run]) >= -(-most // num_groups):
                 return None
         job = self.waiting[0]
         num_tokens = job.num_prompt_tokens + job.num_made
