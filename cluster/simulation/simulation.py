@@ -218,7 +218,7 @@ class FleetSimulation:
             links=links,
             acceptance=acceptance,
             max_tokens=max_tokens,
-            timeout_s=settings.draft_timeout_ms / 1e3,
+            timeout_s=settings.draft_timeout_ms / 1e3 * self.config.time_scale,
         )
 
     def _connect_drafters(self) -> None:
