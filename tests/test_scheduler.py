@@ -126,6 +126,27 @@ def test_few_sequences_are_spread_over_groups(count: int, sizes: list[int]) -> N
     assert group_sizes(scheduler, 2) == sizes
 
 
+@pytest.mark.parametrize(
+    ("count", "num_pages", "is_crowded"), [(4, 64, False), (5, 64, True), (4, 4, True)]
+)
+def test_it_is_crowded_while_places_or_pages_are_missing(
+    count: int, num_pages: int, is_crowded: bool
+) -> None:
+    scheduler, _ = make_scheduler(num_pages=num_pages)
+    add_short(scheduler, count)
+    scheduler.schedule(0, {})
+    assert scheduler.load().is_crowded == is_crowded
+
+
+def test_what_waits_for_the_other_group_is_no_crowd() -> None:
+    scheduler, _ = make_scheduler()
+    scheduler.set_num_groups(2)
+    add_short(scheduler, 4)
+    scheduler.schedule(0, {})
+    assert len(scheduler.waiting) == 2
+    assert not scheduler.load().is_crowded
+
+
 def test_a_preempted_sequence_waits_until_it_fits_as_a_whole() -> None:
     """Two requests that do not fit together are served one behind the other, without thrashing."""
     config = TargetConfig(model="m", max_num_batched_tokens=256, max_num_seqs=8)

@@ -28,11 +28,12 @@ class Machine:
         self.delivered: dict[SpeculationMode, float] = {}
         self.modes: list[SpeculationMode] = []
         self.num_probes = 0
+        self.is_crowded = False
 
     def run(self, seconds: float) -> SpeculationMode:
         for _ in range(round(seconds / STEP_S)):
             self.now += STEP_S
-            mode = self.switch.decide(self.promised, self.now)
+            mode = self.switch.decide(self.promised, self.now, is_crowded=self.is_crowded)
             self.modes.append(mode)
             probes_plain = mode is not PLAIN and self.switch.is_probe_due(self.now)
             if self.switch.is_probe_due(self.now):
@@ -70,6 +71,33 @@ def test_less_than_the_margin_changes_nothing() -> None:
         machine.promised = {PLAIN: 100.0, SPECULATIVE: promised}
         assert machine.run(3) is SPECULATIVE
     assert machine.switch.num_flips == 0
+
+
+def test_while_requests_wait_a_draw_is_not_enough() -> None:
+    machine = Machine()
+    machine.promised = {PLAIN: 100.0, SPECULATIVE: 106.0}
+    assert machine.run(2) is SPECULATIVE
+    machine.is_crowded = True
+    assert machine.run(2) is PLAIN
+    assert machine.switch.reason.endswith("over plain decoding")
+    machine.is_crowded = False
+    assert machine.run(3) is SPECULATIVE
+    machine.is_crowded = True
+    machine.promised[SPECULATIVE] = 120.0  # what is no draw is taken all the same
+    machine.run(3)
+    assert machine.run(3) is SPECULATIVE
+    assert machine.switch.num_flips <= 4
+
+
+def test_a_switch_for_those_who_wait_says_so() -> None:
+    machine = Machine()
+    machine.promised = {PLAIN: 100.0, SPECULATIVE: 102.0}
+    machine.run(1)
+    machine.is_crowded = True
+    while machine.switch.mode is SPECULATIVE:
+        machine.run(STEP_S)
+    assert machine.switch.reason == "plain promises -2% tokens/s, and requests wait"
+    assert machine.switch.reason_code is SwitchReason.GOODPUT
 
 
 def test_a_load_that_jumps_with_each_step_is_averaged() -> None:

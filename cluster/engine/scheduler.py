@@ -94,6 +94,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # in the order of turns
         self.running: dict[Sequence, None] = {}  # a set that keeps its order
         self.num_preemptions = 0
+        self._is_crowded = False
         self.mean_output_tokens = _FIRST_MEAN_OUTPUT_TOKENS
         self._num_waiting_tokens = 0
 
@@ -183,6 +184,7 @@ class Scheduler:
             num_drafting=sum(map(_may_be_drafted_for, self.running)),
             num_base_tokens=sum(num_tokens for _, num_tokens in loads),
             num_context_tokens=sum(s.num_computed_tokens for s in self.running),
+            is_crowded=self._is_crowded,
         )
 
     def set_num_groups(self, num_groups: int) -> None:
@@ -218,6 +220,7 @@ class Scheduler:
                 scheduled.append(chosen)
                 budget -= chosen.num_tokens + len(chosen.draft_token_ids)
                 room -= len(chosen.scored)
+        is_full = False
         free_places = self._free_places(group)
         while free_places > 0 and self.waiting and budget > 0:
             sequence = self.waiting[0]
@@ -226,6 +229,7 @@ class Scheduler:
                 break
             found = self._prefixes.match(sequence)
             if not self._admits(sequence, found):
+                is_full = True
                 break
             self._prefixes.start(sequence, found)
             num_tokens = min(sequence.num_missing_tokens, limit)
@@ -238,6 +242,8 @@ class Scheduler:
             scheduled.append(self._entry(sequence, num_tokens, ()))
             budget -= num_tokens
             room -= len(scheduled[-1].scored)
+        is_full |= len(self.running) >= self._config.max_num_seqs
+        self._is_crowded = is_full and bool(self.waiting)
         return scheduled
 
     def _admits(self, sequence: Sequence, found: list[int]) -> bool:

@@ -32,6 +32,7 @@ class RequestQueue:
         self.running: list[SimulatedSequence] = []
         self.mean_output_tokens = _FIRST_MEAN_OUTPUT_TOKENS
         self.num_preemptions = 0
+        self._is_crowded = False
 
     @property
     def is_empty(self) -> bool:
@@ -63,12 +64,17 @@ class RequestQueue:
             num_drafting=num_decoding,
             num_base_tokens=num_decoding + num_prompt_tokens(parts),
             num_context_tokens=num_context_tokens(self.running),
+            is_crowded=self._is_crowded,
         )
 
     def next_job(self, group: int, num_groups: int) -> Job | None:
         """The waiting request that may start in this group's pass, if one may."""
         run = self.running
-        if not self.waiting or len(run) >= self._device.settings.max_num_seqs:
+        self._is_crowded = False
+        if not self.waiting:
+            return None
+        if len(run) >= self._device.settings.max_num_seqs:
+            self._is_crowded = True
             return None
         if num_groups > 1:
             most = min(len(run) + len(self.waiting), self._device.settings.max_num_seqs)
@@ -77,6 +83,7 @@ class RequestQueue:
         job = self.waiting[0]
         num_tokens = job.num_prompt_tokens + job.num_made
         if len(run) and self.num_free_tokens < num_tokens + 1 + len(run):
+            self._is_crowded = True
             return None
         return self.waiting.popleft()
 

@@ -33,12 +33,14 @@ class PassLoad:
         num_drafting: those of them that may be drafted for.
         num_base_tokens: batch tokens without guesses, prompt chunks included.
         num_context_tokens: cached tokens of all sequences.
+        is_crowded: requests wait for a place.
     """
 
     num_requests: int
     num_drafting: int
     num_base_tokens: int
     num_context_tokens: int
+    is_crowded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -351,7 +351,12 @@ class SpeculationPolicy:
         promised = {mode: plan.goodput for mode, plan in plans.items()}
         promised[SpeculationMode.PLAIN] = plain
         if is_ready:
-            self.switch.decide(promised, now, is_plain_allowed=self._is_switching)
+            self.switch.decide(
+                promised,
+                now,
+                is_plain_allowed=self._is_switching,
+                is_crowded=load.is_crowded,
+            )
         best = self.mode
         if best not in plans:
             best = max(plans, key=lambda mode: plans[mode].goodput)

@@ -38,6 +38,9 @@ class SwitchTiming:
 
     Attributes:
         margin: another mode must promise this share more than the one in force.
+        crowded_margin: while requests wait for a place, ways to draft must promise this share more
+            than plain decoding. What brings as many tokens brings them unevenly, so that the
+            slowest tenth of the users pay for a draw; and what waits is never over soon.
         averaging_s: time constant of the promises' averages, which evens out single steps.
         dwell_s: shortest time in a mode; doubles with every flip of the last ``calm_s``.
         max_dwell_s: where that ends.
@@ -52,6 +55,7 @@ class SwitchTiming:
     """
 
     margin: float = 0.03
+    crowded_margin: float = 0.1
     averaging_s: float = 0.2
     dwell_s: float = 0.5
     max_dwell_s: float = 4.0
@@ -148,6 +152,7 @@ class SpeculationSwitch:
         now: float,
         *,
         is_plain_allowed: bool = True,
+        is_crowded: bool = False,
     ) -> SpeculationMode:
         """The mode for the next pass.
 
@@ -155,14 +160,16 @@ class SpeculationSwitch:
             promised: tokens per second of PLAIN and of each other mode that is possible now.
             now: seconds.
             is_plain_allowed: False: one of the others is taken, whatever it promises.
+            is_crowded: requests wait for a place.
         """
         self._count(now)
         is_first = self._entered is None
         if self._entered is None:
             self._entered, self._dwell_s = now, self.timing.dwell_s
         averages = self._average(promised, now)
+        handicap = math.log1p(self.timing.crowded_margin) if is_crowded else 0.0
         choice = {
-            mode: value
+            mode: value if mode is SpeculationMode.PLAIN else value - handicap
             for mode, value in averages.items()
             if is_plain_allowed or mode is not SpeculationMode.PLAIN
         }
@@ -174,10 +181,12 @@ class SpeculationSwitch:
             self.reason_code = SwitchReason.IMPOSSIBLE
             return self.mode
         self.reason_code = SwitchReason.GOODPUT
-        gain = averages[best] - averages[self.mode]
+        gain = choice[best] - choice[self.mode]
         if best is not self.mode and gain > math.log1p(self.timing.margin):
             if now - self._entered >= self._dwell_s:
-                self._enter(best, now, f"{best} promises {math.expm1(gain):+.0%} tokens/s")
+                promised_gain = math.expm1(averages[best] - averages[self.mode])
+                reason = f"{best} promises {promised_gain:+.0%} tokens/s"
+                self._enter(best, now, f"{reason}, and requests wait" if is_crowded else reason)
         else:
             drafting = [v for m, v in averages.items() if m is not SpeculationMode.PLAIN]
             gain = math.expm1(max(drafting) - averages[SpeculationMode.PLAIN])
