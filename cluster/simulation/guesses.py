@@ -14,10 +14,8 @@ from cluster.speculation.cost_model import CostModel
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-# Rounds are drawn as many at a time as would do if each brought so many tokens: how many there will
-# be is known only when a sequence has ended.
-_LIKELY_TOKENS = 3
-_FEWEST_ROUNDS = 16
+# Rounds that are drawn at a time: how many there will be is known only when a sequence has ended.
+_BLOCK_ROUNDS = 128
 
 
 def verify(
@@ -46,10 +44,8 @@ def verify(
     total = None if memory is None else memory.recall(limits, base)
     expected = 0.0
     blocks: list[Integers] = []
-    start = 0
-    while start < num_rounds:
-        likely = int(missing.min()) // _LIKELY_TOKENS
-        size = min(num_rounds - start, max(likely, _FEWEST_ROUNDS))
+    for start in range(0, num_rounds, _BLOCK_ROUNDS):
+        size = min(num_rounds - start, _BLOCK_ROUNDS)
         confidences = drafting.acceptance.confidences(rng, lucks, size, len(ahead))
         if min(limits) < len(ahead):
             confidences *= ahead < counts[:, None]
@@ -70,7 +66,6 @@ def verify(
             blocks[-1] = tokens[: end + 1]
             break
         missing = missing - made[-1]
-        start += size
     tokens = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
     return Outcome.guessed(tokens, min(total or 0, sum(limits)), expected)
 

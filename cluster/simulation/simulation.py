@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from cluster.errors import QueueFullError
-from cluster.garbage import without_collection
 from cluster.request import Priority
 from cluster.routing.admission import Admission, Admitted
 from cluster.routing.replica_loads import ReplicaLoad
@@ -127,8 +126,7 @@ class FleetSimulation:
         started = time.process_time()
         self.pool.watch(self._demands, goes_on)
         self._sample_while(goes_on)
-        with without_collection():  # what is made here has no cycles
-            self.events.run(until_s, goes_on)
+        self.events.run(until_s, goes_on)
         seconds = time.process_time() - started
         return fleet_figures(self, seconds)
 
