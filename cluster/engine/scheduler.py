@@ -25,6 +25,7 @@ from cluster.engine.sampler import SampleInput
 from cluster.engine.sequence import Sequence
 from cluster.engine.step_input import StepInput
 from cluster.errors import QueueFullError
+from cluster.speculation.groups import group_share
 from cluster.speculation.speculation_plan import PassLoad
 
 _FIRST_MEAN_OUTPUT_TOKENS = 128.0
@@ -257,13 +258,9 @@ class Scheduler:
         return not self.running or needed + len(self.running) <= self._pages.num_free
 
     def _free_places(self, group: int) -> int:
-        """How many sequences may start in the group: its share of all that could run.
-
-        Not: until it is as large as the others. What ends in all of them at a time would be
-        followed by one sequence each.
-        """
+        """How many sequences may start in the group."""
         most = self._config.max_num_seqs
-        share = -(-min(most, len(self.running) + len(self.waiting)) // self._num_groups)
+        share = group_share(len(self.running), len(self.waiting), most, self._num_groups)
         size = sum(sequence.group == group for sequence in self.running)
         return min(share - size, most - len(self.running))
 

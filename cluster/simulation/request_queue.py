@@ -10,6 +10,7 @@ from cluster.simulation.device import Device
 from cluster.simulation.job import Job
 from cluster.simulation.passes import Chunks
 from cluster.simulation.sequence import SimulatedSequence
+from cluster.speculation.groups import group_share
 from cluster.speculation.speculation_plan import PassLoad
 
 _FIRST_MEAN_OUTPUT_TOKENS = 128.0
@@ -77,8 +78,9 @@ class RequestQueue:
             self._is_crowded = True
             return None
         if num_groups > 1:
-            most = min(len(run) + len(self.waiting), self._device.settings.max_num_seqs)
-            if sum([s.group == group for s in run]) >= -(-most // num_groups):
+            most = self._device.settings.max_num_seqs
+            share = group_share(len(run), len(self.waiting), most, num_groups)
+            if sum([s.group == group for s in run]) >= share:
                 return None
         job = self.waiting[0]
         num_tokens = job.num_prompt_tokens + job.num_made
